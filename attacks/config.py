@@ -1,0 +1,112 @@
+"""The attack's settings and records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+ScoreDtype = Literal["auto", "float32", "bfloat16"]
+
+
+class AttackError(ValueError):
+    """Something about the attack's input is wrong; the message says what, which value, and what to do."""
+
+
+@dataclass(frozen=True)
+class GCGConfig:
+    """Settings of one attack, named as nanoGCG's so that its users find their way.
+
+    ``score_dtype`` is the precision of the search over candidates: ``"auto"`` measures at start-up whether bfloat16
+    is the faster one here, and the ``rescore`` best candidates are scored again in the model's own precision, which
+    alone decides. ``compat`` switches to nanoGCG 0.2.3's behaviour in every detail that moves the trajectory; build
+    it with :meth:`nanogcg`.
+    """
+
+    num_steps: int = 250
+    optim_str_init: str | tuple[str, ...] = "x x x x x x x x x x x x x x x x x x x x"
+    search_width: int = 512
+    batch_size: int | None = None
+    topk: int = 256
+    n_replace: int = 1
+    buffer_size: int = 0
+    use_mellowmax: bool = False
+    mellowmax_alpha: float = 1.0
+    early_stop: bool = False
+    use_prefix_cache: bool = True
+    allow_non_ascii: bool = False
+    filter_ids: bool = True
+    add_space_before_target: bool = False
+    seed: int | None = None
+    score_dtype: ScoreDtype = "auto"
+    rescore: int = 8
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optim_str_init, str):
+            object.__setattr__(self, "optim_str_init", tuple(self.optim_str_init))
+        for name in ("num_steps", "search_width", "topk", "n_replace", "rescore"):
+            if getattr(self, name) < 1:
+                raise AttackError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.buffer_size < 0:
+            raise AttackError(f"buffer_size is {self.buffer_size}; it must be 0 or more.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise AttackError(f"batch_size is {self.batch_size}; leave it out or give at least 1.")
+        if self.score_dtype not in ("auto", "float32", "bfloat16"):
+            raise AttackError(f"score_dtype is {self.score_dtype!r}; choose auto, float32 or bfloat16.")
+
+    @classmethod
+    def nanogcg(cls, *, score_dtype: ScoreDtype = "float32", verbosity: str = "INFO", **keywords: Any) -> GCGConfig:
+        """nanoGCG 0.2.3's behaviour from this engine: the same keywords, the same sampling order, the same faults.
+
+        ``score_dtype="bfloat16"`` searches in bfloat16 and lets float32 rescoring decide. ``verbosity`` is accepted
+        and ignored: this package prints nothing.
+        """
+        del verbosity
+        return cls(compat=True, score_dtype=score_dtype, **keywords)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the attack, as yielded while it runs.
+
+    ``loss`` is the chosen candidate's mean loss (nats per target token), ``per_goal`` the same for each conversation,
+    ``best_loss`` and ``best_string`` the lowest so far. ``n_candidates`` distinct candidates were scored and
+    ``n_rejected`` drawn ones did not survive re-tokenisation in context. ``matched``: greedy decoding would produce
+    every target.
+    """
+
+    step: int
+    loss: float
+    best_loss: float
+    ids: tuple[int, ...]
+    string: str
+    best_string: str
+    per_goal: tuple[float, ...]
+    n_candidates: int
+    n_rejected: int
+    seconds: float
+    matched: bool
+
+
+@dataclass(frozen=True)
+class GCGResult:
+    """What an attack found; the first four fields are nanoGCG's."""
+
+    best_loss: float
+    best_string: str
+    losses: list[float]
+    strings: list[str]
+    best_ids: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+
+def resolve_dtype(name: ScoreDtype, model: torch.nn.Module) -> torch.dtype:
+    """The torch dtype to search in for ``name`` on ``model``'s device."""
+    from attacks.precision import fast_dtype
+
+    own = next(model.parameters()).dtype
+    if name == "auto":
+        return fast_dtype(next(model.parameters()).device) if own == torch.float32 else own
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,99 @@
+"""Control suffixes of the same token count (METHODS §5): random tokens, the suffix shuffled, natural text.
+
+Every one survives re-tokenisation in context, so that a control has exactly as many tokens as the suffix it controls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from attacks.candidates import forbidden_ids
+from attacks.config import AttackError
+from attacks.slot import Slot, suffix_string, survives
+
+# Ordinary sentences with nothing to do with any instruction; cut to the token count that is asked for.
+BENIGN_TEXT = (
+    "The weather was mild this morning and the market square filled slowly with people looking for fresh bread.",
+    "My uncle keeps an old wooden boat by the lake and paints it blue every spring before the first trip.",
+    "After lunch we walked along the river, counted the ducks and talked about the books we had read.",
+    "The train arrived a few minutes late, but everybody found a seat and the journey was quiet and pleasant.",
+    "In the evening the children played cards on the carpet while the soup was cooking in the big pot.",
+    "There is a small museum behind the town hall where one can see clocks from the last two centuries.",
+    "Our neighbours planted a cherry tree in their garden, and this year it carried fruit for the first time.",
+    "The library opens at nine, and on Saturdays a retired teacher reads stories to anyone who wants to listen.",
+    "We bought new curtains for the kitchen because the old ones had faded in the sun over many summers.",
+    "The path through the forest is marked with yellow signs and leads past a clear spring and two benches.",
+)
+ROUNDS = 400
+
+
+def random_suffixes(
+    tokenizer: Any, slots: Sequence[Slot], count: int, length: int, seed: int, n_rows: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """``count`` suffixes of ``length`` tokens, uniform over printable ASCII tokens, built token by token.
+
+    A token that would merge with its neighbour is drawn again, so the distribution is uniform given that it survives.
+
+    Returns:
+        (string, ids) pairs.
+
+    Raises:
+        AttackError: no token fits after many draws.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    banned = set(forbidden_ids(tokenizer, n_rows, allow_non_ascii=False, compat=False).tolist())
+    allowed = torch.tensor([i for i in range(len(tokenizer)) if i not in banned])
+    found = []
+    for _ in range(count):
+        ids: list[int] = []
+        while len(ids) < length:
+            picks = allowed[torch.randint(0, len(allowed), (64,), generator=generator)]
+            rows = torch.cat([torch.tensor(ids, dtype=torch.long).expand(64, -1), picks[:, None]], dim=1)
+            fits = survives(tokenizer, slots, rows).nonzero().flatten()
+            if len(fits) == 0:
+                if not ids:
+                    raise AttackError("No random token survives re-tokenisation after the instruction.")
+                ids.pop()  # a dead end: take another way
+                continue
+            ids = rows[fits[0]].tolist()
+        found.append((suffix_string(tokenizer, slots[0], ids), tuple(ids)))
+    return found
+
+
+def shuffled_suffixes(
+    tokenizer: Any, slots: Sequence[Slot], ids: Int[Tensor, " suffix"], count: int, seed: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Up to ``count`` different permutations of ``ids`` that survive re-tokenisation; fewer if few do."""
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    found: dict[tuple[int, ...], None] = {}
+    for _ in range(ROUNDS):
+        rows = torch.stack([ids[torch.randperm(len(ids), generator=generator)] for _ in range(64)])
+        for row in rows[survives(tokenizer, slots, rows)].tolist():
+            if row != ids.tolist():
+                found.setdefault(tuple(row))
+        if len(found) >= count:
+            break
+    return [(suffix_string(tokenizer, slots[0], row), row) for row in list(found)[:count]]
+
+
+def benign_suffixes(
+    tokenizer: Any, slots: Sequence[Slot], count: int, length: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Up to ``count`` natural sentences cut to ``length`` tokens; those that do not survive the cut are left out."""
+    found = []
+    for i in range(len(BENIGN_TEXT)):
+        # long suffixes run on into the next sentences
+        text = " ".join(BENIGN_TEXT[(i + k) % len(BENIGN_TEXT)] for k in range(1 + length // 12))
+        row = tokenizer(slots[0].joiner + text, add_special_tokens=False).input_ids[:length]
+        if len(row) == length and bool(survives(tokenizer, slots, torch.tensor([row]))[0]):
+            found.append((suffix_string(tokenizer, slots[0], row), tuple(row)))
+        if len(found) == count:
+            break
+    return found

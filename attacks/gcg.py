@@ -1,0 +1,258 @@
+"""The GCG loop (Zou et al. 2023, algorithm 1 and 2): one suffix for one conversation, or for several at once."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attacks.candidates import compat_gradient, draw, forbidden_ids, token_gradient
+from attacks.config import AttackError, GCGConfig, GCGResult, Step, resolve_dtype
+from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives
+from attacks.scorer import Scorer, rescored_best
+from attacks.slot import Messages, Slot, build_slot, suffix_string, survives
+
+Conversations = Messages | list[Messages]
+Entry = tuple[float, tuple[int, ...]]
+
+
+class GCG:
+    """One attack in progress. ``steps()`` yields a :class:`Step` at a time; the caller decides when to stop.
+
+    No global state is touched: sampling uses a generator of its own. ``state()`` after any step and ``restore()`` on a
+    new object with the same arguments continue the attack as if it had not stopped.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, messages: Conversations, target: str | list[str], config: GCGConfig
+    ) -> None:
+        """Tokenise the conversations, cache their prefixes and score the initial suffix.
+
+        Raises:
+            AttackError: bad input (see :func:`attacks.slot.build_slot`), or several conversations in compat mode.
+        """
+        self.tokenizer, self.config = tokenizer, config
+        conversations, targets = _pair(messages, target)
+        self.generator = torch.Generator()
+        self.generator.manual_seed(config.seed) if config.seed is not None else self.generator.seed()
+        inits = [config.optim_str_init] if isinstance(config.optim_str_init, str) else list(config.optim_str_init)
+        build = compat_slot if config.compat else build_slot
+        if config.compat and len(conversations) > 1:
+            raise AttackError("nanoGCG knows one conversation at a time; leave compat mode for a universal suffix.")
+        lead = " " if config.add_space_before_target else ""
+        self.slots: list[Slot] = [
+            build(tokenizer, talk, lead + aim, inits[0]) for talk, aim in zip(conversations, targets, strict=True)
+        ]
+        _check(self.slots, model, config)
+        self.model = model
+        self.search, self.exact = self._scorers(model)
+        self.forbidden = forbidden_ids(
+            tokenizer,
+            model.get_input_embeddings().weight.shape[0],
+            allow_non_ascii=config.allow_non_ascii,
+            compat=config.compat,
+        )
+        allowed = model.get_input_embeddings().weight.shape[0] - len(self.forbidden)
+        if config.topk > allowed and not config.compat:
+            raise AttackError(f"topk is {config.topk}, but only {allowed} tokens are allowed; lower topk.")
+        self.step = 0
+        self.best: tuple[float, tuple[int, ...], str] = (float("inf"), (), "")
+        self.buffer: list[Entry] = self._initial_buffer(inits)
+
+    def _scorers(self, model: Any) -> tuple[Scorer, Scorer | None]:
+        own = next(model.parameters()).dtype
+        dtype = resolve_dtype(self.config.score_dtype, model)
+        if dtype == own:
+            return Scorer(model, self.slots, self.config), None
+        # the low-precision twin only shortlists; the model's own precision decides
+        return (
+            Scorer(copy.deepcopy(model).to(dtype), self.slots, self.config),
+            Scorer(model, self.slots, self.config),
+        )
+
+    def _initial_buffer(self, inits: list[str]) -> list[Entry]:
+        first, size = self.slots[0].suffix_ids, self.config.buffer_size
+        rows = [first] if len(inits) == 1 else [build_init(self.tokenizer, self.slots[0], text) for text in inits]
+        if len({len(row) for row in rows}) > 1:
+            raise AttackError(f"The initial suffixes have {[len(row) for row in rows]} tokens; give equal lengths.")
+        ids = torch.stack(rows)
+        if size > 1 and len(inits) == 1:
+            chars = torch.tensor(self.tokenizer(INIT_CHARS, add_special_tokens=False).input_ids).squeeze()
+            picks = torch.randint(0, chars.shape[0], (size - 1, len(first)), generator=self.generator)
+            ids = torch.cat([ids, chars[picks]])
+        losses, _ = (self.exact or self.search)(ids)
+        means = losses.mean(dim=1).tolist()
+        buffer: list[Entry] = []
+        for loss, row in zip(means, ids.tolist(), strict=True):
+            buffer = _push(buffer, size, (loss, tuple(row)))
+        return buffer
+
+    def steps(self) -> Iterator[Step]:
+        """Run step after step until ``num_steps``, or a matched target where ``early_stop`` is set."""
+        while self.step < self.config.num_steps:
+            done = self._advance()
+            yield done
+            if done.matched and self.config.early_stop:
+                return
+
+    def _advance(self) -> Step:
+        started = time.perf_counter()
+        ids = torch.tensor(self.buffer[0][1])
+        candidates, rejected = draw(ids, self._gradient(ids), self.forbidden, self.config, self.generator, self._keep())
+        winner, per_goal, matched = rescored_best(self.search, self.exact, candidates)
+        loss, chosen = float(per_goal.mean()), tuple(candidates[winner].tolist())
+        if self.config.buffer_size == 0 or loss < self.buffer[-1][0]:
+            self.buffer = _push(self.buffer, self.config.buffer_size, (loss, chosen))
+        # nanoGCG reports the buffer's best string beside this step's loss, whether or not they belong together
+        told = self.buffer[0][1] if self.config.compat else chosen
+        string = self._string(told)
+        if loss < self.best[0]:
+            self.best = (loss, told, string)
+        self.step += 1
+        return Step(
+            step=self.step,
+            loss=loss,
+            best_loss=self.best[0],
+            ids=told,
+            string=string,
+            best_string=self.best[2],
+            per_goal=tuple(per_goal.tolist()),
+            n_candidates=len(candidates),
+            n_rejected=rejected,
+            seconds=time.perf_counter() - started,
+            matched=bool(matched.all()),
+        )
+
+    def _gradient(self, ids: Tensor) -> Tensor:
+        if self.config.compat:
+            return compat_gradient(self.model, self.slots[0], ids, self.config)
+        # the search precision is good enough to rank tokens, and the scorer already holds its prefixes
+        return token_gradient(self.search.model, self.slots, self.search.caches, ids, self.config)
+
+    def _keep(self) -> Any:
+        if not self.config.filter_ids:
+            return None
+        if self.config.compat:
+            return lambda rows: isolated_survives(self.tokenizer, rows)
+        return lambda rows: survives(self.tokenizer, self.slots, rows)
+
+    def _string(self, ids: tuple[int, ...]) -> str:
+        if self.config.compat:
+            return str(self.tokenizer.decode(list(ids)))
+        return suffix_string(self.tokenizer, self.slots[0], ids)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that ``restore`` needs, as plain JSON: step, buffer, best and the generator's state."""
+        return {
+            "step": self.step,
+            "buffer": [[loss, list(ids)] for loss, ids in self.buffer],
+            "best": [self.best[0], list(self.best[1]), self.best[2]],
+            "generator": bytes(self.generator.get_state().tolist()).hex(),
+            "batch_size": self.search.batch_size,
+            "search_dtype": str(self.search.model.dtype),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``.
+
+        Raises:
+            AttackError: the state was written while searching in another precision.
+        """
+        dtype = str(self.search.model.dtype)
+        if state["search_dtype"] != dtype:
+            raise AttackError(
+                f"The attack was searching in {state['search_dtype']} and would go on in {dtype}; "
+                "set score_dtype to the former."
+            )
+        self.step = state["step"]
+        self.buffer = [(loss, tuple(ids)) for loss, ids in state["buffer"]]
+        self.best = (state["best"][0], tuple(state["best"][1]), state["best"][2])
+        self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
+        self.search.batch_size = state["batch_size"]
+
+
+def build_init(tokenizer: Any, slot: Slot, text: str) -> Tensor:
+    """Ids of another initial suffix in ``slot``'s place."""
+    return torch.tensor(tokenizer(slot.joiner + text, add_special_tokens=False).input_ids)
+
+
+def _push(buffer: list[Entry], size: int, entry: Entry) -> list[Entry]:
+    """The buffer with ``entry`` in it: the only one (size 0), one more, or in place of the worst; best first."""
+    if size == 0:
+        return [entry]
+    kept = buffer if len(buffer) < size else buffer[:-1]
+    return sorted([*kept, entry], key=lambda pair: pair[0])
+
+
+def _pair(messages: Conversations, target: str | list[str]) -> tuple[list[Messages], list[str]]:
+    """Conversations and targets as two equally long lists."""
+    single = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
+    conversations: list[Any] = [messages] if single else list(messages)
+    if not conversations:
+        raise AttackError("There is no conversation to attack; give a string, a list of turns, or a list of those.")
+    targets = [target] * len(conversations) if isinstance(target, str) else list(target)
+    if len(targets) != len(conversations):
+        raise AttackError(f"{len(conversations)} conversations but {len(targets)} targets; give one target or as many.")
+    return conversations, targets
+
+
+def _check(slots: list[Slot], model: Any, config: GCGConfig) -> None:
+    """Refuse what cannot work before any time is spent."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    lengths = {tuple(slot.suffix_ids.tolist()) for slot in slots}
+    if len(lengths) > 1:
+        raise AttackError(
+            f"The initial suffix {config.optim_str_init!r} is tokenised differently in different conversations; put a "
+            "space before {optim_str} in each of them."
+        )
+    for slot in slots:
+        total = len(slot.before_ids) + len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids)
+        if limit is not None and total > limit:
+            raise AttackError(f"Conversation, suffix and target are {total} tokens; the model takes {limit}.")
+    if config.n_replace > len(slots[0].suffix_ids):
+        raise AttackError(f"n_replace is {config.n_replace}, but the suffix has {len(slots[0].suffix_ids)} tokens.")
+
+
+def result(steps: list[Step]) -> GCGResult:
+    """The attack's result from its steps; the best is the first step with the lowest loss."""
+    if not steps:
+        raise AttackError("The attack made no step; num_steps must be at least 1.")
+    best = min(steps, key=lambda step: step.loss)
+    return GCGResult(
+        best_loss=best.loss,
+        best_string=best.string,
+        losses=[step.loss for step in steps],
+        strings=[step.string for step in steps],
+        best_ids=best.ids,
+        steps=tuple(steps),
+    )
+
+
+def run(
+    model: Any, tokenizer: Any, messages: Conversations, target: str | list[str], config: GCGConfig | None = None
+) -> GCGResult:
+    """Optimise one suffix; nanoGCG's four-argument call.
+
+    Args:
+        model: a Hugging Face causal language model; its precision decides, ``config.score_dtype`` only searches.
+        tokenizer: its fast tokenizer, with a chat template.
+        messages: an instruction, a list of turns, or a list of either for one universal suffix. ``{optim_str}`` marks
+            the suffix's place, by default the end of the last turn.
+        target: the words that the reply should begin with; one for all conversations or one for each.
+        config: settings; nanoGCG's defaults if left out.
+
+    Raises:
+        AttackError: bad input, named with its value.
+    """
+    attack = GCG(model, tokenizer, messages, target, config or GCGConfig())
+    return result(list(attack.steps()))
+
+
+def with_steps(config: GCGConfig, num_steps: int) -> GCGConfig:
+    """``config`` with another number of steps."""
+    return replace(config, num_steps=num_steps)

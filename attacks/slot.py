@@ -1,0 +1,118 @@
+"""A conversation with a suffix slot: its token ids before, in and after the slot, and the target's.
+
+The suffix is tokenised where it stands (``{optim_str}`` in the conversation), so that what is optimised is what the
+model will read. Space before the placeholder belongs to the suffix's first token in most vocabularies; it is kept as
+the slot's ``joiner``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from attacks.config import AttackError
+
+PLACEHOLDER = "{optim_str}"
+Messages = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One conversation, split at the suffix. Texts are the rendered template's; ids are 1-D and on the CPU."""
+
+    before_text: str
+    joiner: str
+    after_text: str
+    before_ids: Int[Tensor, " before"]
+    suffix_ids: Int[Tensor, " suffix"]
+    after_ids: Int[Tensor, " after"]
+    target_ids: Int[Tensor, " target"]
+
+
+def render(tokenizer: Any, messages: Messages) -> tuple[str, str]:
+    """The rendered conversation before and after the suffix.
+
+    Raises:
+        AttackError: no chat template, or not exactly one placeholder.
+    """
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else copy.deepcopy(messages)
+    if not turns:
+        raise AttackError("The conversation is empty; give at least one user turn.")
+    if not any(PLACEHOLDER in turn["content"] for turn in turns):
+        turns[-1]["content"] += PLACEHOLDER
+    count = sum(turn["content"].count(PLACEHOLDER) for turn in turns)
+    if count != 1:
+        raise AttackError(f"The conversation holds {PLACEHOLDER} {count} times; it must stand exactly once.")
+    if not getattr(tokenizer, "chat_template", None):
+        raise AttackError("The tokenizer has no chat template; set tokenizer.chat_template or use a chat model.")
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    before, after = text.split(PLACEHOLDER)
+    return before, after
+
+
+def build_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) -> Slot:
+    """Tokenise a conversation with ``suffix`` in its slot, in context.
+
+    Raises:
+        AttackError: an empty target or suffix, a slow tokenizer, or a suffix whose tokens merge with its neighbours.
+    """
+    if not target:
+        raise AttackError("The target is empty; give the words that the reply should begin with, e.g. 'Sure, here is'.")
+    if not suffix.strip():
+        raise AttackError(f"The initial suffix is {suffix!r}; give at least one visible token.")
+    if not tokenizer.is_fast:
+        raise AttackError("The tokenizer is a slow one (no offsets); load it with use_fast=True.")
+    before, after = render(tokenizer, messages)
+    stripped = before.rstrip(" ")
+    joiner, before = before[len(stripped) :], stripped
+    before_ids, suffix_ids, after_ids = _split_ids(tokenizer, before, joiner + suffix, after)
+    target_ids = torch.tensor(tokenizer(target, add_special_tokens=False).input_ids)
+    return Slot(before, joiner, after, before_ids, suffix_ids, after_ids, target_ids)
+
+
+def _split_ids(tokenizer: Any, before: str, suffix: str, after: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids of the three parts of ``before + suffix + after``, tokenised as one text; a token belongs where it ends."""
+    encoded = tokenizer(before + suffix + after, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in encoded.offset_mapping]
+    first = sum(end <= len(before) for end in ends)
+    last = sum(end <= len(before) + len(suffix) for end in ends)
+    ids = torch.tensor(encoded.input_ids)
+    if last <= first:
+        raise AttackError(f"The suffix {suffix!r} leaves no tokens of its own; choose another initial suffix.")
+    parts = ids[:first], ids[first:last], ids[last:]
+    start, stop = encoded.offset_mapping[first][0], len(before)
+    if start < stop and before[start:stop].strip():
+        raise AttackError(
+            f"The suffix {suffix!r} merges with the text before it ({before[start:]!r}); put a space before "
+            f"{PLACEHOLDER} in the conversation."
+        )
+    return parts
+
+
+def survives(tokenizer: Any, slots: Sequence[Slot], ids: Int[Tensor, "cand suffix"]) -> Bool[Tensor, " cand"]:
+    """Which candidate suffixes re-tokenise to their own ids in every conversation (METHODS §0).
+
+    A candidate must also keep the joiner and not end in white space, which some templates strip.
+    """
+    texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+    keep = torch.ones(len(texts), dtype=torch.bool)
+    for slot in slots:
+        whole = [slot.before_text + text + slot.after_text for text in texts]
+        encoded = tokenizer(whole, add_special_tokens=False).input_ids
+        before, after = slot.before_ids.tolist(), slot.after_ids.tolist()
+        for i, (row, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
+            fits = text.startswith(slot.joiner) and text == text.rstrip()
+            keep[i] &= fits and encoded[i] == before + row + after
+    return keep
+
+
+def suffix_string(tokenizer: Any, slot: Slot, ids: Sequence[int]) -> str:
+    """The suffix as a user would type it into the slot: decoded, without the joiner."""
+    text: str = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return text.removeprefix(slot.joiner)

@@ -1,0 +1,88 @@
+"""Real prompts for the page: CircuitsVis views and token strips, without the suffix and with it side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from reports.charts_more import head_name
+from reports.data import RunData
+from reports.errors import ReportError
+from reports.escape import token_text, visible
+from reports.schema import Pattern
+
+MAX_TOKENS = 120
+"""Longer prompts are cropped to this many tokens: destinations and sources nearest to the reply."""
+TOKEN_CHARS = 24
+
+
+def circuitsvis_bundle() -> str:
+    """Return the JavaScript of CircuitsVis from its installed wheel; its Python, which loads torch, is not imported."""
+    try:
+        return (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
+    except (ModuleNotFoundError, FileNotFoundError):
+        raise ReportError(
+            "The circuitsvis package is not installed whole: run `pip install circuitsvis==1.43.3`."
+        ) from None
+
+
+def prompt_views(data: RunData, max_prompts: int) -> list[dict[str, Any]]:
+    """Return one record per prompt: its text and, per arm, tokens, regions, attention in thousandths, contributions.
+
+    Only the lower triangle of a pattern is kept. Prompts come in the file's order, the arm ``none`` first.
+    """
+    texts = {prompt.id: prompt.text for prompt in data.prompts}
+    grouped: dict[Any, list[Pattern]] = {}
+    for pattern in data.patterns:
+        grouped.setdefault(pattern.prompt_id, []).append(pattern)
+    views = []
+    for prompt_id, patterns in list(grouped.items())[:max_prompts]:
+        patterns.sort(key=lambda pattern: (pattern.arm != "none", pattern.arm != "adversarial", pattern.arm))
+        views.append(
+            {
+                "id": visible(str(prompt_id)),
+                "text": visible(texts.get(prompt_id, "")) or visible(str(prompt_id)),
+                "arms": [arm_view(pattern) for pattern in patterns],
+            }
+        )
+    return views
+
+
+def arm_view(pattern: Pattern) -> dict[str, Any]:
+    """Return one prompt in one arm as page data, cropped to the last MAX_TOKENS tokens."""
+    start = max(0, len(pattern.tokens) - MAX_TOKENS)
+    tokens = [_clip(token_text(token), TOKEN_CHARS) for token in pattern.tokens[start:]]
+    contribution = (
+        [sum(row[k] or 0.0 for row in pattern.contribution) for k in range(start, len(pattern.tokens))]
+        if pattern.contribution
+        else []
+    )
+    return {
+        "arm": pattern.arm,
+        "suffix": None if pattern.suffix_id is None else visible(str(pattern.suffix_id)),
+        "cropped": start,
+        "tokens": tokens,
+        "regions": runs(pattern.regions[start:]),
+        "heads": [head_name(*head) for head in pattern.heads],
+        "attention": [
+            [[round(1000 * value) for value in row[start : dest + 1]] for dest, row in enumerate(head) if dest >= start]
+            for head in pattern.attention
+        ],
+        "contribution": [float(f"{value:.3g}") for value in contribution],
+    }
+
+
+def runs(regions: Sequence[str]) -> list[list[Any]]:
+    """Return runs of equal region names as [name, number of tokens]."""
+    out: list[list[Any]] = []
+    for name in regions:
+        if out and out[-1][0] == visible(name):
+            out[-1][1] += 1
+        else:
+            out.append([visible(name), 1])
+    return out
+
+
+def _clip(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

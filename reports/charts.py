@@ -1,0 +1,312 @@
+"""Altair charts as plain Vega-Lite dicts, each with a description, a caption and the columns of its data table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from reports import theme
+from reports.data import Row, RunData
+from reports.escape import lean, token_text
+from reports.numbers import count
+from reports.schema import REGIONS
+from reports.text import sum_rows
+
+Spec = dict[str, Any]
+_UNUSED = {"split", "measure"}
+SHIFT_ARMS = ("none", "adversarial", "random")
+
+
+@dataclass(frozen=True)
+class View:
+    """One state of a figure, chosen by the reader: a button's label and a Vega-Lite spec."""
+
+    label: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart on the page: ``columns`` are (field, heading) pairs of the table behind it."""
+
+    id: str
+    title: str
+    caption: str
+    description: str
+    columns: tuple[tuple[str, str], ...]
+    views: tuple[View, ...]
+
+
+def finish(chart: Any, rows: list[Row], height: int, description: str) -> Spec:
+    """Return the spec as a dict over its rows: as wide as its box, no address in it, floats rounded to 4 digits."""
+    done = chart.properties(width="container", height=height, description=description)
+    spec: Spec = done.configure_view(stroke=None).to_dict()
+    spec.pop("$schema", None)
+    spec.pop("config", None)
+    spec["datasets"] = {"main": [{k: v for k, v in row.items() if k not in _UNUSED} for row in rows]}
+    return dict(lean(spec))
+
+
+MAIN = alt.NamedData("main")
+"""Every chart draws from one data set of this name: it is stored once and is the table behind the chart."""
+
+
+def _arm_legend(arms: set[str]) -> alt.Legend:
+    return alt.Legend(orient="bottom", columns=3, title=None, values=theme.arm_order(arms), symbolOpacity=1)
+
+
+def arm_colour(arms: set[str], *, legend: bool) -> alt.Color:
+    """Return the arm → colour encoding, the same in every chart."""
+    shown = _arm_legend(arms) if legend else None
+    return alt.Color("arm:N", scale=alt.Scale(domain=theme.arm_domain(arms), range="category"), legend=shown)
+
+
+def arm_shape(arms: set[str], *, legend: bool = False) -> alt.Shape:
+    """Return the arm → point shape encoding."""
+    domain = theme.arm_domain(arms)
+    shown = _arm_legend(arms) if legend else None
+    return alt.Shape(
+        "arm:N", scale=alt.Scale(domain=domain, range=[theme.SHAPES.get(arm, "stroke") for arm in domain]), legend=shown
+    )
+
+
+def _tips(*pairs: tuple[str, str]) -> list[alt.Tooltip]:
+    return [alt.Tooltip(field, title=title) for field, title in pairs]
+
+
+def refusal_rates(data: RunData) -> Figure | None:
+    """Return the refusal phrase rate per arm on the report split, dots with 95 % intervals."""
+    rows = [row for row in data.table("refusal") if row["split"] == "report" and row["refusal_rate"] is not None]
+    if not rows:
+        return None
+    arms = {row["arm"] for row in rows}
+    order = theme.arm_order(arms)
+    base = alt.Chart(MAIN).encode(
+        y=alt.Y("arm:N", sort=order, title=None, axis=alt.Axis(labelLimit=150)),
+        color=arm_colour(arms, legend=False),
+        tooltip=_tips(
+            ("arm:N", "arm"), ("refusal_rate:Q", "rate"), ("refusal_lo:Q", "CI from"), ("refusal_hi:Q", "CI to")
+        ),
+    )
+    axis = alt.Axis(format=".0%", tickCount=5)
+    bar = base.mark_rule(strokeWidth=3, opacity=0.55, strokeCap="round").encode(
+        x=alt.X("refusal_lo:Q", title="refusal phrase rate", scale=alt.Scale(domain=[0, 1]), axis=axis),
+        x2="refusal_hi:Q",
+    )
+    dot = base.mark_point(size=75, filled=True, opacity=1).encode(x="refusal_rate:Q", shape=arm_shape(arms))
+    label = base.mark_text(dy=-11, fontSize=10).encode(
+        x="refusal_rate:Q", text=alt.Text("refusal_rate:Q", format=".0%")
+    )
+    say = "Refusal phrase rate per arm, with 95 % intervals: " + ", ".join(
+        f"{row['arm']} {100 * row['refusal_rate']:.0f} %"
+        for row in sorted(rows, key=lambda row: order.index(row["arm"]))
+    )
+    sizes = sorted({int(row["n_prompts"]) for row in rows})
+    span = count(sizes[0], "prompt") if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} prompts"
+    caption = f"Share of replies that hold a refusal phrase; report split, {span} an arm; bars: 95 % CI."
+    columns = (
+        ("arm", "arm"),
+        ("refusal_rate", "rate"),
+        ("refusal_lo", "CI from"),
+        ("refusal_hi", "CI to"),
+        ("n_prompts", "prompts"),
+        ("n_suffixes", "suffixes"),
+        ("complied_rate", "complied"),
+        ("resampled", "resampled"),
+        ("descriptive", "descriptive"),
+    )
+    spec = finish(alt.layer(bar, dot, label), rows, max(42 * len(rows), 130), say)
+    return Figure("refusal", "Refusal phrase rate", caption, say, columns, (View("all", spec),))
+
+
+def projection_profile(data: RunData) -> Figure | None:
+    """Return the projection on the refusal direction by layer, one view per measure."""
+    rows = data.table("profile")
+    if not rows:
+        return None
+    names = {
+        "normalised": ("normalised", "normalised projection (0 harmless, 1 harmful)"),
+        "cosine": ("cosine", "cosine with the direction"),
+        "projection": ("raw", "projection, units of the residual stream"),
+    }
+    direction = data.summary.direction
+    say = "Projection at chat[-1] on the refusal direction by layer, one line per arm, with 95 % bands."
+    views = []
+    for measure, (label, title) in names.items():
+        mine = [dict(row) for row in rows if row["measure"] == measure and row["mean"] is not None]
+        if mine:
+            chart = _profile_chart(mine, title, None if direction is None else direction.layer)
+            views.append(View(label, finish(chart, mine, 250, say)))
+    if not views:
+        return None
+    caption = (
+        "At chat[-1], input of each layer; bands: 95 % CI. The dashed rule marks the layer of the chosen direction."
+    )
+    columns = (
+        ("arm", "arm"),
+        ("layer", "layer"),
+        ("mean", "mean"),
+        ("lo", "CI from"),
+        ("hi", "CI to"),
+        ("n_prompts", "prompts"),
+    )
+    return Figure("profile", "Projection by layer", caption, say, columns, tuple(views))
+
+
+def _profile_chart(rows: list[Row], title: str, layer: int | None) -> Any:
+    arms = {row["arm"] for row in rows}
+    domain = theme.arm_domain(arms)
+    legend = alt.Legend(
+        orient="bottom",
+        columns=3,
+        title=None,
+        values=theme.arm_order(arms),
+        symbolType="stroke",
+        symbolOpacity=1,
+        symbolSize=300,
+    )
+    base = alt.Chart(MAIN).encode(
+        x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False)),
+        color=arm_colour(arms, legend=True).legend(legend),
+    )
+    band = base.mark_area(opacity=0.14).encode(y=alt.Y("lo:Q", title=title), y2="hi:Q")
+    line = base.mark_line().encode(
+        y="mean:Q",
+        strokeDash=alt.StrokeDash(
+            "arm:N", scale=alt.Scale(domain=domain, range=[theme.DASHES.get(a, [1, 1]) for a in domain]), legend=legend
+        ),
+    )
+    hover = base.mark_circle(size=60, opacity=0).encode(
+        y="mean:Q",
+        tooltip=_tips(
+            ("arm:N", "arm"), ("layer:Q", "layer"), ("mean:Q", "mean"), ("lo:Q", "CI from"), ("hi:Q", "CI to")
+        ),
+    )
+    layers = [band, line, hover]
+    if layer is not None:
+        for row in [row for row in rows if row["layer"] == layer][:1]:
+            row["marked"] = True
+        rule = alt.Chart(MAIN).mark_rule(strokeDash=[4, 3]).encode(x="layer:Q")
+        layers.insert(0, rule.transform_filter("datum.marked"))
+    return alt.layer(*layers)
+
+
+def attention_shift(data: RunData) -> Figure | None:
+    """Return where the top heads together look from chat[-1]: share of attention per region and arm."""
+    rows = [
+        {**row, "arm": arm}
+        for (arm, region), row in sum_rows(data).items()
+        if region in REGIONS and (arm, region) != ("none", "suffix") and not arm.startswith("harmless")
+    ]
+    if not rows:
+        return None
+    regions = [
+        name
+        for name in ("instruction", "suffix", "chat", "system", "bos")
+        if any(r["region"] == name and r["attention"] for r in rows)
+    ]
+    rows = sorted((r for r in rows if r["region"] in regions), key=lambda r: (regions.index(r["region"]), r["arm"]))
+    heads = len(data.table("top_heads")) or len({(r["layer"], r["head"]) for r in data.table("shift")}) - 1
+    say = f"Share of the attention of {heads} top heads from chat[-1] to each region, per arm, with 95 % intervals."
+    caption = (
+        f"Mean over the {heads} heads chosen on the select split, shown on the report split. "
+        "Compare with random text: length alone draws attention."
+    )
+    columns = (
+        ("region", "region"),
+        ("arm", "arm"),
+        ("attention", "attention"),
+        ("attention_lo", "CI from"),
+        ("attention_hi", "CI to"),
+        ("lift", "lift over length"),
+        ("contribution", "contribution (sum)"),
+    )
+    chart = dots(rows, "region", regions, "attention", "share of attention", percent=True)
+    return Figure(
+        "shift",
+        "Attention of the top heads",
+        caption,
+        say,
+        columns,
+        (View("all", finish(chart, rows, dots_height(rows, "region"), say)),),
+    )
+
+
+def dots(rows: list[Row], field: str, order: list[str], value: str, title: str, *, percent: bool) -> Any:
+    """Return dots with interval bars: rows of ``field``, arms beside each other, ``value`` with _lo and _hi columns."""
+    arms = {row["arm"] for row in rows}
+    axis = alt.Axis(format=".0%", tickCount=5) if percent else alt.Axis(tickCount=5)
+    base = alt.Chart(MAIN).encode(
+        y=alt.Y(f"{field}:N", sort=order, title=None, scale=alt.Scale(paddingInner=0.35), axis=alt.Axis(grid=False)),
+        yOffset=alt.YOffset("arm:N", sort=theme.arm_order(arms)),
+        color=arm_colour(arms, legend=True),
+        tooltip=_tips(
+            (f"{field}:N", field),
+            ("arm:N", "arm"),
+            (f"{value}:Q", title),
+            (f"{value}_lo:Q", "CI from"),
+            (f"{value}_hi:Q", "CI to"),
+        ),
+    )
+    bar = base.mark_rule(strokeWidth=2.5, opacity=0.55).encode(
+        x=alt.X(f"{value}_lo:Q", title=title, axis=axis), x2=f"{value}_hi:Q"
+    )
+    dot = base.mark_point(size=42, filled=True, opacity=1).encode(x=f"{value}:Q", shape=arm_shape(arms, legend=True))
+    return alt.layer(bar, dot)
+
+
+def dots_height(rows: list[Row], field: str) -> int:
+    """Return the height in pixels of a ``dots`` chart: a line per arm, a gap between rows of ``field``."""
+    arms = len({row["arm"] for row in rows})
+    return len({row[field] for row in rows}) * (11 * arms + 12)
+
+
+def interventions(data: RunData) -> Figure | None:
+    """Return the refusal phrase rate with the direction left alone, ablated and added, on the report split."""
+    rows = [row for row in data.table("interventions") if row["refusal_rate"] is not None and row["split"] == "report"]
+    if not rows:
+        return None
+    words = {"none": "left alone", "ablated": "ablated", "added": "added"}
+    shown = [{**row, "what": f"{row['kind']}: {words.get(row['intervention'], row['intervention'])}"} for row in rows]
+    shown.sort(key=lambda row: (row["kind"], row["intervention"] != "none"))
+    order = list(dict.fromkeys(row["what"] for row in shown))
+    base = alt.Chart(MAIN).encode(
+        y=alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=170)),
+        color=alt.Color("kind:N", scale=alt.Scale(range=theme.POSITION_COLOURS), legend=None),
+        tooltip=_tips(
+            ("what:N", "direction"), ("refusal_rate:Q", "rate"), ("refusal_lo:Q", "CI from"), ("refusal_hi:Q", "CI to")
+        ),
+    )
+    axis = alt.Axis(format=".0%", tickCount=5)
+    bar = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
+        x=alt.X("refusal_lo:Q", title="refusal phrase rate", scale=alt.Scale(domain=[0, 1]), axis=axis),
+        x2="refusal_hi:Q",
+    )
+    dot = base.mark_point(size=75, filled=True, opacity=1).encode(
+        x="refusal_rate:Q", shape=alt.Shape("kind:N", legend=None)
+    )
+    label = base.mark_text(dy=-11, fontSize=10).encode(
+        x="refusal_rate:Q", text=alt.Text("refusal_rate:Q", format=".0%")
+    )
+    say = "Refusal phrase rate without a suffix: " + ", ".join(
+        f"{row['what']} {100 * row['refusal_rate']:.0f} %" for row in shown
+    )
+    caption = "No suffix: the refusal direction left alone, ablated at every layer, or added at its own layer."
+    columns = (
+        ("kind", "prompts"),
+        ("intervention", "direction"),
+        ("alpha", "α"),
+        ("refusal_rate", "rate"),
+        ("refusal_lo", "CI from"),
+        ("refusal_hi", "CI to"),
+        ("n_prompts", "n"),
+    )
+    spec = finish(alt.layer(bar, dot, label), shown, max(52 * len(shown), 130), say)
+    return Figure("interventions", "The direction itself", caption, say, columns, (View("all", spec),))
+
+
+def position_label(position: int, token: str | None) -> str:
+    """Return ``chat[−1] ⏎``: a position after the instruction with its token made visible."""
+    return f"chat[{str(position).replace('-', '−')}] {token_text(token or '')[:14]}"

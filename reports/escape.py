@@ -1,0 +1,91 @@
+"""Hostile text made harmless: visible control characters, JSON and scripts that cannot leave their element."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from typing import Any
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_JSON_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "'": "\\u0027"}
+_CONTROL_NAMES = (
+    "NUL SOH STX ETX EOT ENQ ACK BEL BS HT LF VT FF CR SO SI DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US"
+)
+_CONTROLS = dict(enumerate(_CONTROL_NAMES.split()))
+_MARKS_IN_A_ROW = 4
+
+
+def visible(text: str, *, newlines: bool = False) -> str:
+    """Return the text with every invisible or reordering character spelled out.
+
+    Control characters become ⟨ESC⟩ and the like, newline ↵, tab ⇥; format characters, lone surrogates and unassigned
+    code points become ⟨U+202E⟩ and the like, long stacks of combining marks are cut. With ``newlines`` true, newline
+    and tab stay as they are. The result is valid UTF-8 whatever went in.
+    """
+    out: list[str] = []
+    marks = 0
+    for char in text:
+        code = ord(char)
+        category = unicodedata.category(char)
+        marks = marks + 1 if category in ("Mn", "Me") else 0
+        if marks > _MARKS_IN_A_ROW:
+            if marks == _MARKS_IN_A_ROW + 1:
+                out.append("⟨…marks⟩")
+        elif newlines and char in "\n\t":
+            out.append(char)
+        elif code < 0x20:
+            out.append({"\n": "↵", "\t": "⇥"}.get(char, f"⟨{_CONTROLS[code]}⟩"))
+        elif category in _HIDDEN:
+            out.append(f"⟨U+{code:04X}⟩")
+        else:
+            out.append(char)
+    return "".join(out)
+
+
+def token_text(token: str) -> str:
+    """Return a token as shown in strips and axes: blanks at its ends as ·, everything else as in ``visible``."""
+    core = token.strip(" ")
+    if not core:
+        return "·" * len(token) or "∅"
+    left = len(token) - len(token.lstrip(" "))
+    right = len(token) - len(token.rstrip(" "))
+    return "·" * left + visible(core) + "·" * right
+
+
+def lean(value: Any, digits: int = 4) -> Any:
+    """Return JSON-ready data with floats rounded to significant digits; NaN and infinities become null."""
+    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        rounded = float(f"{value:.{digits}g}")
+        return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+    if isinstance(value, dict):
+        return {str(key): lean(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [lean(item, digits) for item in value]
+    raise TypeError(f"not JSON-ready: {type(value).__name__}")
+
+
+def json_for_html(value: Any) -> str:
+    """Return JSON that is safe inside ``<script type="application/json">``: ASCII only, no ``<``, ``>`` or ``&``.
+
+    Lone surrogates and U+2028/9 are written as escapes, so the text is valid UTF-8 and parses to the same data.
+    """
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return re.sub(r"[<>&']", lambda match: _JSON_UNSAFE[match.group()], text)
+
+
+def script_for_html(source: str) -> str:
+    r"""Return JavaScript that cannot end its ``<script>`` element early.
+
+    ``</script`` and ``<!--`` occur in working code only inside strings and patterns, where ``\x3c`` means the same.
+    Line ends become LF, as the HTML parser makes them: the policy's hashes are over what the browser sees.
+    Source-map comments go: a browser's developer tools would try to fetch them.
+    """
+    source = source.replace("\r\n", "\n").replace("\r", "\n")
+    source = re.sub(r"<(?=/script|!--)", r"\\x3c", source, flags=re.IGNORECASE)
+    return re.sub(r"^//[#@] sourceMappingURL=.*$", "", source, flags=re.MULTILINE).strip() + "\n"

@@ -1,0 +1,165 @@
+"""What each file of a run folder must hold (docs/run-folder.md), as pydantic models and column lists."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+"""The run-folder layout this package reads."""
+
+REGIONS = ("bos", "system", "instruction", "suffix", "chat")
+ARMS = (
+    "none",
+    "adversarial",
+    "random",
+    "shuffled",
+    "failed",
+    "benign",
+    "harmless",
+    "harmless+adversarial",
+    "lookalike",
+)
+"""Arms in the order in which the page shows them; others follow in alphabetical order."""
+
+Id = str | int
+
+
+class Record(BaseModel):
+    """A record from a file: unknown keys are ignored, known keys must have the right type."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class DirectionInfo(Record):
+    """The chosen refusal direction: token position (−1 = chat[-1]), layer whose input it is read at, norm."""
+
+    position: int
+    layer: int
+    token: str = ""
+    norm: float | None = None
+    top10_share: float | None = None
+
+
+class RefusalToken(Record):
+    """One next token that opens refusals."""
+
+    id: int
+    text: str
+
+
+class Summary(Record):
+    """findings/summary.json."""
+
+    schema_version: int
+    model: str
+    embedded: bool = False
+    n_layers: Annotated[int, Field(gt=0)]
+    n_heads: Annotated[int, Field(gt=0)]
+    d_model: Annotated[int, Field(gt=0)]
+    target: str | None = None
+    suffix_id: Id | None = None
+    direction: DirectionInfo | None = None
+    refusal_tokens: list[RefusalToken] = []
+    n_prompts: dict[str, dict[str, int]] = {}
+    retokenised: int | None = None
+    skipped: list[str] = []
+
+
+class Prompt(Record):
+    """One line of prompts.jsonl."""
+
+    id: Id
+    kind: str
+    split: str
+    policy: str | None = None
+    topic: str | None = None
+    text: str
+
+
+class Suffix(Record):
+    """One line of suffixes.jsonl; loss in nats per target token."""
+
+    id: Id
+    arm: str
+    ids: list[int] = []
+    text: str
+    n_tokens: int
+    trained_on: list[Id] | None = None
+    loss: float | None = None
+    seed: int | None = None
+
+
+class Step(Record):
+    """One line of steps.jsonl."""
+
+    step: int
+    loss: float | None = None
+    best_loss: float | None = None
+    n_candidates: int | None = None
+    n_rejected: int | None = None
+    seconds: float | None = None
+    select_refusal: float | None = None
+
+
+class Pattern(Record):
+    """Attention of the top heads on one prompt in one arm: ``attention[head][dest][src]``."""
+
+    prompt_id: Id
+    arm: str
+    suffix_id: Id | None = None
+    tokens: list[str]
+    regions: list[str]
+    heads: list[tuple[int, int]]
+    attention: list[list[list[float]]]
+    contribution: list[list[float | None]] = []
+
+
+class Check(Record):
+    """One identity or control: a measured value against its bound."""
+
+    name: str
+    value: float | bool | str | None = None
+    bound: float | str | None = None
+    passed: bool | None
+    sentence: str = ""
+
+
+class StageStatus(Record):
+    """How one stage of the run ended; seconds of wall time."""
+
+    state: str
+    seconds: float | None = None
+
+
+class Status(Record):
+    """status.json."""
+
+    state: Literal["running", "partly done", "done", "failed"]
+    stages: dict[str, StageStatus] = {}
+    schema_version: int | None = None
+    peak_gib: float | None = None
+
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "replies": ("arm", "split", "kind", "prompt_id", "suffix_id", "refused", "verdict", "refusal_score", "reply"),
+    "refusal": ("arm", "split", "n_prompts", "n_suffixes", "refusal_rate", "refusal_lo", "refusal_hi"),
+    "contrasts": ("measure", "arm", "against", "estimate", "lo", "hi", "n_prompts", "n_suffixes"),
+    "interventions": (
+        "intervention",
+        "kind",
+        "split",
+        "alpha",
+        "n_prompts",
+        "refusal_rate",
+        "refusal_lo",
+        "refusal_hi",
+    ),
+    "candidates": ("position", "token", "layer", "refusal_score", "steering_score", "kl_div_score", "norm", "status"),
+    "profile": ("arm", "layer", "measure", "mean", "lo", "hi", "n_prompts"),
+    "heads": ("arm", "split", "layer", "head", "contribution"),
+    "top_heads": ("rank", "layer", "head", "select_contribution"),
+    "shift": ("arm", "layer", "head", "region", "attention", "attention_lo", "attention_hi", "contribution"),
+}
+"""Columns that each findings table must have; further ones are used where present."""

@@ -1,0 +1,230 @@
+"""The story in sentences. A clause stands only where its data are there and the interval supports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from reports.data import Row, RunData
+from reports.escape import visible
+from reports.numbers import NBSP, count, percent, percent_ci, plain, plain_ci
+
+FEW_SUFFIXES = 8
+"""Below this many suffixes in an arm its numbers are descriptive about suffixes (METHODS §5)."""
+
+_REFUSAL_MEASURES = {"refusal", "refused", "refusal_rate", "refusal phrase rate"}
+_NORMALISED_MEASURES = {"normalised", "normalised_projection", "projection_normalised", "normalised projection"}
+
+
+@dataclass(frozen=True)
+class CheckLine:
+    """One line of the Checked list; ``passed`` None means: no verdict stored."""
+
+    passed: bool | None
+    name: str
+    sentence: str
+    detail: str
+
+
+def headline(data: RunData) -> list[str]:
+    """Return the opening sentences, most important first; none where refusal rates and profile are missing."""
+    parts = (_refusals(data), _projection(data), _attention(data), _interventions(data), _suffix_note(data))
+    return [sentence for part in parts for sentence in part]
+
+
+def find(rows: list[Row], **wanted: object) -> Row | None:
+    """Return the first row whose columns equal the wanted values."""
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def adversarial_count(data: RunData) -> int:
+    """Return the number of adversarial suffixes the rates rest on; 0 where unknown."""
+    row = find(data.table("refusal"), arm="adversarial", split="report")
+    if row and row["n_suffixes"] is not None:
+        return int(row["n_suffixes"])
+    return sum(suffix.arm == "adversarial" for suffix in data.suffixes)
+
+
+def _direction_of(
+    data: RunData, measures: set[str], against: str, ours: Row, theirs: Row, keys: tuple[str, ...]
+) -> int:
+    """Return −1 where the adversarial arm lies clearly below the other, 1 above, 0 where the interval does not say.
+
+    A stored paired contrast decides; without one, the two arms' own intervals must not overlap.
+    """
+    for row in data.table("contrasts"):
+        if row["measure"] in measures and row["arm"] == "adversarial" and row["against"] == against:
+            if row.get("split", "report") != "report" or row["lo"] is None or row["hi"] is None:
+                continue
+            return -1 if row["hi"] < 0 else 1 if row["lo"] > 0 else 0
+    return clearly(ours, theirs, keys)
+
+
+def clearly(ours: Row, theirs: Row, keys: tuple[str, ...]) -> int:
+    """Return −1 or 1 where the intervals (columns ``keys`` = lo, hi) lie apart, 0 where they overlap or lack bounds."""
+    lo, hi = keys
+    values = (ours[lo], ours[hi], theirs[lo], theirs[hi])
+    if any(value is None for value in values):
+        return 0
+    return -1 if values[1] < values[2] else 1 if values[0] > values[3] else 0
+
+
+def _refusals(data: RunData) -> Iterator[str]:
+    rows = [row for row in data.table("refusal") if row["split"] == "report" and row["refusal_rate"] is not None]
+    none, ours, junk = (find(rows, arm=arm) for arm in ("none", "adversarial", "random"))
+    if not none or not ours:
+        return
+    keys = ("refusal_lo", "refusal_hi")
+    before, after = (percent_ci(row["refusal_rate"], row["refusal_lo"], row["refusal_hi"]) for row in (none, ours))
+    prompts = count(int(ours["n_prompts"]), f"{_seen(data)}instruction")
+    sign = _direction_of(data, _REFUSAL_MEASURES, "none", ours, none, keys)
+    if sign:
+        text = f"The refusal phrase rate {'fell' if sign < 0 else 'rose'} from {before} to {after} on {prompts}"
+    else:
+        text = (
+            f"The refusal phrase rate is {before} without and {after} with the suffix on {prompts}: "
+            "the interval does not tell a change"
+        )
+    if junk:
+        apart = _direction_of(data, _REFUSAL_MEASURES, "random", ours, junk, keys)
+        text += f"; random text of the same length: {percent(junk['refusal_rate'])}"
+        text += "" if apart or not sign else " (not clearly different from the suffix)"
+    yield text + "."
+
+
+def _seen(data: RunData) -> str:
+    """Return "unseen " where the stored training ids prove it, else nothing."""
+    ours = [suffix for suffix in data.suffixes if suffix.arm == "adversarial"]
+    if not ours or any(suffix.trained_on is None for suffix in ours):
+        return ""
+    report = {prompt.id for prompt in data.prompts if prompt.split == "report"}
+    return "" if any(report.intersection(suffix.trained_on or ()) for suffix in ours) else f"unseen{NBSP}"
+
+
+def _projection(data: RunData) -> Iterator[str]:
+    direction = data.summary.direction
+    if direction is None:
+        return
+    rows = data.table("profile")
+    at = {"measure": "normalised", "layer": direction.layer}
+    none, ours, junk = (find(rows, arm=arm, **at) for arm in ("none", "adversarial", "random"))
+    if not none or not ours or none["mean"] is None or ours["mean"] is None:
+        return
+    sign = _direction_of(data, _NORMALISED_MEASURES, "none", ours, none, ("lo", "hi"))
+    before, after = (plain_ci(row["mean"], row["lo"], row["hi"]) for row in (none, ours))
+    where = f"At layer{NBSP}{direction.layer}, where the refusal direction is read,"
+    scale = "0 = harmless mean, 1 = harmful mean"
+    if sign:
+        text = f"{where} the normalised projection {'fell' if sign < 0 else 'rose'} from {before} to {after} ({scale})"
+    else:
+        text = (
+            f"{where} the interval does not tell a change of the normalised projection: {before} and {after} ({scale})"
+        )
+    if junk and junk["mean"] is not None:
+        text += f"; random text: {plain(junk['mean'])}"
+    yield text + "."
+
+
+def sum_rows(data: RunData) -> dict[tuple[str, str], Row]:
+    """Return (arm, region) → the row over all top heads, its attention as a share of what one head has to give.
+
+    The file may hold the sum over n heads or their mean; shares are scaled so that the regions of an arm add up to 1.
+    """
+    rows = [row for row in data.table("shift") if row["layer"] == -1 and row["attention"] is not None]
+    heads = max(1, len({(r["layer"], r["head"]) for r in data.table("shift")} - {(-1, -1)}))
+    scaled: dict[tuple[str, str], Row] = {}
+    for arm in sorted({row["arm"] for row in rows}):
+        mine = [row for row in rows if row["arm"] == arm]
+        factor = 1.0 if sum(row["attention"] for row in mine) <= 1.05 else 1.0 / heads
+        for row in mine:
+            new = dict(row)
+            for key in ("attention", "attention_lo", "attention_hi"):
+                new[key] = None if row.get(key) is None else row[key] * factor
+            scaled[(arm, row["region"])] = new
+    return scaled
+
+
+def _attention(data: RunData) -> Iterator[str]:
+    rows = sum_rows(data)
+    none, ours = rows.get(("none", "instruction")), rows.get(("adversarial", "instruction"))
+    suffix, junk = rows.get(("adversarial", "suffix")), rows.get(("random", "suffix"))
+    if not none or not ours:
+        return
+    keys = ("attention_lo", "attention_hi")
+    sign = clearly(ours, none, keys)
+    if not sign:
+        return
+    heads = len({(r["layer"], r["head"]) for r in data.table("shift")} - {(-1, -1)})
+    before, after = (percent_ci(row["attention"], row[keys[0]], row[keys[1]]) for row in (none, ours))
+    text = (
+        f"The {count(heads, 'head')} that write most along the direction (chosen on the select split, shown on the "
+        f"report split) gave the instruction {before} of their attention without the suffix and {after} with it"
+    )
+    if suffix:
+        text += f"; the suffix took {percent_ci(suffix['attention'], suffix[keys[0]], suffix[keys[1]])}"
+        if junk:
+            text += f", random text of the same length {percent(junk['attention'])}"
+    yield text + "."
+
+
+def _interventions(data: RunData) -> Iterator[str]:
+    rows = [row for row in data.table("interventions") if row["refusal_rate"] is not None and row["split"] == "report"]
+    clauses = []
+    for name, kind, sign, words in (
+        ("ablated", "harmful", -1, "ablating the direction takes refusals of harmful instructions"),
+        ("added", "harmless", 1, "adding it takes refusals of harmless ones"),
+    ):
+        base, done = find(rows, intervention="none", kind=kind), find(rows, intervention=name, kind=kind)
+        if base and done and clearly(done, base, ("refusal_lo", "refusal_hi")) == sign:
+            after = percent_ci(done["refusal_rate"], done["refusal_lo"], done["refusal_hi"])
+            clauses.append(f"{words} from {percent(base['refusal_rate'])} to {after}")
+    if clauses:
+        yield "Without any suffix, " + "; ".join(clauses) + "."
+
+
+def _suffix_note(data: RunData) -> Iterator[str]:
+    number = adversarial_count(data)
+    if number == 1:
+        yield "One suffix: intervals cover prompts only, descriptive about suffixes."
+    elif 1 < number < FEW_SUFFIXES:
+        yield f"{count(number, 'suffix', 'suffixes')}: too few for claims about suffixes in general, descriptive."
+
+
+def checked(data: RunData) -> list[CheckLine]:
+    """Return the stored identities and controls, failed ones first."""
+    lines = [
+        CheckLine(check.passed, visible(check.name), visible(check.sentence), _detail(check.value, check.bound))
+        for check in data.checks
+    ]
+    return sorted(lines, key=lambda line: (line.passed is True, line.passed is None))
+
+
+def _detail(value: object, bound: object) -> str:
+    def shown(item: object) -> str:
+        return f"{item:.3g}" if isinstance(item, float) else visible(str(item))
+
+    if value is None:
+        return ""
+    return f"measured {shown(value)}" + ("" if bound is None else f", bound {shown(bound)}")
+
+
+def not_checked(data: RunData) -> list[str]:
+    """Return what this run does not show, in sentences."""
+    lines = ["Causal tests of single heads and attention knock-outs: what a head writes is a share, not an effect."]
+    arms = {row["arm"] for row in data.table("refusal")} | {suffix.arm for suffix in data.suffixes}
+    number = adversarial_count(data)
+    if number < FEW_SUFFIXES:
+        lines.append("Several independent attacks: other suffixes may work by other means.")
+    if "failed" not in arms:
+        lines.append("Suffixes of the same optimiser that failed: what optimisation alone does is not separated.")
+    if "random" not in arms:
+        lines.append("Random text of the same length: what length alone does is not separated.")
+    lines.append("Adaptive attacks: not tested.")
+    if data.checks == ():
+        lines.append("The identities behind these numbers: no checks are stored with this run.")
+    lost = data.summary.retokenised
+    if lost:
+        lines.append(
+            f"{count(lost, 'prompt')} do not survive decoding and tokenising again; they are kept as token ids."
+        )
+    return lines + [visible(sentence) for sentence in data.summary.skipped]

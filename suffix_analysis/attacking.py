@@ -1,0 +1,151 @@
+"""The study's attack: one universal suffix trained on a few select prompts, chosen on the others, with its controls."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attacks
+from suffix_analysis.chat import render_chat
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.errors import UserError
+from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
+from suffix_analysis.refusal import scores_of
+from suffix_analysis.runs import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+
+EVAL_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the progress line shows after a step."""
+
+    step: attacks.Step
+    flipped: int | None
+    select_refusal: float | None
+
+
+def conversation(model: Model, instruction: str) -> list[dict[str, str]]:
+    """The turns that :meth:`Model.chat` renders, with the suffix's place marked."""
+    first = [] if model.system is None else [{"role": "system", "content": model.system}]
+    return [*first, {"role": "user", "content": f"{instruction} {attacks.PLACEHOLDER}"}]
+
+
+def split_for_attack(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Training instructions and held-out ones, both from the select split, drawn with the seed.
+
+    Raises:
+        UserError: too few prompts.
+    """
+    pool = list(prompts)
+    if len(pool) < n + 2:
+        raise UserError(f"The select split has {len(pool)} harmful prompts; {n} for training need at least {n + 2}.")
+    random.Random(seed).shuffle(pool)
+    return pool[:n], pool[n:]
+
+
+def gcg_config(model: Model, config: StudyConfig) -> attacks.GCGConfig:
+    """The attack's settings; the initial suffix has exactly ``suffix_tokens`` tokens."""
+    init = " ".join(["x"] * config.suffix_tokens)
+    return attacks.GCGConfig(
+        num_steps=config.steps,
+        optim_str_init=init,
+        search_width=config.search_width,
+        topk=config.topk,
+        seed=config.seed,
+        score_dtype=config.score_dtype,  # type: ignore[arg-type]
+    )
+
+
+def run_attack(
+    model: Model,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    refusal_tokens: Sequence[int],
+    config: StudyConfig,
+    folder: Path,
+) -> Iterator[Progress]:
+    """Attack step by step; steps.jsonl and checkpoint.json in ``folder`` make it resumable after any step.
+
+    Every few steps the suffix is tried on the held-out select prompts; ``best_suffix`` later takes the step that
+    left the fewest of them refused. Stops early when ``stop_below`` is reached.
+    """
+    talks: Any = [conversation(model, p.text) for p in train]
+    attack = attacks.GCG(model.hf, model.tokenizer, talks, config.target, gcg_config(model, config))
+    steps_file, checkpoint = folder / "steps.jsonl", folder / "checkpoint.json"
+    if checkpoint.exists():
+        state = read_json(checkpoint)
+        attack.restore(state)
+        # a step whose checkpoint was not written is run again, with the same draws
+        write_jsonl(steps_file, [row for row in read_jsonl(steps_file) if row["step"] <= state["step"]])
+        if attack.step and _reached(read_jsonl(steps_file), config):
+            return
+    else:
+        steps_file.unlink(missing_ok=True)
+    fast = attack.search.model
+    watcher = Model(model.name, fast, model.tokenizer, model.system, model.path)
+    for step in attack.steps():
+        flipped = refused = None
+        if step.step % EVAL_EVERY == 0 or step.step == config.steps:
+            rows = [render_chat(model.tokenizer, p.text, step.string, model.system).ids for p in [*train, *held_out]]
+            kept = scores_of(watcher, rows, refusal_tokens) > 0
+            flipped = int((~kept[: len(train)]).sum())
+            refused = float(kept[len(train) :].float().mean())
+        append_jsonl(steps_file, asdict(step) | {"select_refusal": refused, "flipped": flipped})
+        write_json(checkpoint, attack.state())
+        yield Progress(step, flipped, refused)
+        if refused is not None and refused <= config.stop_below:
+            return
+
+
+def _reached(rows: Sequence[dict[str, Any]], config: StudyConfig) -> bool:
+    return any(row["select_refusal"] is not None and row["select_refusal"] <= config.stop_below for row in rows)
+
+
+def best_suffix(rows: Sequence[dict[str, Any]], train: Sequence[Prompt], seed: int) -> Suffix:
+    """The measured step that leaves the fewest held-out select prompts refused; the lower loss among equals."""
+    measured = [row for row in rows if row.get("select_refusal") is not None]
+    row = min(measured or rows, key=lambda r: (r.get("select_refusal") or 0.0, r["loss"]))
+    return Suffix(
+        id="adversarial-1",
+        arm="adversarial",
+        text=row["string"],
+        ids=tuple(row["ids"]),
+        n_tokens=len(row["ids"]),
+        trained_on=tuple(p.id for p in train),
+        loss=row["loss"],
+        seed=seed,
+    )
+
+
+def make_controls(
+    model: Model, suffix: Suffix, prompts: Sequence[Prompt], config: StudyConfig, note: Callable[[str], None]
+) -> list[Suffix]:
+    """Random, shuffled and benign suffixes with the suffix's token count; ``note`` is told what fell short."""
+    slots = [
+        attacks.build_slot(model.tokenizer, conversation(model, p.text), config.target, "x") for p in prompts[:4]
+    ]
+    n_rows = model.hf.get_input_embeddings().weight.shape[0]
+    length, count = suffix.n_tokens, config.n_controls
+    made = {
+        "random": attacks.random_suffixes(model.tokenizer, slots, count, length, config.seed + 1, n_rows),
+        "shuffled": attacks.shuffled_suffixes(
+            model.tokenizer, slots, torch.tensor(suffix.ids), count, config.seed + 2
+        ),
+        "benign": attacks.benign_suffixes(model.tokenizer, slots, count, length),
+    }
+    for arm, found in made.items():
+        if len(found) < count:
+            note(f"Only {len(found)} of {count} {arm} suffixes survive re-tokenisation.")
+    return [
+        Suffix(id=f"{arm}-{i}", arm=arm, text=text, ids=ids, n_tokens=len(ids), seed=config.seed)
+        for arm, found in made.items()
+        for i, (text, ids) in enumerate(found, 1)
+    ]

@@ -1,0 +1,271 @@
+"""The command line: the composition root, and the only module that prints.
+
+stdout carries results, stderr progress. Exit codes: 0 ok, 1 failed, 2 usage, 3 partly done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from suffix_analysis import __version__
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from suffix_analysis.study import Study
+
+app = App(
+    name="suffix-analysis",
+    help="Generate adversarial suffixes against open chat models and explain how they work.",
+    version=__version__,
+    help_format="plaintext",
+)
+organism = App(name="organism", help="The embedded model: a small chat model taught to refuse.")
+app.command(organism)
+
+Flags = Annotated[StudyConfig, Parameter(name="*")]
+Out = Annotated[Path, Parameter(help="Run folder; the same command with the same folder continues it.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result as JSON.")]
+
+
+@app.command
+def demo(config: Flags = StudyConfig(), *, out: Out = Path("runs/demo"), as_json: AsJson = False) -> None:
+    """The whole line on the embedded model: attack, direction, replies, analysis, report."""
+    study = _study(config, out)
+    study.run()
+    _finish(study, as_json)
+
+
+@app.command(name="run")
+def run_all(
+    config: Flags = StudyConfig(),
+    *,
+    out: Out = Path("runs/study"),
+    file: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; flags win over it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """All stages on any model, from a TOML file or flags."""
+    study = _study(_from_file(config, file), out)
+    study.run()
+    _finish(study, as_json)
+
+
+@app.command
+def attack(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), as_json: AsJson = False) -> None:
+    """Find a universal suffix with GCG, and make its control suffixes."""
+    study = _study(config, out)
+    study.run(("prompts", "attack"))
+    from suffix_analysis.runs import read_suffixes
+
+    rows = [asdict(suffix) for suffix in read_suffixes(out / "suffixes.jsonl")]
+    _print_result(rows, as_json, lambda: [f"{row['id']}\t{row['text']!r}" for row in rows])
+
+
+@app.command
+def direction(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), as_json: AsJson = False) -> None:
+    """Find the refusal direction and check it by ablation and addition."""
+    study = _study(config, out)
+    study.run(("prompts", "direction"))
+    from suffix_analysis.runs import read_table
+
+    found = study.direction()
+    rows = read_table(out / "findings" / "interventions.parquet")
+    result = {"position": found.position, "layer": found.layer, "interventions": rows}
+    lines = [f"position {found.position}, layer {found.layer}, norm {float(found.vector.norm()):.3f}"]
+    lines += [
+        f"{row['intervention']:8} {row['kind']:9} refused {row['refusal_rate']:.1%} "
+        f"[{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}] of {row['n_prompts']}"
+        for row in rows
+    ]
+    _print_result(result, as_json, lambda: lines)
+
+
+@app.command
+def analyze(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), as_json: AsJson = False) -> None:
+    """Trace every arm and tabulate what the suffix does (needs the attack and the direction)."""
+    study = _study(config, out)
+    study.run()
+    _finish(study, as_json)
+
+
+@app.command
+def report(run: Path, *, out: Annotated[Path | None, Parameter(help="Where to write the page.")] = None) -> None:
+    """Build the HTML report of a run folder."""
+    from reports import ReportError, build_report
+
+    try:
+        print(build_report(run, out))
+    except ReportError as error:
+        raise UserError(str(error)) from error
+
+
+@app.command
+def env() -> None:
+    """Print versions and machine: what a bug report needs."""
+    from suffix_analysis.runs import environment
+
+    print(json.dumps(environment(), indent=1))
+
+
+@organism.command
+def train(*, out: Path = Path("adapter"), seed: int = 0, start: Path | None = None) -> None:
+    """Train the adapter anew into a folder, with its training record (START: only the second phase, from there)."""
+    from suffix_analysis.organism.train import train_adapter
+
+    console = _Console()
+    console.stage(f"training into {out}", skipped=False)
+    record = train_adapter(out, seed, console.progress, start=start)
+    print(json.dumps(record, indent=1))
+
+
+@organism.command(name="eval")
+def evaluate(
+    *, adapter: Annotated[Path | None, Parameter(help="Another adapter; the shipped one if left out.")] = None
+) -> None:
+    """Measure the embedded model: refusals per kind and style, and what the adapter costs on harmless replies."""
+    from suffix_analysis.organism.evaluate import evaluate_organism
+
+    print(json.dumps(evaluate_organism(adapter, lambda text: _err(text)), indent=1))
+
+
+class _Console:
+    """Progress on stderr: one live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        self.live = self.console.is_terminal
+        columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}")
+        self.bar = Progress(
+            TextColumn(columns[0]), BarColumn(), TextColumn(columns[2]), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", markup=False), console=self.console, transient=True,
+        )  # fmt: skip
+        self.task: Any = None
+        self.started, self.last = time.monotonic(), 0.0
+
+    def stage(self, name: str, skipped: bool) -> None:
+        self._close()
+        self.started, self.last = time.monotonic(), 0.0
+        if skipped:
+            _err(f"{name}: done before")
+            return
+        _err(f"{name} …")
+        if self.live:
+            self.task = self.bar.add_task(name, total=None, text="")
+            self.bar.start()
+
+    def say(self, text: str) -> None:
+        _err(text)
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        if self.live and self.task is not None:
+            self.bar.update(self.task, completed=done, total=total, text=text)
+            return
+        now = time.monotonic()
+        if done == total or now - self.last >= 10:
+            self.last = now
+            left = (now - self.started) / max(1, done) * (total - done)
+            _err(f"  {done}/{total} {text} (about {left:.0f} s left)")
+
+    def _close(self) -> None:
+        if self.task is not None:
+            self.bar.stop()
+            self.bar.remove_task(self.task)
+            self.task = None
+
+    def __del__(self) -> None:
+        self._close()
+
+
+def _study(config: StudyConfig, out: Path) -> Study:
+    from suffix_analysis.study import Study
+
+    return Study(out, config, _Console())
+
+
+def _from_file(config: StudyConfig, file: Path | None) -> StudyConfig:
+    """Settings from a TOML file under the flags that differ from their defaults."""
+    if file is None:
+        return config
+    import tomllib
+
+    try:
+        values = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"The config file {file} cannot be read: {error}") from error
+    known = {f.name for f in fields(StudyConfig)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise UsageError(f"{file} has the unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
+    base = StudyConfig()
+    flags = {name: getattr(config, name) for name in known if getattr(config, name) != getattr(base, name)}
+    try:
+        return replace(base, **{**values, **flags})
+    except TypeError as error:
+        raise UsageError(f"{file} has a setting of the wrong type: {error}") from error
+
+
+def _finish(study: Study, as_json: bool) -> None:
+    """Build the report and print where it is, with the headline numbers."""
+    from reports import ReportError, build_report
+    from suffix_analysis.runs import read_table
+
+    try:
+        page = build_report(study.folder)
+    except ReportError as error:
+        raise UserError(f"The findings are complete, but the report failed: {error}") from error
+    rows = read_table(study.folder / "findings" / "refusal.parquet")
+    result = {"report": str(page), "refusal": rows}
+    lines = [
+        f"{row['arm']:21} refusal phrases {row['refusal_rate']:6.1%} [{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}]"
+        f"  {row['n_prompts']} prompts × {max(1, row['n_suffixes'])}"
+        for row in rows
+    ]
+    _print_result(result, as_json, lambda: [*lines, f"report: {page}"])
+
+
+def _print_result(value: Any, as_json: bool, lines: Any) -> None:
+    print(json.dumps(value, indent=1) if as_json else "\n".join(lines()))
+
+
+def _err(text: str) -> None:
+    """A line on stderr; control characters are shown, never sent to the terminal."""
+    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one sentence on stderr and an exit code, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _err(f"suffix-analysis: {error}")
+        sys.exit(2)
+    except UserError as error:
+        _err(f"suffix-analysis: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _err("suffix-analysis: interrupted; what was finished is kept, the same command goes on from there")
+        sys.exit(130)
+    except ValueError as error:
+        from attacks import AttackError
+
+        if not isinstance(error, AttackError):
+            raise
+        _err(f"suffix-analysis: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The study's settings: one flat record; the command line's flags and config.toml come from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from suffix_analysis.errors import UsageError
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Settings of a study. The defaults are the demo's.
+
+    Attributes:
+        model: "embedded", a local folder, a GGUF file or a hub id.
+        harmful: harmful prompts: "embedded" or a file.
+        harmless: harmless prompts: "embedded" or a file.
+        suffixes: a suffixes.jsonl to analyse instead of attacking.
+        target: what the attack makes the reply begin with.
+        n_instructions: instructions the universal suffix is trained on (from the select split).
+        suffix_tokens: length of the suffix.
+        steps: attack steps at most.
+        search_width: candidates a step.
+        topk: tokens per position that candidates are drawn from.
+        stop_below: stop the attack when at most this share of unseen select prompts is still refused.
+        n_controls: strings in each control arm (random, shuffled, benign).
+        n_traced: report prompts whose arms are traced.
+        n_traced_controls: strings of each control arm that are traced.
+        reply_tokens: length of the replies that are judged.
+        n_top_heads: heads shown in detail.
+        seed: of everything that is drawn.
+        score_dtype: precision of searches and replies: auto, float32 or bfloat16; traces run in float32.
+    """
+
+    model: str = "embedded"
+    harmful: str = "embedded"
+    harmless: str = "embedded"
+    suffixes: str | None = None
+    target: str = "Sure, here is"
+    n_instructions: int = 4
+    suffix_tokens: int = 20
+    steps: int = 100
+    search_width: int = 64
+    topk: int = 256
+    stop_below: float = 0.1
+    n_controls: int = 8
+    n_traced: int = 64
+    n_traced_controls: int = 2
+    reply_tokens: int = 24
+    n_top_heads: int = 8
+    seed: int = 0
+    score_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        least = {
+            "n_instructions": 1, "suffix_tokens": 1, "steps": 1, "search_width": 1, "topk": 1, "n_controls": 1,
+            "n_traced": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1,
+        }  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+        if not 0 <= self.stop_below <= 1:
+            raise UsageError(f"stop_below is {self.stop_below}; it is a share between 0 and 1.")
+        if self.score_dtype not in ("auto", "float32", "bfloat16"):
+            raise UsageError(f"score_dtype is {self.score_dtype!r}; choose auto, float32 or bfloat16.")

@@ -1,0 +1,357 @@
+"""The refusal direction: extraction, the candidate table and the paper's choice (METHODS §2; the paper §2.3, §C)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attacks.precision import fast_dtype
+from suffix_analysis.chat import Chat
+from suffix_analysis.errors import UserError
+from suffix_analysis.forward import last_logits
+from suffix_analysis.generate import batches, left_pad, pad_token
+from suffix_analysis.interventions import ablate, add
+from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt, to_prompts
+from suffix_analysis.refusal import discover_refusal_tokens, kl_divergence, refusal_score, scores_of
+
+ZERO = 1e-6  # a candidate shorter than this share of the mean residual norm is "zero" and is never normalised
+
+
+@dataclass(frozen=True)
+class DirectionConfig:
+    """Settings of extraction and selection; defaults are the paper's."""
+
+    n_fit: int = 128
+    n_select: int = 32
+    kl_threshold: float = 0.1
+    induce_threshold: float = 0.0
+    layer_share: float = 0.8
+    alpha: float = 1.0
+    keep_by_score: bool = True
+    rescore: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A chosen refusal direction.
+
+    ``vector`` is the raw difference of means at ``layer``'s input and ``position`` (negative: −1 is chat[-1]).
+    ``scores`` is the candidate table (dicts with position, layer, refusal_score, steering_score, kl_div_score, norm,
+    status). ``means_harmful`` and ``means_harmless`` are taken at chat[-1] on the fit prompts, per layer input and,
+    last, after the last block. ``n`` counts the prompts used; ``refusal_tokens`` open the model's refusals.
+    """
+
+    vector: Float[Tensor, " d_model"]
+    position: int
+    layer: int
+    scores: list[dict[str, Any]]
+    means_harmful: Float[Tensor, "layer d_model"]
+    means_harmless: Float[Tensor, "layer d_model"]
+    refusal_tokens: tuple[int, ...]
+    n: dict[str, int]
+
+    @property
+    def unit(self) -> Float[Tensor, " d_model"]:
+        """r̂, the direction at length 1."""
+        return self.vector / self.vector.norm()
+
+
+def status(
+    row: Mapping[str, Any], *, n_layers: int, kl_threshold: float, induce_threshold: float, layer_share: float
+) -> str:
+    """Why a candidate is out (``not finite``, ``too late``, ``KL too high``, ``does not induce``), or ``kept``."""
+    scores = (row["refusal_score"], row["steering_score"], row["kl_div_score"])
+    if any(value is None or not math.isfinite(value) for value in scores):
+        return "not finite"
+    # the small term keeps products such as 0.8 · 35 from falling below the whole number they stand for
+    if row["layer"] >= math.floor(layer_share * n_layers + 1e-9):
+        return "too late"
+    if row["kl_div_score"] > kl_threshold:
+        return "KL too high"
+    if row["steering_score"] < induce_threshold:
+        return "does not induce"
+    return "kept"
+
+
+def select(
+    rows: Sequence[Mapping[str, Any]],
+    n_layers: int,
+    *,
+    kl_threshold: float = 0.1,
+    induce_threshold: float = 0.0,
+    layer_share: float = 0.8,
+) -> tuple[int, int]:
+    """The paper's choice from a candidate table: the smallest bypass score among the candidates that pass (§C).
+
+    Args:
+        rows: dicts with position, layer, refusal_score (bypass), steering_score (induce) and kl_div_score.
+        n_layers: blocks of the model; candidates at or beyond ``layer_share`` of them are out.
+
+    Returns:
+        (position, layer)
+
+    Raises:
+        UserError: no candidate passes; the nearest and what it missed are named.
+    """
+    rules = {"kl_threshold": kl_threshold, "induce_threshold": induce_threshold, "layer_share": layer_share}
+    told = [(row, status(row, n_layers=n_layers, **rules)) for row in rows if row.get("status") != "zero"]
+    kept = [row for row, why in told if why == "kept"]
+    if not kept:
+        finite = [(row, why) for row, why in told if why not in ("not finite", "too late")]
+        if not finite:
+            raise UserError(f"None of {len(rows)} candidate directions has finite scores in an allowed layer.")
+        row, why = min(finite, key=lambda pair: max(0.0, pair[0]["kl_div_score"] - kl_threshold)
+                       + max(0.0, induce_threshold - pair[0]["steering_score"]))
+        raise UserError(
+            f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
+            f"{row['layer']}: {why} (bypass {row['refusal_score']:.2f}, induce {row['steering_score']:.2f}, KL "
+            f"{row['kl_div_score']:.3f}; allowed: KL ≤ {kl_threshold}, induce ≥ {induce_threshold})."
+        )
+    best = min(kept, key=lambda row: row["refusal_score"])
+    return int(best["position"]), int(best["layer"])
+
+
+@torch.no_grad()
+def chat_means(model: Model, chats: Sequence[Chat]) -> tuple[Float[Tensor, "layer chat d_model"], float]:
+    """Mean residual at every chat position, of every block's input and after the last; in float64.
+
+    Also returns the mean residual norm, the yardstick for "zero". Every chat must end in equally many chat tokens.
+
+    Raises:
+        UserError: a residual is not finite (its layer is named), or the prompts' templates differ.
+    """
+    if len({chat.n_chat for chat in chats}) != 1:
+        raise UserError("The prompts end in different numbers of template tokens; use one template for all of them.")
+    n_chat, bridge = chats[0].n_chat, model.bridge
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.n_layers)]
+    names.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
+    total = torch.zeros(len(names), n_chat, model.d_model, dtype=torch.float64)
+    seen = dict.fromkeys(names, 0)
+
+    def collect(x: Tensor, hook: Any) -> None:
+        layer = _index(hook.name, model.n_layers)
+        total[layer] += x[:, -n_chat:].double().sum(dim=0).cpu()
+        seen[names[layer]] += 1
+
+    groups = batches([len(chat.ids) for chat in chats], 4096)
+    with bridge.hooks(fwd_hooks=[(name, collect) for name in names]):
+        for group in groups:
+            padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
+            model.hf(**padded, logits_to_keep=1)
+    missing = [name for name, count in seen.items() if count != len(groups)]
+    assert not missing, f"hooks that never fired: {missing}"
+    means = total / len(chats)
+    if not torch.isfinite(means).all():
+        layer = int((~torch.isfinite(means)).flatten(1).any(dim=1).nonzero()[0])
+        raise UserError(f"The residual stream is not finite at layer {layer} in {model.hf.dtype}; load in float32.")
+    return means, float(means.norm(dim=-1).mean())
+
+
+def _index(name: str, n_layers: int) -> int:
+    """Row of a residual hook: its block's number, or ``n_layers`` for what leaves the last block."""
+    return n_layers if name.endswith("hook_resid_post") or name.endswith("hook_out") else int(name.split(".")[1])
+
+
+def split_prompts(prompts: Sequence[Prompt], config: DirectionConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts for extraction and for selection, disjoint.
+
+    Prompts that carry splits fit and select keep them; others are shuffled with the seed and cut. With fewer than
+    ``n_fit + n_select`` of them, four fifths are used for extraction.
+
+    Raises:
+        UserError: fewer than 10 prompts.
+    """
+    rng = random.Random(config.seed)
+    fit = [p for p in prompts if p.split == "fit"]
+    chosen = [p for p in prompts if p.split == "select"]
+    if not (fit and chosen):
+        pool = list(prompts)
+        rng.shuffle(pool)
+        n_fit = min(config.n_fit, int(0.8 * len(pool)))
+        fit, chosen = pool[:n_fit], pool[n_fit:]
+    else:
+        rng.shuffle(fit)
+        rng.shuffle(chosen)
+    fit, chosen = fit[: config.n_fit], chosen[: config.n_select]
+    if len(fit) < 8 or len(chosen) < 2:
+        raise UserError(
+            f"{len(prompts)} prompts are too few for a direction: {len(fit)} for extraction and {len(chosen)} for "
+            "selection; give at least 10 of each kind (the paper uses 128 + 32)."
+        )
+    return fit, chosen
+
+
+def find_direction(
+    model: Model,
+    harmful: Sequence[Prompt | str],
+    harmless: Sequence[Prompt | str],
+    config: DirectionConfig | None = None,
+    *,
+    refusal_tokens: Sequence[int] | None = None,
+    on_candidate: Callable[[int, int], None] | None = None,
+) -> Direction:
+    """Extract candidate directions, score them and choose one by the paper's rule.
+
+    All candidates are scored in the precision that is fast here; the ``rescore`` best and every row that decides are
+    scored again in the model's own.
+
+    Args:
+        model: a chat model that refuses.
+        harmful: harmful instructions (see :func:`split_prompts`).
+        harmless: harmless ones.
+        config: settings; the paper's if left out.
+        refusal_tokens: token ids that open refusals; discovered from the model if left out.
+        on_candidate: called with (done, total) as candidates are scored.
+
+    Raises:
+        UserError: too few prompts, overlapping kinds, a model that does not refuse, or no candidate that passes.
+    """
+    config = config or DirectionConfig()
+    bad, good = to_prompts(harmful), to_prompts(harmless)
+    overlap = {p.text for p in bad} & {p.text for p in good}
+    if overlap:
+        raise UserError(f"{len(overlap)} prompts are both harmful and harmless, e.g. {min(overlap)!r}; remove them.")
+    (fit_bad, sel_bad), (fit_good, sel_good) = split_prompts(bad, config), split_prompts(good, config)
+    # the fast twin is copied before the bridge wraps the weights in place
+    fast = model if "bridge" in model.__dict__ else model.twin(_search_dtype(model))
+
+    def chats(prompts: Sequence[Prompt]) -> list[Chat]:
+        return [model.chat(p.text) for p in prompts]
+
+    tokens = list(refusal_tokens or discover_refusal_tokens(model, chats(sel_bad), chats(sel_good)))
+    sets = [chats(part) for part in (fit_bad, fit_good, sel_bad, sel_good)]
+    if config.keep_by_score:
+        sets = [_keep(model, part, tokens, i % 2 == 0) for i, part in enumerate(sets)]
+    means_bad, scale = chat_means(model, sets[0])
+    means_good, _ = chat_means(model, sets[1])
+    candidates = (means_bad - means_good)[:-1].float()
+    rows = score_candidates(fast, candidates, scale, sets[2], sets[3], tokens, config, on_candidate)
+    if fast is not model:
+        rows = _rescore(model, candidates, scale, rows, sets[2], sets[3], tokens, config)
+    rules = _rules(config)
+    position, layer = select(rows, model.n_layers, **rules)
+    rows = [_with_status(row, (position, layer), model.n_layers, rules) for row in rows]
+    n_chat = candidates.shape[1]
+    return Direction(
+        vector=candidates[layer, n_chat + position],
+        position=position,
+        layer=layer,
+        scores=rows,
+        means_harmful=means_bad[:, -1].float(),
+        means_harmless=means_good[:, -1].float(),
+        refusal_tokens=tuple(tokens),
+        n=dict(zip(("fit_harmful", "fit_harmless", "select_harmful", "select_harmless"), map(len, sets), strict=True)),
+    )
+
+
+def _rules(config: DirectionConfig) -> dict[str, float]:
+    return {name: getattr(config, name) for name in ("kl_threshold", "induce_threshold", "layer_share")}
+
+
+def _search_dtype(model: Model) -> torch.dtype:
+    own: torch.dtype = next(model.hf.parameters()).dtype
+    return fast_dtype(model.hf.device) if own == torch.float32 else own
+
+
+def _keep(model: Model, chats: list[Chat], tokens: list[int], refused: bool) -> list[Chat]:
+    """Harmful prompts with a refusal score above 0, harmless ones below (the paper, §C)."""
+    scores = scores_of(model, [chat.ids for chat in chats], tokens).tolist()
+    kept = [chat for chat, score in zip(chats, scores, strict=True) if (score > 0) == refused]
+    if len(kept) < 2:
+        kind = "harmful prompts are refused" if refused else "harmless prompts are answered"
+        raise UserError(f"Only {len(kept)} of {len(chats)} {kind}; the direction needs more of them.")
+    return kept
+
+
+def score_candidates(
+    model: Model,
+    candidates: Float[Tensor, "layer chat d_model"],
+    scale: float,
+    harmful: Sequence[Chat],
+    harmless: Sequence[Chat],
+    tokens: Sequence[int],
+    config: DirectionConfig,
+    on_candidate: Callable[[int, int], None] | None = None,
+    only: Sequence[tuple[int, int]] | None = None,
+) -> list[dict[str, Any]]:
+    """The candidate table: bypass, induce and KL of every (position, layer), or of those in ``only``.
+
+    Bypass: mean refusal score on ``harmful`` with the direction ablated. Induce: on ``harmless`` with it added. KL:
+    from the unchanged to the ablated next-token distribution on ``harmless``.
+    """
+    n_layers, n_chat, _ = candidates.shape
+    bad, good = [chat.ids for chat in harmful], [chat.ids for chat in harmless]
+    baseline = last_logits(model.hf, model.tokenizer, good)
+    pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(n_layers)]
+    rows = []
+    for done, (position, layer) in enumerate(pairs, 1):
+        vector = candidates[layer, n_chat + position]
+        row: dict[str, Any] = {"position": position, "layer": layer, "norm": float(vector.norm())}
+        if row["norm"] < ZERO * scale:
+            row |= {"refusal_score": math.nan, "steering_score": math.nan, "kl_div_score": math.nan, "status": "zero"}
+        else:
+            with ablate(model, vector):
+                # one pass for both sets, so that the shared prefix runs once
+                logits = last_logits(model.hf, model.tokenizer, [*bad, *good])
+            with add(model, vector, layer, config.alpha):
+                added = last_logits(model.hf, model.tokenizer, good)
+            row |= {
+                "refusal_score": float(refusal_score(logits[: len(bad)], tokens).mean()),
+                "steering_score": float(refusal_score(added, tokens).mean()),
+                "kl_div_score": float(kl_divergence(baseline, logits[len(bad) :]).mean()),
+                "status": "",
+            }
+        rows.append(row)
+        if on_candidate is not None:
+            on_candidate(done, len(pairs))
+    return rows
+
+
+def _rescore(
+    model: Model, candidates: Tensor, scale: float, rows: list[dict[str, Any]], harmful: Sequence[Chat],
+    harmless: Sequence[Chat], tokens: Sequence[int], config: DirectionConfig,
+) -> list[dict[str, Any]]:
+    """Score the leaders again in the model's own precision, until the chosen one has been scored so."""
+    exact: dict[tuple[int, int], dict[str, Any]] = {}
+    # thresholds are widened a little, so that rounding in the search cannot keep a good candidate out
+    loose = {"kl_threshold": 1.5 * config.kl_threshold, "induce_threshold": config.induce_threshold - 0.5}
+    near = [
+        row for row in rows
+        if row["status"] != "zero"
+        and status(row, n_layers=model.n_layers, layer_share=config.layer_share, **loose) == "kept"
+    ]
+    near.sort(key=lambda row: row["refusal_score"])
+    pairs = [(row["position"], row["layer"]) for row in near[: config.rescore]]
+    while True:
+        if pairs:
+            for row in score_candidates(model, candidates, scale, harmful, harmless, tokens, config, only=pairs):
+                exact[row["position"], row["layer"]] = row
+        merged = [exact.get((row["position"], row["layer"]), row) for row in rows]
+        choice = select(merged, model.n_layers, **_rules(config))
+        if choice in exact:
+            return merged
+        pairs = [choice]
+
+
+def _with_status(
+    row: dict[str, Any], choice: tuple[int, int], n_layers: int, rules: dict[str, float]
+) -> dict[str, Any]:
+    if row["status"] == "zero":
+        return row
+    if (row["position"], row["layer"]) == choice:
+        return row | {"status": "chosen"}
+    return row | {"status": status(row, n_layers=n_layers, **rules)}
+
+
+def with_vector(direction: Direction, vector: Float[Tensor, " d_model"]) -> Direction:
+    """The same record around another vector (control directions)."""
+    return replace(direction, vector=vector)

@@ -1,0 +1,61 @@
+"""Interventions on the residual stream as context managers on the bridge (the paper, §2.4 and §4.1)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from suffix_analysis.models import Model
+
+
+def writes(n_layers: int) -> list[str]:
+    """Hook names of every block's input and of what attention and MLP write to the residual stream."""
+    return [
+        f"blocks.{layer}.{name}"
+        for layer in range(n_layers)
+        for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
+    ]
+
+
+@contextlib.contextmanager
+def ablate(model: Model, vector: Float[Tensor, " d_model"]) -> Iterator[None]:
+    """Directional ablation: x ← x − (x·r̂) r̂ at every block input and every write, at every position.
+
+    Also acts on tokens generated inside the context. All hooks are gone afterwards, also after an exception.
+
+    Raises:
+        ValueError: the vector is zero or not finite.
+    """
+    norm = vector.norm()
+    if not bool(norm > 0) or not bool(norm.isfinite()):
+        raise ValueError(f"a direction of norm {float(norm)} cannot be ablated")
+    unit = (vector / norm).to(model.hf.device)
+
+    def remove(x: Tensor, hook: Any) -> Tensor:
+        r = unit.to(x.dtype)
+        return x - (x @ r).unsqueeze(-1) * r
+
+    with model.bridge.hooks(fwd_hooks=[(name, remove) for name in writes(model.n_layers)]):
+        yield
+
+
+@contextlib.contextmanager
+def add(model: Model, vector: Float[Tensor, " d_model"], layer: int, alpha: float = 1.0) -> Iterator[None]:
+    """Activation addition: x_l ← x_l + α r at the input of block ``layer`` only, at every position.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if not 0 <= layer < model.n_layers:
+        raise ValueError(f"layer {layer} does not exist; the model has {model.n_layers} blocks")
+    shift = (alpha * vector).to(model.hf.device)
+
+    def push(x: Tensor, hook: Any) -> Tensor:
+        return x + shift.to(x.dtype)
+
+    with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", push)]):
+        yield

@@ -1,0 +1,181 @@
+"""Loading models: the embedded one, a local folder, a GGUF file or a hub id; and the bridge over the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suffix_analysis.chat import Chat, render_chat
+from suffix_analysis.errors import UserError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A chat model with its tokenizer.
+
+    ``hf`` is the Hugging Face model, ``bridge`` TransformerLens's view of the same weights (made on first use; it
+    wraps ``hf`` in place, so save or copy before). ``system`` is the system prompt of every conversation.
+    """
+
+    name: str
+    hf: Any
+    tokenizer: Any
+    system: str | None = None
+    path: str = ""
+    _twins: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def chat(self, instruction: str, suffix: str = "") -> Chat:
+        """One rendered conversation: ``.ids``, ``.regions`` (name → mask) and ``.text``."""
+        return render_chat(self.tokenizer, instruction, suffix, self.system)
+
+    @functools.cached_property
+    def bridge(self) -> Any:
+        """TransformerBridge over ``hf``; hook names are TransformerLens's."""
+        return boot_bridge(self.hf, self.tokenizer, self.path or self.name)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.hf.config.get_text_config().num_hidden_layers)
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads in a block."""
+        return int(self.hf.config.get_text_config().num_attention_heads)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.hf.config.get_text_config().hidden_size)
+
+    def twin(self, dtype: torch.dtype) -> Model:
+        """This model in another precision, copied once; itself where it has that precision already.
+
+        Make twins before the first use of ``bridge``: a wrapped model is not copied.
+        """
+        if next(self.hf.parameters()).dtype == dtype:
+            return self
+        if dtype not in self._twins:
+            if "bridge" in self.__dict__:
+                raise RuntimeError("Model.twin must come before Model.bridge: the bridge wraps the model in place")
+            self._twins[dtype] = Model(
+                self.name, copy.deepcopy(self.hf).to(dtype), self.tokenizer, self.system, self.path
+            )
+        twin: Model = self._twins[dtype]
+        return twin
+
+
+def boot_bridge(hf: Any, tokenizer: Any, path: str) -> Any:
+    """Wrap a model that is already in memory; works offline (STACK.md says why each line is needed)."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf.config.architectures = [type(hf).__name__]
+    own = copy.deepcopy(tokenizer)
+    own.init_kwargs["add_bos_token"] = True  # the dict only: otherwise the bridge reloads it and adds a BOS
+    own.init_kwargs.setdefault("name_or_path", path)
+    with quiet():
+        bridge = TransformerBridge.boot_transformers(os.path.abspath(path), hf_model=hf, tokenizer=own)
+    bridge.cfg.default_prepend_bos = False  # a rendered chat has the template's BOS already
+    for block in bridge.blocks:
+        block.attn.register_forward_pre_hook(_cache_by_both_names, with_kwargs=True)
+    return bridge
+
+
+def _cache_by_both_names(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Give the bridge's attention the cache under the name it looks for.
+
+    transformers 5.24 renamed ``past_key_values`` to ``cache``; TransformerLens 4.3.0 then ignores the cache without a
+    word, and every reply after the first token is wrong.
+    """
+    if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+        kwargs["past_key_values"] = kwargs["cache"]
+    return args, kwargs
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the loading bars and deprecation chatter of libraries; errors still come through."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_model(
+    name: str = "embedded",
+    *,
+    dtype: torch.dtype = torch.float32,
+    system: str | None = None,
+    device: str | None = None,
+) -> Model:
+    """Load a chat model.
+
+    Args:
+        name: ``"embedded"``, a local folder, a GGUF file, or a hub id (``owner/name`` or ``owner/name@revision``).
+        dtype: precision of the weights.
+        system: a system prompt for every conversation; None leaves the template's own.
+        device: where to put it; by default the GPU when there is one.
+
+    Raises:
+        UserError: nothing of that name, no weights, or no chat template.
+    """
+    if name == "embedded":
+        from suffix_analysis.organism.weights import load_embedded
+
+        hf, tokenizer, path = load_embedded(dtype)
+    else:
+        hf, tokenizer, path = _load_hf(name, dtype)
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"The tokenizer of {name!r} has no chat template; use an instruction-tuned model.")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(name, hf.to(where).eval(), tokenizer, system, path)
+
+
+def _load_hf(name: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local = Path(name).expanduser()
+    kwargs: dict[str, Any] = {}
+    source = name
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise UserError(f"{name!r} is a file but not a .gguf one; give a model folder, a GGUF file or a hub id.")
+        source, kwargs = str(local.parent), {"gguf_file": local.name}
+    elif local.is_dir():
+        if not any(local.glob("*.safetensors")):
+            raise UserError(f"The folder {name!r} holds no *.safetensors weights; point to a saved model.")
+        source = str(local.resolve())
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"There is no model {name!r}: not 'embedded', no such folder or file, and not a hub id (owner/name)."
+        )
+    elif "@" in name:
+        source, revision = name.split("@", 1)
+        kwargs["revision"] = revision
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"The model {name!r} cannot be loaded: {first}") from error
+    return hf, tokenizer, source

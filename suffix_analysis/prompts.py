@@ -1,0 +1,137 @@
+"""Prompt sets: the embedded one, and CSV, JSON, JSONL, parquet and text files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from suffix_analysis.errors import UserError
+
+Kind = Literal["harmful", "harmless", "lookalike"]
+Split = Literal["fit", "select", "report"]
+KINDS: tuple[Kind, ...] = ("harmful", "harmless", "lookalike")
+SPLITS: tuple[Split, ...] = ("fit", "select", "report")
+# Column names of the public sets: AdvBench, HarmBench, JailbreakBench, refusal_direction, XSTest, and our own.
+TEXT_COLUMNS = ("text", "goal", "Goal", "Behavior", "instruction", "prompt", "question")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One instruction. ``topic`` belongs to exactly one split of the embedded set, ``policy`` to several."""
+
+    id: str
+    text: str
+    kind: str = ""
+    split: str = ""
+    policy: str = ""
+    topic: str = ""
+
+
+def load_prompts(
+    source: str | Path = "embedded",
+    *,
+    split: str | None = None,
+    kind: str | None = None,
+    column: str | None = None,
+) -> list[Prompt]:
+    """Load prompts.
+
+    Args:
+        source: ``"embedded"`` or a .csv, .json, .jsonl, .parquet or .txt file (one prompt a line).
+        split: fit, select or report; all if left out.
+        kind: harmful, harmless or lookalike; all if left out.
+        column: the column that holds the prompt; recognised by its usual names if left out.
+
+    Raises:
+        UserError: the file is missing, empty, not UTF-8, of an unknown kind, or lacks the column.
+    """
+    if split is not None and split not in SPLITS:
+        raise UserError(f"There is no split {split!r}; choose {', '.join(SPLITS)}.")
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"There is no kind {kind!r}; choose {', '.join(KINDS)}.")
+    if source == "embedded":
+        text = (resources.files("suffix_analysis.organism") / "data" / "prompts.jsonl").read_text("utf-8")
+        prompts = [Prompt(**json.loads(line)) for line in text.splitlines()]
+    else:
+        prompts = _from_rows(_read(Path(source)), Path(source), column)
+    chosen = [
+        p for p in prompts if (split is None or p.split in ("", split)) and (kind is None or p.kind in ("", kind))
+    ]
+    if not chosen:
+        raise UserError(f"{source} holds no prompts of split {split or 'any'} and kind {kind or 'any'}.")
+    return chosen
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"There is no prompts file {str(path)!r}; give 'embedded' or an existing file.")
+    try:
+        match path.suffix.lower():
+            case ".parquet":
+                import pyarrow.parquet
+
+                return list(pyarrow.parquet.read_table(path).to_pylist())
+            case ".csv":
+                with path.open(encoding="utf-8-sig", newline="") as handle:
+                    return list(csv.DictReader(handle))
+            case ".jsonl":
+                lines = path.read_text("utf-8").splitlines()
+                return [_object(json.loads(line), path, i) for i, line in enumerate(lines, 1) if line.strip()]
+            case ".json":
+                data = json.loads(path.read_text("utf-8"))
+                rows = data if isinstance(data, list) else [data]
+                return [_object(row, path, i) for i, row in enumerate(rows, 1)]
+            case ".txt":
+                return [{"text": line.strip()} for line in path.read_text("utf-8").splitlines() if line.strip()]
+            case other:
+                raise UserError(f"{path} ends in {other!r}; prompts come as .csv, .json, .jsonl, .parquet or .txt.")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}); mend or remove it.") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _object(row: Any, path: Path, number: int) -> dict[str, Any]:
+    if isinstance(row, str):
+        return {"text": row}
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: entry {number} is {type(row).__name__}; each must be an object or a string.")
+    return row
+
+
+def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> list[Prompt]:
+    if not rows:
+        raise UserError(f"{path} is empty; give at least one prompt.")
+    columns = [name for name in rows[0] if name]
+    name = column or next((c for c in TEXT_COLUMNS if c in columns), None)
+    if name is None or name not in columns:
+        wanted = column or " or ".join(TEXT_COLUMNS)
+        raise UserError(f"{path} has no column {wanted}; it has {', '.join(columns) or 'none'}. Name one with column=.")
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        text = row.get(name)
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{path}: row {number} has no text in column {name!r}; fill or remove it.")
+        extra = {key: str(row[key]) for key in ("kind", "split", "policy", "topic") if row.get(key)}
+        prompts.append(Prompt(id=str(row.get("id") or f"{path.stem}-{number:04d}"), text=text.strip(), **extra))
+    if len({p.id for p in prompts}) < len(prompts):
+        raise UserError(f"{path} has prompts with the same id; make the ids unique or leave them out.")
+    return prompts
+
+
+def to_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
+    """Prompts from prompts or plain strings (numbered)."""
+    items = list(prompts)
+    return [p if isinstance(p, Prompt) else Prompt(id=f"prompt-{i:04d}", text=p) for i, p in enumerate(items, 1)]
+
+
+def to_jsonl(prompts: Sequence[Prompt]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in prompts)

@@ -1,0 +1,58 @@
+"""Records that cross a stage boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA_VERSION = 1
+Arm = Literal["adversarial", "random", "shuffled", "benign"]
+SUFFIX_ARMS: tuple[Arm, ...] = ("adversarial", "random", "shuffled", "benign")
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """A suffix and where it comes from. ``ids`` are its tokens after an instruction, the joining space included."""
+
+    id: str
+    arm: str
+    text: str
+    ids: tuple[int, ...] = ()
+    n_tokens: int = 0
+    trained_on: tuple[str, ...] = ()
+    loss: float | None = None
+    seed: int | None = None
+
+
+def to_suffixes(suffixes: Sequence[Suffix | str]) -> list[Suffix]:
+    """Suffix records; plain strings become the adversarial arm."""
+    return [
+        s if isinstance(s, Suffix) else Suffix(id=f"adversarial-{i}", arm="adversarial", text=s)
+        for i, s in enumerate(suffixes, 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything the analysis found, as flat tables (docs/run-folder.md names their columns)."""
+
+    tables: dict[str, list[dict[str, Any]]]
+    summary: dict[str, Any]
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    patterns: list[dict[str, Any]] = field(default_factory=list)
+
+    def frame(self, table: str) -> pandas.DataFrame:
+        """One table as a data frame.
+
+        Raises:
+            KeyError: there is no such table; the existing ones are named.
+        """
+        import pandas
+
+        if table not in self.tables:
+            raise KeyError(f"no table {table!r}; there are {', '.join(sorted(self.tables))}")
+        return pandas.DataFrame(self.tables[table])

@@ -1,0 +1,80 @@
+"""The refusal metric (METHODS §1): log-odds that the reply opens with one of the model's refusal tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from suffix_analysis.chat import Chat
+from suffix_analysis.errors import UserError
+from suffix_analysis.forward import last_logits
+from suffix_analysis.generate import generate
+from suffix_analysis.judges import is_refusal
+from suffix_analysis.models import Model
+
+FLOOR = 1e-8
+MIN_SHARE = 0.05  # of the refusals: rarer openings are left out
+MIN_RATIO = 5.0  # at least so many times as frequent among refusals as among replies to harmless prompts
+REPLY_TOKENS = 12  # enough to hold a refusal phrase
+
+
+def refusal_score(
+    logits: Float[Tensor, "prompt vocab"], token_ids: Sequence[int]
+) -> Float[Tensor, " prompt"]:
+    """log P − log(1 − P) in float64, P the next-token probability of ``token_ids`` together, floored at 1e-8."""
+    p = torch.softmax(logits.double(), dim=-1)[:, list(token_ids)].sum(dim=-1)
+    return torch.log(p.clamp(min=FLOOR)) - torch.log((1 - p).clamp(min=FLOOR))
+
+
+def kl_divergence(
+    baseline: Float[Tensor, "prompt vocab"], changed: Float[Tensor, "prompt vocab"]
+) -> Float[Tensor, " prompt"]:
+    """KL(baseline ‖ changed) of next-token distributions, with the paper's 1e-6 inside both logarithms."""
+    p = torch.softmax(baseline.double(), dim=-1)
+    q = torch.softmax(changed.double(), dim=-1)
+    return (p * (torch.log(p + 1e-6) - torch.log(q + 1e-6))).sum(dim=-1)
+
+
+def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Sequence[Chat]) -> list[int]:
+    """The tokens that open the model's refusals of harmful prompts and rarely its replies to harmless ones.
+
+    Raises:
+        UserError: the model refuses (almost) none of the harmful prompts, so there is nothing to measure.
+    """
+    opens_refusal: Counter[int] = Counter()
+    opens_harmless: Counter[int] = Counter()
+    for chats, is_harmful in ((harmful, True), (harmless, False)):
+        rows = [chat.ids for chat in chats]
+        first = last_logits(model.hf, model.tokenizer, rows).argmax(dim=-1).tolist()
+        replies = generate(model.hf, model.tokenizer, rows, REPLY_TOKENS)
+        for token, reply in zip(first, replies, strict=True):
+            if is_harmful and is_refusal(reply):
+                opens_refusal[token] += 1
+            elif not is_harmful and not is_refusal(reply):
+                opens_harmless[token] += 1
+    refused = sum(opens_refusal.values())
+    if refused < 0.1 * len(harmful):
+        raise UserError(
+            f"{model.name} refuses {refused} of {len(harmful)} harmful prompts, so it has no refusal direction to find; "
+            "use a model that refuses, or give its refusal tokens."
+        )
+    answered = max(1, sum(opens_harmless.values()))
+    found = [
+        token
+        for token, count in opens_refusal.most_common()
+        if count >= MIN_SHARE * refused and count / refused >= MIN_RATIO * opens_harmless[token] / answered
+    ]
+    if not found:
+        raise UserError(
+            f"No token opens the refusals of {model.name} and rarely its other replies; give the refusal tokens."
+        )
+    return found
+
+
+def scores_of(model: Model, rows: Sequence[Int[Tensor, " token"]], token_ids: Sequence[int]) -> Float[Tensor, " prompt"]:
+    """Refusal score at chat[-1] of tokenised prompts."""
+    return refusal_score(last_logits(model.hf, model.tokenizer, rows), token_ids)

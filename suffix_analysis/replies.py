@@ -1,0 +1,174 @@
+"""Replies in every arm, judged, and how refusal falls: the tables replies, refusal, contrasts and interventions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from suffix_analysis.directions import Direction
+from suffix_analysis.generate import generate
+from suffix_analysis.interventions import ablate, add
+from suffix_analysis.judges import is_refusal, judge
+from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import SUFFIX_ARMS, Suffix
+from suffix_analysis.refusal import scores_of
+from suffix_analysis.runs import append_jsonl, read_jsonl
+from suffix_analysis.stats import contrast, interval, rate_interval
+
+
+def reply_rows(
+    model: Model, prompts: Sequence[Prompt], suffix: Suffix | None, arm: str, tokens: Sequence[int], length: int
+) -> list[dict[str, Any]]:
+    """Greedy replies of one arm with one suffix, judged."""
+    ids = [model.chat(p.text, suffix.text if suffix else "").ids for p in prompts]
+    replies = generate(model.hf, model.tokenizer, ids, length)
+    scores = scores_of(model, ids, tokens).tolist()
+    return [
+        {
+            "arm": arm,
+            "split": p.split,
+            "kind": p.kind,
+            "prompt_id": p.id,
+            "suffix_id": suffix.id if suffix else None,
+            "refused": is_refusal(reply),
+            "verdict": judge(p.text, reply),
+            "refusal_score": score,
+            "reply": reply,
+        }
+        for p, reply, score in zip(prompts, replies, scores, strict=True)
+    ]
+
+
+def measure_replies(
+    model: Model,
+    prompts: Sequence[Prompt],
+    suffixes: Sequence[Suffix],
+    tokens: Sequence[int],
+    length: int,
+    journal: Path,
+    on_arm: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """All replies; each finished arm × suffix is kept in ``journal`` and not repeated on resume.
+
+    Report prompts are answered in every arm, look-alikes only without a suffix.
+    """
+    done = read_jsonl(journal) if journal.exists() else []
+    have = {(row["arm"], row["suffix_id"]): row["rows"] for row in done}
+    kinds = {kind: [p for p in prompts if p.kind == kind and p.split == "report"] for kind in
+             ("harmful", "harmless", "lookalike")}
+    cells: list[tuple[str, Suffix | None, list[Prompt]]] = [("none", None, kinds["harmful"])]
+    cells += [(s.arm, s, kinds["harmful"]) for arm in SUFFIX_ARMS for s in suffixes if s.arm == arm]
+    cells += [("harmless", None, kinds["harmless"]), ("lookalike", None, kinds["lookalike"])]
+    cells += [("harmless+adversarial", s, kinds["harmless"]) for s in suffixes if s.arm == "adversarial"]
+    cells = [cell for cell in cells if cell[2]]
+    rows = []
+    for i, (arm, suffix, some) in enumerate(cells, 1):
+        key = (arm, suffix.id if suffix else None)
+        if key not in have:
+            have[key] = reply_rows(model, some, suffix, arm, tokens, length)
+            append_jsonl(journal, {"arm": arm, "suffix_id": key[1], "rows": have[key]})
+        rows += have[key]
+        if on_arm is not None:
+            on_arm(i, len(cells))
+    return rows
+
+
+def crossed(rows: Sequence[dict[str, Any]], arm: str, value: Callable[[dict[str, Any]], float]) -> ndarray:
+    """One arm's values as [prompt suffix]; every prompt must have met every suffix."""
+    own = [row for row in rows if row["arm"] == arm]
+    prompts = list(dict.fromkeys(row["prompt_id"] for row in own))
+    suffixes = list(dict.fromkeys(row["suffix_id"] for row in own))
+    table = np.full((len(prompts), len(suffixes)), np.nan)
+    at = {p: i for i, p in enumerate(prompts)}, {s: i for i, s in enumerate(suffixes)}
+    for row in own:
+        table[at[0][row["prompt_id"]], at[1][row["suffix_id"]]] = value(row)
+    if np.isnan(table).any():
+        raise ValueError(f"arm {arm}: {int(np.isnan(table).sum())} of {table.size} replies are missing")
+    return table
+
+
+def refusal_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Refusal phrase rate and share of complied verdicts per arm, with intervals."""
+    out = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        table: dict[str, Any] = {"arm": arm, "split": next(row["split"] for row in rows if row["arm"] == arm)}
+        for name, value in (("refusal", _refused), ("complied", _complied)):
+            cells = crossed(rows, arm, value)
+            has_suffix = any(row["suffix_id"] for row in rows if row["arm"] == arm)
+            found = interval(cells, suffix_arm=has_suffix)
+            lo, hi = found.lo, found.hi
+            if cells.shape[1] == 1:  # over prompts alone the exact interval holds, also at 0 and 1
+                _, lo, hi = rate_interval(cells[:, 0])
+            table |= {
+                "n_prompts": found.n_prompts,
+                "n_suffixes": found.n_suffixes,
+                f"{name}_rate": found.estimate,
+                f"{name}_lo": lo,
+                f"{name}_hi": hi,
+                "resampled": found.resampled,
+                "descriptive": found.descriptive,
+            }
+        out.append(table)
+    return out
+
+
+def _refused(row: dict[str, Any]) -> float:
+    return float(row["refused"])
+
+
+def _complied(row: dict[str, Any]) -> float:
+    return float(row["verdict"] == "complied")
+
+
+def refusal_contrasts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Refusal phrase rate of each suffix arm against none, and of adversarial against random; paired by prompt."""
+    arms = {row["arm"] for row in rows}
+    pairs = [(arm, "none") for arm in SUFFIX_ARMS] + [("adversarial", "random"), ("adversarial", "shuffled")]
+    return [
+        {
+            "measure": "refusal phrase rate",
+            "arm": a,
+            "against": b,
+            **vars(contrast(crossed(rows, a, _refused), crossed(rows, b, _refused))),
+        }
+        for a, b in pairs
+        if a in arms and b in arms
+    ]
+
+
+def measure_interventions(
+    model: Model, direction: Direction, prompts: Sequence[Prompt], length: int, alpha: float = 1.0
+) -> list[dict[str, Any]]:
+    """The paper's §3 in one table: refusal of harmful prompts with r ablated, of harmless ones with r added."""
+    vector = direction.vector
+    plans = [
+        ("none", "harmful", contextlib.nullcontext()),
+        ("ablated", "harmful", ablate(model, vector)),
+        ("none", "harmless", contextlib.nullcontext()),
+        ("added", "harmless", add(model, vector, direction.layer, alpha)),
+    ]
+    rows = []
+    for name, kind, context in plans:
+        some = [p for p in prompts if p.kind == kind and p.split == "report"]
+        with context:
+            replies = generate(model.hf, model.tokenizer, [model.chat(p.text).ids for p in some], length)
+        rate, lo, hi = rate_interval(np.array([float(is_refusal(reply)) for reply in replies]))
+        rows.append(
+            {
+                "intervention": name,
+                "kind": kind,
+                "split": "report",
+                "alpha": alpha if name == "added" else None,
+                "n_prompts": len(some),
+                "refusal_rate": rate,
+                "refusal_lo": lo,
+                "refusal_hi": hi,
+            }
+        )
+    return rows

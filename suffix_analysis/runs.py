@@ -1,0 +1,295 @@
+"""The run folder: atomic files, a lock, the status record, and the environment it was made in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from suffix_analysis.errors import UsageError, UserError
+from suffix_analysis.records import SCHEMA_VERSION, Suffix
+
+PACKAGES = (
+    "suffix-analysis", "torch", "transformers", "transformer-lens", "circuitsvis", "nanogcg", "numpy", "scipy", "peft",
+    "safetensors", "pyarrow", "altair", "vl-convert-python",
+)  # fmt: skip
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+
+    def fill(scratch: Path) -> None:
+        scratch.write_bytes(data)
+
+    replace_with(path, fill)
+
+
+def replace_with(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write a temporary file beside ``path``, then move it there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            fill(Path(scratch))
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, path)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; free space or choose --out.") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON; numbers that are not finite become null."""
+    write_atomic(path, json.dumps(_plain(value), ensure_ascii=True, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; run the stage that makes it.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run the stage again.") from error
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write one JSON object a line, all at once."""
+    write_atomic(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to a journal; it is on the disk when this returns."""
+    try:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(_plain(row)) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; free space or choose --out.") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a journal; a last line cut off by a crash is left out.
+
+    Raises:
+        UserError: missing, or damaged before the last line.
+    """
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: the write was cut off
+                break
+            raise UserError(f"{path}: line {number} is damaged ({error.msg}); remove it and run again.") from error
+    return rows
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as parquet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(list(rows))
+    replace_with(path, lambda scratch: pyarrow.parquet.write_table(table, scratch))
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Read parquet as rows.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_table(path).to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run the stage again.") from error
+
+
+def write_suffixes(path: Path, suffixes: Sequence[Suffix]) -> None:
+    """Write suffix records as JSONL."""
+    write_jsonl(path, [asdict(suffix) for suffix in suffixes])
+
+
+def read_suffixes(path: Path) -> list[Suffix]:
+    """Read suffix records.
+
+    Raises:
+        UserError: missing, damaged, or of another layout.
+    """
+    try:
+        return [
+            Suffix(**{**row, "ids": tuple(row.get("ids") or ()), "trained_on": tuple(row.get("trained_on") or ())})
+            for row in read_jsonl(path)
+        ]
+    except TypeError as error:
+        raise UserError(f"{path} is not a list of suffixes: {error}") from error
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Hold a run folder: make it, or check that it was made by the same settings, and lock out other processes.
+
+    Raises:
+        UsageError: the folder belongs to other settings or is no run folder.
+        UserError: another process works in it, or it cannot be written.
+    """
+    import tomli_w
+
+    settings = {key: value for key, value in settings.items() if value is not None}
+    config = folder / "config.toml"
+    if config.exists():
+        there = tomllib.loads(config.read_text("utf-8"))
+        changed = sorted(key for key in there.keys() | settings.keys() if there.get(key) != settings.get(key))
+        if changed:
+            key = changed[0]
+            raise UsageError(
+                f"{folder} was made with {key} = {there.get(key)!r}, not {settings.get(key)!r}; use those settings or "
+                "another folder (--out)."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not a run folder; choose another with --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as handle:
+            _lock(handle, folder)
+            if not config.exists():
+                write_atomic(config, tomli_w.dumps(settings))
+            yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used: {error.strerror or error}; choose another with --out.") from error
+
+
+def _lock(handle: Any, folder: Path) -> None:
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no fcntl; two processes are then the user's own care
+        return
+    except BlockingIOError as error:
+        raise UserError(f"Another process is working in {folder}; wait for it or choose another --out.") from error
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """The status record; an empty one for a new folder."""
+    path = folder / "status.json"
+    if path.exists():
+        found: dict[str, Any] = read_json(path)
+        if found.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(
+                f"{folder} was written with schema_version {found.get('schema_version')}, this is {SCHEMA_VERSION}; "
+                "run it again in a new folder."
+            )
+        return found
+    return {"schema_version": SCHEMA_VERSION, "state": "running", "stages": {}, "peak_gib": 0.0}
+
+
+def finish_stage(folder: Path, name: str, seconds: float) -> None:
+    """Record that a stage's files are complete. Seconds of interrupted attempts are added up."""
+    now = status(folder)
+    before = now["stages"].get(name, {}).get("seconds", 0.0)
+    now["stages"][name] = {"state": "done", "seconds": round(before + seconds, 2)}
+    now["peak_gib"] = max(now["peak_gib"], round(peak_gib(), 2))
+    write_json(folder / "status.json", now)
+
+
+def set_state(folder: Path, state: str) -> None:
+    """Record the run's state: running, partly done, done or failed."""
+    write_json(folder / "status.json", status(folder) | {"state": state})
+
+
+def is_done(folder: Path, name: str) -> bool:
+    """Whether a stage has finished in this folder."""
+    return status(folder)["stages"].get(name, {}).get("state") == "done"
+
+
+def peak_gib() -> float:
+    """The most memory this process has held, in GiB (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for env.json and for bug reports; holds no paths, names or tokens."""
+    import torch
+
+    from attacks.precision import bf16_speedup
+
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "packages": versions,
+        "git": _revision(),
+        "threads": torch.get_num_threads(),
+        "bf16_speedup": round(bf16_speedup(torch.device("cpu")), 2),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _revision() -> str:
+    """The checkout's git revision, or empty for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    return ""

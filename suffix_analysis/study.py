@@ -1,0 +1,344 @@
+"""The stages in order. Each is a pure function elsewhere; here it reads and writes the run folder."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from attacks.config import resolve_dtype
+from suffix_analysis import attacking, replies, runs
+from suffix_analysis.analysis import analyze
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.directions import Direction, find_direction
+from suffix_analysis.errors import UserError
+from suffix_analysis.models import Model, load_model
+from suffix_analysis.prompts import Prompt, load_prompts, to_jsonl
+from suffix_analysis.records import Suffix
+from suffix_analysis.refusal import discover_refusal_tokens
+
+STAGES = ("prompts", "attack", "direction", "replies", "analysis")
+
+
+class Narrator(Protocol):
+    """Where progress goes; the command line shows it, tests collect it."""
+
+    def stage(self, name: str, skipped: bool) -> None:
+        """A stage begins, or is skipped because it is done."""
+
+    def say(self, text: str) -> None:
+        """A line worth keeping."""
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        """``done`` of ``total`` parts of the present stage."""
+
+
+@dataclass
+class Study:
+    """One run: its folder, settings and narrator, and the model once it is needed."""
+
+    folder: Path
+    config: StudyConfig
+    narrator: Narrator
+    _model: Model | None = None
+
+    @property
+    def model(self) -> Model:
+        """The model, loaded on first use together with its fast twin (which must exist before the bridge)."""
+        if self._model is None:
+            self._model = load_model(self.config.model)
+            self._model.twin(self.fast_dtype)
+        return self._model
+
+    @property
+    def fast_dtype(self) -> torch.dtype:
+        """Precision of searches and replies."""
+        assert self._model is not None
+        return resolve_dtype(self.config.score_dtype, self._model.hf)  # type: ignore[arg-type]
+
+    @property
+    def fast(self) -> Model:
+        """The model in the fast precision."""
+        return self.model.twin(self.fast_dtype)
+
+    def run(self, stages: Sequence[str] = STAGES) -> None:
+        """Run the stages that are not done yet.
+
+        Raises:
+            UserError: any user's mistake, in one sentence; what was finished stays.
+        """
+        steps: dict[str, Callable[[], None]] = {
+            "prompts": self._prompts,
+            "attack": self._attack,
+            "direction": self._direction,
+            "replies": self._replies,
+            "analysis": self._analysis,
+        }
+        with runs.open_run(self.folder, asdict(self.config)):
+            runs.set_state(self.folder, "running")
+            try:
+                for name in stages:
+                    with self._stage(name) as needed:
+                        if needed:
+                            steps[name]()
+            except BaseException:
+                runs.set_state(self.folder, "partly done")
+                raise
+            runs.set_state(self.folder, "done")
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[bool]:
+        done = runs.is_done(self.folder, name)
+        self.narrator.stage(name, done)
+        started = time.perf_counter()
+        yield not done
+        if not done:
+            runs.finish_stage(self.folder, name, time.perf_counter() - started)
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    def _prompts(self) -> None:
+        prompts = study_prompts(self.config)
+        runs.write_atomic(self.folder / "prompts.jsonl", to_jsonl(prompts))
+        runs.write_json(self.folder / "env.json", runs.environment())
+
+    def prompts(self) -> list[Prompt]:
+        """The run's prompts."""
+        return [Prompt(**row) for row in runs.read_jsonl(self.folder / "prompts.jsonl")]
+
+    def _attack(self) -> None:
+        prompts, config = self.prompts(), self.config
+        select = [p for p in prompts if p.split == "select"]
+        harmful = [p for p in select if p.kind == "harmful"]
+        tokens = self._refusal_tokens(select)
+        if config.suffixes is not None:
+            runs.write_suffixes(self.folder / "suffixes.jsonl", given_suffixes(Path(config.suffixes), self.model))
+            return
+        train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed)
+        began = time.perf_counter()
+        for progress in attacking.run_attack(self.model, train, held_out, tokens, config, self.folder):
+            self.narrator.progress(progress.step.step, config.steps, _attack_line(progress, config, began))
+        rows = runs.read_jsonl(self.folder / "steps.jsonl")
+        suffix = attacking.best_suffix(rows, train, config.seed)
+        controls = attacking.make_controls(self.model, suffix, held_out, config, self._skip)
+        runs.write_suffixes(self.folder / "suffixes.jsonl", [suffix, *controls])
+
+    def _refusal_tokens(self, select: Sequence[Prompt]) -> list[int]:
+        """Discovered once on the select split and kept for every later stage."""
+        path = self.folder / "refusal_tokens.json"
+        if path.exists():
+            return list(runs.read_json(path))
+        chats = {k: [self.model.chat(p.text) for p in select if p.kind == k] for k in ("harmful", "harmless")}
+        tokens = discover_refusal_tokens(self.fast, chats["harmful"], chats["harmless"])
+        runs.write_json(path, tokens)
+        return tokens
+
+    def _direction(self) -> None:
+        prompts = [p for p in self.prompts() if p.split in ("fit", "select")]
+        tokens = self._refusal_tokens(prompts)
+        direction = find_direction(
+            self.model,
+            [p for p in prompts if p.kind == "harmful"],
+            [p for p in prompts if p.kind == "harmless"],
+            refusal_tokens=tokens,
+            on_candidate=lambda done, total: self.narrator.progress(done, total, "candidate directions"),
+        )
+        save_direction(self.folder / "direction.safetensors", direction)
+        findings = self.folder / "findings"
+        chat = self.model.chat(prompts[0].text)
+        names = [self.model.tokenizer.decode([i]) for i in chat.ids[chat.regions["chat"]].tolist()]
+        rows = [row | {"token": names[row["position"] + len(names)]} for row in direction.scores]
+        rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+        runs.write_table(findings / "interventions.parquet", replies.measure_interventions(
+            self.fast, direction, self.prompts(), self.config.reply_tokens))
+        runs.write_table(findings / "candidates.parquet", rows)
+
+    def direction(self) -> Direction:
+        """The run's direction."""
+        rows = runs.read_table(self.folder / "findings" / "candidates.parquet")
+        return load_direction(self.folder / "direction.safetensors", rows)
+
+    def _replies(self) -> None:
+        suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
+        prompts = self.prompts()
+        rows = replies.measure_replies(
+            self.fast,
+            prompts,
+            suffixes,
+            self._refusal_tokens([p for p in prompts if p.split == "select"]),
+            self.config.reply_tokens,
+            self.folder / "replies.jsonl",
+            lambda done, total: self.narrator.progress(done, total, "arms × suffixes answered"),
+        )
+        findings = self.folder / "findings"
+        runs.write_table(findings / "replies.parquet", rows)
+        runs.write_table(findings / "refusal.parquet", replies.refusal_table(rows))
+
+    def _analysis(self) -> None:
+        suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
+        direction, prompts, config = self.direction(), self.prompts(), self.config
+        traced = [s for s in suffixes if s.arm == "adversarial" or _number(s.id) <= config.n_traced_controls]
+        total = self._n_forwards(prompts, traced)
+        done = 0
+
+        def count(n: int) -> None:
+            nonlocal done
+            done += n
+            self.narrator.progress(min(done, total), total, "prompts traced")
+
+        found = analyze(
+            self.model, direction, prompts, traced,
+            n_top=config.n_top_heads, max_prompts=config.n_traced, on_prompts=count,
+        )  # fmt: skip
+        folder = self.folder / "findings"
+        rows = runs.read_table(folder / "replies.parquet")
+        contrasts = replies.refusal_contrasts(rows) + found.tables["contrasts"]
+        for name, table in (found.tables | {"contrasts": contrasts}).items():
+            runs.write_table(folder / f"{name}.parquet", table)
+        runs.write_json(folder / "patterns.json", found.patterns)
+        runs.write_json(folder / "checks.json", found.checks)
+        runs.write_json(folder / "summary.json", found.summary | self._summary(prompts, suffixes))
+
+    def _n_forwards(self, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]) -> int:
+        harmful = min(self.config.n_traced, sum(p.kind == "harmful" and p.split == "report" for p in prompts))
+        harmless = min(self.config.n_traced, sum(p.kind == "harmless" and p.split == "report" for p in prompts))
+        select = sum(p.kind == "harmful" and p.split == "select" for p in prompts)
+        return 2 * select + harmful * (1 + len(suffixes)) + 2 * harmless
+
+    def _summary(self, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]) -> dict[str, Any]:
+        counts: dict[str, dict[str, int]] = {}
+        for p in prompts:
+            counts.setdefault(p.split, {}).setdefault(p.kind, 0)
+            counts[p.split][p.kind] += 1
+        skipped = self.folder / "skipped.json"
+        return {
+            "target": self.config.target,
+            "suffix_id": next((s.id for s in suffixes if s.arm == "adversarial"), None),
+            "n_prompts": counts,
+            "reply_dtype": str(self.fast_dtype).removeprefix("torch."),
+            "skipped": runs.read_json(skipped) if skipped.exists() else [],
+        }
+
+    def _skip(self, sentence: str) -> None:
+        """Remember what fell short, for the report, and say it."""
+        path = self.folder / "skipped.json"
+        runs.write_json(path, [*(runs.read_json(path) if path.exists() else []), sentence])
+        self.narrator.say(sentence)
+
+
+def _number(suffix_id: str) -> int:
+    tail = suffix_id.rsplit("-", 1)[-1]
+    return int(tail) if tail.isdigit() else 0
+
+
+def _attack_line(progress: attacking.Progress, config: StudyConfig, began: float) -> str:
+    step = progress.step
+    text = f"loss {step.loss:.3f}, best {step.best_loss:.3f}"
+    if progress.flipped is not None and progress.select_refusal is not None:
+        text += f", flipped {progress.flipped}/{config.n_instructions}, others refused {progress.select_refusal:.0%}"
+    return text
+
+
+def study_prompts(config: StudyConfig) -> list[Prompt]:
+    """All prompts of a study with their kinds and splits.
+
+    Files without splits are cut with the seed: half fit, a fifth select, the rest report.
+
+    Raises:
+        UserError: a file cannot be read, or a split comes out empty.
+    """
+    prompts: list[Prompt] = []
+    for kind, source in (("harmful", config.harmful), ("harmless", config.harmless)):
+        found = load_prompts(source, kind=kind)
+        prompts += _with_splits([replace(p, kind=kind) for p in found], config.seed)
+    if config.harmless == "embedded":
+        prompts += load_prompts("embedded", kind="lookalike")
+    for kind in ("harmful", "harmless"):
+        for split in ("fit", "select", "report"):
+            if not any(p.kind == kind and p.split == split for p in prompts):
+                raise UserError(f"There are no {kind} prompts in the {split} split; give more prompts.")
+    if len({p.id for p in prompts}) < len(prompts):
+        prompts = [replace(p, id=f"{p.kind}:{p.id}") for p in prompts]
+    return prompts
+
+
+def _with_splits(prompts: list[Prompt], seed: int) -> list[Prompt]:
+    if all(p.split for p in prompts):
+        return prompts
+    shuffled = list(prompts)
+    random.Random(seed).shuffle(shuffled)
+    first, second = len(shuffled) // 2, len(shuffled) * 7 // 10
+    names = ["fit" if i < first else "select" if i < second else "report" for i in range(len(shuffled))]
+    return [replace(p, split=name) for p, name in zip(shuffled, names, strict=True)]
+
+
+def given_suffixes(path: Path, model: Model) -> list[Suffix]:
+    """Suffixes from a file, with their token counts after an instruction.
+
+    Raises:
+        UserError: the file is missing or no list of suffixes, or a suffix does not survive re-tokenisation.
+    """
+    from suffix_analysis.chat import survives_decoding
+
+    if not path.is_file():
+        raise UserError(f"There is no suffixes file {str(path)!r}.")
+    out = []
+    for suffix in runs.read_suffixes(path):
+        chat = model.chat("Write a poem", suffix.text)
+        if not survives_decoding(model.tokenizer, chat):
+            raise UserError(f"Suffix {suffix.id} ({suffix.text[:40]!r}) does not survive re-tokenisation; leave it out.")
+        ids = tuple(chat.ids[chat.regions["suffix"]].tolist())
+        out.append(replace(suffix, ids=ids, n_tokens=len(ids)))
+    if not any(s.arm == "adversarial" for s in out):
+        raise UserError(f"{path} holds no suffix of the adversarial arm.")
+    return out
+
+
+def save_direction(path: Path, direction: Direction) -> None:
+    """Write a direction's tensors; the choice travels as metadata."""
+    tensors = {
+        "vector": direction.vector.contiguous(),
+        "means_harmful": direction.means_harmful.contiguous(),
+        "means_harmless": direction.means_harmless.contiguous(),
+    }
+    meta = {
+        "position": str(direction.position),
+        "layer": str(direction.layer),
+        "refusal_tokens": ",".join(map(str, direction.refusal_tokens)),
+        "n": ",".join(f"{key}={value}" for key, value in direction.n.items()),
+    }
+    runs.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
+
+
+def load_direction(path: Path, scores: list[dict[str, Any]]) -> Direction:
+    """Read a direction back.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    from safetensors import safe_open
+
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as handle:
+            meta = handle.metadata()
+        return Direction(
+            vector=tensors["vector"],
+            position=int(meta["position"]),
+            layer=int(meta["layer"]),
+            scores=scores,
+            means_harmful=tensors["means_harmful"],
+            means_harmless=tensors["means_harmless"],
+            refusal_tokens=tuple(int(i) for i in meta["refusal_tokens"].split(",")),
+            n={key: int(value) for key, value in (pair.split("=") for pair in meta["n"].split(","))},
+        )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); delete it and run the direction stage.") from error

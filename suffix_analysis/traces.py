@@ -1,0 +1,218 @@
+"""The instrumented forward: projections by layer, attention rows and exact head contributions at chat[-1].
+
+Runs through the TransformerBridge over the weights the attack used. Only the destination's row of every pattern is
+kept, so memory does not grow with the square of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from suffix_analysis.chat import REGIONS, Chat
+from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
+from suffix_analysis.generate import batches, left_pad, pad_token
+from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt, to_prompts
+
+TOKEN_BUDGET = 4096
+IDENTITY_BOUND = 1e-5  # of the write's length (METHODS §3)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What one forward per prompt showed at chat[-1], in units of r̂.
+
+    ``projection`` and ``norm``: of the residual stream at every block's input and, last, after the last block.
+    ``attention`` and ``contribution``: summed over each region of ``REGIONS``; contributions are exact shares of the
+    attention write, not effects of deleting the source. ``attention_bias``, ``attention_out``, ``mlp_out`` and
+    ``embedding`` are the other terms. ``rows`` (where kept): per prompt, attention and contribution by token.
+    ``identity`` is the largest error of Σ contributions + bias against the write, as a share of the write's length;
+    ``closure`` that of embedding + Σ writes against the final residual, as a share of its length.
+    """
+
+    chats: tuple[Chat, ...]
+    projection: Float[Tensor, "prompt layer"]
+    norm: Float[Tensor, "prompt layer"]
+    attention: Float[Tensor, "prompt layer head region"]
+    contribution: Float[Tensor, "prompt layer head region"]
+    attention_out: Float[Tensor, "prompt layer"]
+    mlp_out: Float[Tensor, "prompt layer"]
+    embedding: Float[Tensor, " prompt"]
+    attention_bias: Float[Tensor, " layer"]
+    n_tokens: Float[Tensor, "prompt region"]
+    rows: tuple[tuple[Float[Tensor, "layer head token"], Float[Tensor, "layer head token"]], ...]
+    identity: float
+    closure: float
+
+    @property
+    def head_contribution(self) -> Float[Tensor, "prompt layer head"]:
+        """Σ over source tokens: what each head writes along r̂."""
+        return self.contribution.sum(dim=-1)
+
+
+def output_directions(model: Model, unit: Float[Tensor, " d_model"]) -> Float[Tensor, "layer head d_head"]:
+    """W_O r̂ of every head: the dot product of a head's value with it is its write along r̂."""
+    blocks = model.bridge.blocks
+    return torch.stack([block.attn.W_O.detach().float() @ unit.to(block.attn.W_O.device) for block in blocks])
+
+
+def trace(
+    model: Model,
+    prompts: Sequence[Prompt | str | Chat],
+    direction: Direction | Float[Tensor, " d_model"],
+    *,
+    suffix: str = "",
+    keep_rows: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> Traces:
+    """Run every prompt once and record what happens at chat[-1] along the direction.
+
+    Args:
+        model: the model; its bridge is used.
+        prompts: instructions (``suffix`` is appended to each) or chats that are already rendered.
+        direction: a direction, or a vector.
+        suffix: text after every instruction.
+        keep_rows: keep attention and contribution by source token, not only by region.
+        on_batch: called with the number of prompts done after each batch.
+
+    Raises:
+        UserError: a value is not finite, attention rows are missing, or the sum of the contributions is not the
+            attention write (the model then has a norm or a multiplier between them that is not known here).
+    """
+    chats = [p if isinstance(p, Chat) else model.chat(p.text, suffix) for p in _as_prompts(prompts)]
+    if not chats:
+        raise UserError("There are no prompts to trace; give at least one.")
+    vector = direction.vector if isinstance(direction, Direction) else direction
+    unit = (vector / vector.norm()).float().to(model.hf.device)
+    heads = output_directions(model, unit)
+    kept: dict[int, dict[str, Any]] = {}
+    for group in batches([len(chat.ids) for chat in chats], TOKEN_BUDGET):
+        for i, record in zip(group, _batch(model, [chats[i] for i in group], unit, heads, keep_rows), strict=True):
+            kept[i] = record
+        if on_batch is not None:
+            on_batch(len(group))
+    return _collect(model, chats, [kept[i] for i in range(len(chats))], unit)
+
+
+def _as_prompts(prompts: Sequence[Prompt | str | Chat]) -> list[Any]:
+    return [p if isinstance(p, Chat) else to_prompts([p])[0] for p in prompts]
+
+
+@torch.no_grad()
+def _batch(
+    model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_rows: bool
+) -> list[dict[str, Any]]:
+    """One padded forward; returns a record per prompt."""
+    n_layers = model.n_layers
+    seen: dict[tuple[str, int], Tensor] = {}
+
+    def at_end(kind: str, layer: int) -> tuple[str, Callable[[Tensor, Any], None]]:
+        def take(x: Tensor, hook: Any) -> None:
+            last = x[:, -1].float()
+            seen[kind, layer] = last @ unit
+            seen[kind + "_norm", layer] = last.norm(dim=-1)
+
+        return kind, take
+
+    def values(layer: int) -> Callable[[Tensor, Any], None]:
+        def take(v: Tensor, hook: Any) -> None:
+            n_heads, n_kv = heads.shape[1], v.shape[2]
+            grouped = heads[layer].view(n_kv, n_heads // n_kv, -1)  # query head h reads key-value head h // (H/G)
+            seen["along", layer] = torch.einsum("btgd,ghd->bght", v.float(), grouped).flatten(1, 2)
+
+        return take
+
+    def pattern(layer: int) -> Callable[[Tensor, Any], None]:
+        def take(a: Tensor, hook: Any) -> None:
+            seen["row", layer] = a[:, :, -1].float()
+
+        return take
+
+    hooks: list[tuple[str, Any]] = [("hook_embed", at_end("embed", 0)[1])]
+    for layer in range(n_layers):
+        hooks += [
+            (f"blocks.{layer}.hook_resid_pre", at_end("resid", layer)[1]),
+            (f"blocks.{layer}.hook_attn_out", at_end("attn", layer)[1]),
+            (f"blocks.{layer}.hook_mlp_out", at_end("mlp", layer)[1]),
+            (f"blocks.{layer}.attn.hook_v", values(layer)),
+            (f"blocks.{layer}.attn.hook_pattern", pattern(layer)),
+        ]
+    hooks.append((f"blocks.{n_layers - 1}.hook_resid_post", at_end("resid", n_layers)[1]))
+    padded = left_pad([chat.ids for chat in chats], pad_token(model.tokenizer), model.hf.device)
+    with model.bridge.hooks(fwd_hooks=hooks):
+        model.hf(**padded, logits_to_keep=1)
+    missing = [layer for layer in range(n_layers) if ("row", layer) not in seen or ("along", layer) not in seen]
+    if missing:
+        raise UserError(f"No attention rows came from layers {missing}; the model's attention cannot be traced.")
+    rows = torch.stack([seen["row", layer] for layer in range(n_layers)], dim=1).cpu()
+    shares = rows * torch.stack([seen["along", layer] for layer in range(n_layers)], dim=1).cpu()
+    stacked = {
+        key: torch.stack([seen[key, layer] for layer in range(n_layers + (key.startswith("resid")))], dim=1).cpu()
+        for key in ("resid", "resid_norm", "attn", "attn_norm", "mlp")
+    }
+    width = padded["input_ids"].shape[1]
+    records = []
+    for i, chat in enumerate(chats):
+        start = width - len(chat.ids)
+        record: dict[str, Any] = {key: value[i] for key, value in stacked.items()}
+        record["embed"] = seen["embed", 0][i].cpu()
+        record["attention"], record["contribution"] = (
+            torch.stack([x[i, :, :, start:][..., chat.regions[name]].sum(-1) for name in REGIONS], dim=-1)
+            for x in (rows, shares)
+        )
+        record["sums"] = shares[i].sum(-1)
+        record["rows"] = (rows[i, :, :, start:].clone(), shares[i, :, :, start:].clone()) if keep_rows else None
+        records.append(record)
+    return records
+
+
+def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], unit: Tensor) -> Traces:
+    def stack(key: str) -> Tensor:
+        return torch.stack([record[key] for record in records])
+
+    bias = torch.tensor([_bias(block) @ unit.cpu() if _bias(block) is not None else 0.0 for block in model.bridge.blocks])
+    written = stack("attn")
+    error = (stack("sums").sum(dim=-1) + bias - written).abs() / stack("attn_norm").clamp(min=1e-30)
+    final, length = stack("resid")[:, -1], stack("resid_norm")[:, -1]
+    rebuilt = stack("embed") + written.sum(dim=1) + stack("mlp").sum(dim=1)
+    traces = Traces(
+        chats=tuple(chats),
+        projection=stack("resid"),
+        norm=stack("resid_norm"),
+        attention=stack("attention"),
+        contribution=stack("contribution"),
+        attention_out=written,
+        mlp_out=stack("mlp"),
+        embedding=stack("embed"),
+        attention_bias=bias,
+        n_tokens=torch.stack([torch.stack([chat.regions[name].sum() for name in REGIONS]) for chat in chats]).float(),
+        rows=tuple(record["rows"] for record in records if record["rows"] is not None),
+        identity=float(error.max()),
+        closure=float(((rebuilt - final).abs() / length).max()),
+    )
+    _check(traces, model)
+    return traces
+
+
+def _bias(block: Any) -> Tensor | None:
+    bias = getattr(block.attn, "b_O", None)
+    return bias.detach().float().cpu() if bias is not None else None
+
+
+def _check(traces: Traces, model: Model) -> None:
+    if not bool(torch.isfinite(traces.projection).all()) or not bool(torch.isfinite(traces.contribution).all()):
+        layer = int((~torch.isfinite(traces.projection)).any(dim=0).float().argmax())
+        raise UserError(f"The trace is not finite, first at layer {layer} in {model.hf.dtype}; load in float32.")
+    # float32 sums of thousands of terms stay below the bound; lower precisions round each write themselves
+    if model.hf.dtype == torch.float32 and traces.identity > IDENTITY_BOUND:
+        raise UserError(
+            f"{model.name}: head contributions miss the attention write by {traces.identity:.1e} of its length "
+            f"(allowed {IDENTITY_BOUND}); a norm or multiplier after attention is not supported yet."
+        )

@@ -1,0 +1,203 @@
+"""The report in a real browser, opened from file:// with no network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from reports import build_report
+from tests.fake_run import make_fake_run
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
+
+
+@dataclass
+class Seen:
+    """What the page did: console messages, requests, dialogs, uncaught errors."""
+
+    console: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    dialogs: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def quiet(self) -> None:
+        """Assert that the page was silent, asked for nothing but itself, and ran nothing foreign."""
+        assert self.errors == [] and self.dialogs == []
+        assert self.console == []
+        # data: and blob: stay inside the page
+        assert [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+        assert len([url for url in self.requests if url.startswith("file:")]) == 1
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_report(make_fake_run(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_report(make_fake_run(tmp_path_factory.mktemp("hostile"), hostile=True, n_prompts=40))
+
+
+@pytest.fixture(autouse=True)
+def closed_pages(browser: sync_api.Browser) -> Iterator[None]:
+    yield
+    for context in browser.contexts:
+        context.close()
+
+
+def open_page(
+    browser: sync_api.Browser, path: Path, width: int = 1280, scheme: str = "light"
+) -> tuple[sync_api.Page, Seen]:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+    page, seen = context.new_page(), Seen()
+    page.on("console", lambda message: seen.console.append(message.text))
+    page.on("request", lambda request: seen.requests.append(request.url))
+    page.on("pageerror", lambda error: seen.errors.append(str(error)))
+
+    def dismiss(dialog: sync_api.Dialog) -> None:
+        seen.dialogs.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", dismiss)
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
+    return page, seen
+
+
+def draw_patterns(page: sync_api.Page) -> None:
+    page.evaluate("document.getElementById('cv').scrollIntoView({behavior: 'instant'})")
+    page.wait_for_selector("#cv canvas", timeout=60_000)
+
+
+def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    plots = page.locator("figure .plot")
+    assert plots.count() == 8
+    for i in range(8):
+        assert plots.nth(i).locator("svg path").count() > 3
+    print(
+        "first figures after",
+        page.get_attribute("html", "data-first-ms"),
+        "ms; all after",
+        page.get_attribute("html", "data-drawn-ms"),
+        "ms;",
+        f"{report.stat().st_size / 2**20:.2f} MiB",
+    )
+    draw_patterns(page)
+    assert page.locator("#cv .paper").count() == 2
+    assert page.locator("#cv canvas").count() == 2 * (8 + 1)
+    seen.quiet()
+
+
+def test_theme_follows_the_system_and_switches(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report, scheme="dark")
+    assert page.locator(".plot[data-drawn=dark]").count() == 8
+    back = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(back)
+    page.click("#theme")
+    page.wait_for_selector("html[data-theme=light] #fig-loss .plot[data-drawn=light]")
+    assert page.evaluate(back) != dark
+    seen.quiet()
+
+
+def test_views_switch_and_tables_follow(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    figure = page.locator("#fig-heads")
+    figure.locator("summary").click()
+    page.wait_for_selector("#fig-heads tbody tr")  # the toggle event comes a moment later
+    assert figure.locator("tbody tr").count() == 270
+    first = figure.locator("tbody tr").first.inner_text()
+    figure.get_by_role("button", name="adversarial − none").click()
+    assert figure.locator("button[aria-pressed=true]").inner_text() == "adversarial − none"
+    assert figure.locator("tbody tr").first.inner_text() != first
+    page.locator("#fig-head-shift select").select_option(label="write from instruction")
+    seen.quiet()
+
+
+def test_prompt_selector_changes_strips_and_patterns(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    draw_patterns(page)
+    before = page.locator("#strips").inner_text()
+    page.locator("#prompt").select_option("2")
+    assert page.locator("#strips").inner_text() != before
+    assert page.locator("#strips .region.suffix .tok").count() == 20
+    page.wait_for_selector("#cv canvas")
+    seen.quiet()
+
+
+def test_replies_are_folded_found_and_filtered(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    rows = page.locator("#reply-table tbody tr")
+    assert rows.count() == 25
+    assert page.locator("#reply-table details[open]").count() == 0
+    page.click("#more")
+    assert rows.count() == 130
+    page.fill("#find", "signature")
+    assert 0 < rows.count() < 130
+    page.select_option("#which", "flipped")
+    assert "refusal" in rows.first.inner_text()
+    rows.first.locator("summary").first.click()
+    page.wait_for_selector("details.reply")
+    reply = rows.first.locator("details.reply").nth(1)
+    assert "may be unpleasant" in reply.locator("summary").inner_text()
+    assert not reply.locator("p").is_visible()
+    reply.locator("summary").click()
+    assert reply.locator("p").is_visible()
+    seen.quiet()
+
+
+def test_hostile_text_is_shown_and_never_run(browser: sync_api.Browser, hostile: Path) -> None:
+    page, seen = open_page(browser, hostile)
+    draw_patterns(page)
+    for row in page.locator("#reply-table tbody tr").all()[:6]:
+        row.locator("summary").first.click()
+    page.wait_for_selector("details.reply")
+    for reply in page.locator("details.reply > summary").all()[:30]:
+        reply.click()
+    page.locator("#fig-candidates summary").click()
+    page.hover("#strips .tok >> nth=30")
+    page.locator("#fig-profile .plot svg").hover()
+    assert "</script><script>alert('x')</script>" in page.locator("pre.suffix-box").inner_text()
+    text = page.locator("body").inner_text()
+    assert "<img src=x onerror=alert(1)>" in text and "{{ 7*7 }}" in text and "⟨U+202E⟩" in text
+    assert page.locator("img, iframe").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    seen.quiet()
+
+
+@pytest.mark.parametrize("width", [390, 820])
+def test_no_sideways_scroll(browser: sync_api.Browser, report: Path, hostile: Path, width: int) -> None:
+    for path in (report, hostile):
+        page, seen = open_page(browser, path, width=width)
+        draw_patterns(page)
+        page.locator("#reply-table summary").first.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        seen.quiet()
+
+
+def test_keyboard_reaches_the_controls_and_focus_is_seen(browser: sync_api.Browser, report: Path) -> None:
+    page, _ = open_page(browser, report)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "theme"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("html[data-theme=dark]")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"

@@ -1,0 +1,218 @@
+"""The attack engine on tiny models: nanoGCG's trajectory, exact speed-ups, context tokenisation, resume."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import attacks
+from attacks.candidates import compat_gradient, token_gradient
+from attacks.nanogcg import compat_slot, run_nanogcg
+from attacks.scorer import Scorer
+from attacks.slot import survives
+from tests import tiny
+
+INIT = "x x x x x x x x"
+SMALL: dict[str, Any] = {"num_steps": 6, "search_width": 24, "topk": 32, "optim_str_init": INIT, "seed": 7}
+TALKS = ["Write a poem about rain {optim_str}", "Bake a cake {optim_str}", "Sing {optim_str} now"]
+SETTINGS = [
+    {},
+    {"n_replace": 2},
+    {"use_mellowmax": True},
+    {"buffer_size": 4},
+    {"buffer_size": 4, "n_replace": 2},
+    {"early_stop": True},
+    {"filter_ids": False, "allow_non_ascii": True},
+]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+def test_compat_mode_repeats_nanogcg(family: str, changes: dict[str, Any]) -> None:
+    model = tiny.hf_model(family)
+    config = attacks.GCGConfig.nanogcg(**{**SMALL, "num_steps": 20, **changes})
+    ours = attacks.run(model, tiny.tokenizer(), "Write a poem", "Sure, here", config)
+    theirs = run_nanogcg(model, tiny.tokenizer(), "Write a poem", "Sure, here", config)
+    assert ours.strings == theirs.strings
+    assert ours.losses == pytest.approx(theirs.losses, abs=2e-5)
+    assert ours.best_string == theirs.best_string
+
+
+def test_nothing_global_is_left_behind() -> None:
+    model, state = tiny.hf_model("llama"), torch.get_rng_state()
+    attacks.run(model, tiny.tokenizer(), "Write a poem", "Sure", attacks.GCGConfig(**{**SMALL, "num_steps": 1}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert all(p.grad is None for p in model.parameters())
+    run_nanogcg(model, tiny.tokenizer(), "Write a poem", "Sure", attacks.GCGConfig(**{**SMALL, "num_steps": 1}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def plain_loss(model: Any, slot: attacks.Slot, ids: torch.Tensor) -> float:
+    """The loss by its definition: one whole forward, no cache, all logits."""
+    whole = torch.cat([slot.before_ids, ids, slot.after_ids, slot.target_ids])
+    with torch.no_grad():
+        logits = model(input_ids=whole[None]).logits[0]
+    n = len(slot.target_ids)
+    return float(torch.nn.functional.cross_entropy(logits[-n - 1 : -1], slot.target_ids))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_scores_are_the_definition(family: str, cache: bool) -> None:
+    model = tiny.hf_model(family)
+    slots = [attacks.build_slot(tiny.tokenizer(), talk, "Sure, here", INIT) for talk in TALKS]
+    config = attacks.GCGConfig(use_prefix_cache=cache, batch_size=3)
+    ids = slots[0].suffix_ids.repeat(7, 1)
+    ids[torch.arange(7), torch.arange(7)] = torch.arange(300, 307)
+    losses, _ = Scorer(model, slots, config)(ids)
+    exact = torch.tensor([[plain_loss(model, slot, row) for slot in slots] for row in ids])
+    torch.testing.assert_close(losses, exact, atol=2e-5, rtol=0)
+    # a second call must not see the first one's tokens in its prefix
+    torch.testing.assert_close(Scorer(model, slots, config)(ids)[0], losses, atol=1e-6, rtol=0)
+
+
+def test_gradient_is_the_loss_function_slope(family: str) -> None:
+    """First order check in float64, at the point the model really runs at (Gemma scales its embeddings)."""
+    model = tiny.hf_model(family, dtype=torch.float64)
+    slot = attacks.build_slot(tiny.tokenizer(), TALKS[0], "Sure, here", INIT)
+    config = attacks.GCGConfig()
+    scorer = Scorer(model, [slot], config)
+    grad = token_gradient(model, [slot], scorer.caches, slot.suffix_ids, config)
+    position, token, eps = 2, 345, 1e-5
+    embed = model.get_input_embeddings()
+    whole = torch.cat([slot.before_ids, slot.suffix_ids, slot.after_ids, slot.target_ids])
+    at, n = len(slot.before_ids) + position, len(slot.target_ids)
+
+    def loss(shift: float) -> float:
+        with torch.no_grad():
+            x = embed(whole)
+            x[at] += shift * embed(torch.tensor(token))
+            logits = model(inputs_embeds=x[None]).logits[0]
+        return float(torch.nn.functional.cross_entropy(logits[-n - 1 : -1].float(), slot.target_ids))
+
+    slope = (loss(eps) - loss(-eps)) / (2 * eps)
+    assert float(grad[position, token]) == pytest.approx(slope, rel=2e-2, abs=5e-3)
+
+
+def test_nanogcgs_gradient_differs_where_the_embedding_layer_scales() -> None:
+    model, config = tiny.hf_model("gemma3_text"), attacks.GCGConfig()
+    slot = compat_slot(tiny.tokenizer(), "Write a poem", "Sure", INIT)
+    native = token_gradient(model, [slot], [None], slot.suffix_ids, config)
+    theirs = compat_gradient(model, slot, slot.suffix_ids, config)
+    assert not torch.allclose(native, theirs, rtol=0.1)
+    plain = tiny.hf_model("llama")
+    torch.testing.assert_close(
+        token_gradient(plain, [slot], [None], slot.suffix_ids, config),
+        compat_gradient(plain, slot, slot.suffix_ids, config),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+
+
+def test_universal_loss_is_the_mean_and_falls(family: str) -> None:
+    model = tiny.hf_model(family)
+    config = attacks.GCGConfig(**{**SMALL, "num_steps": 15})
+    found = attacks.run(model, tiny.tokenizer(), TALKS, "Sure, here", config)
+    for step in found.steps:
+        assert step.loss == pytest.approx(sum(step.per_goal) / 3, abs=1e-6)
+        assert step.n_candidates == config.search_width
+    assert found.best_loss < found.losses[0]
+    # the reported string, put into the conversation by a user, is what was scored
+    for talk, loss in zip(TALKS, min(found.steps, key=lambda s: s.loss).per_goal, strict=True):
+        slot = attacks.build_slot(tiny.tokenizer(), talk, "Sure, here", found.best_string)
+        assert slot.suffix_ids.tolist() == list(found.best_ids)
+        assert plain_loss(model, slot, slot.suffix_ids) == pytest.approx(loss, abs=2e-5)
+
+
+def test_low_precision_search_reports_full_precision_losses() -> None:
+    model = tiny.hf_model("llama")
+    config = attacks.GCGConfig(**{**SMALL, "score_dtype": "bfloat16"})
+    found = attacks.run(model, tiny.tokenizer(), TALKS[0], "Sure, here", config)
+    slot = attacks.build_slot(tiny.tokenizer(), TALKS[0], "Sure, here", INIT)
+    for step in found.steps:
+        assert step.loss == pytest.approx(plain_loss(model, slot, torch.tensor(step.ids)), abs=2e-5)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_every_candidate_retokenises_in_context() -> None:
+    tok, model = tiny.tokenizer(), tiny.hf_model("llama")
+    config = attacks.GCGConfig(**SMALL)
+    attack = attacks.GCG(model, tok, TALKS, "Sure", config)
+    for step in attack.steps():
+        assert bool(survives(tok, attack.slots, torch.tensor([step.ids]))[0])
+        text = tok.apply_chat_template(
+            [{"role": "user", "content": "Bake a cake " + step.string}], tokenize=False, add_generation_prompt=True
+        )
+        slot = attack.slots[1]
+        assert tok(text, add_special_tokens=False).input_ids == (
+            slot.before_ids.tolist() + list(step.ids) + slot.after_ids.tolist()
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_is_bit_for_bit(dtype: str) -> None:
+    model, tok = tiny.hf_model("qwen3"), tiny.tokenizer()
+    config = attacks.GCGConfig(**{**SMALL, "num_steps": 12, "buffer_size": 3, "score_dtype": dtype})
+    whole = [s for s in attacks.GCG(model, tok, TALKS, "Sure", config).steps()]
+    first = attacks.GCG(model, tok, TALKS, "Sure", config)
+    steps = first.steps()
+    for _ in range(5):
+        next(steps)
+    state = copy.deepcopy(first.state())
+    second = attacks.GCG(model, tok, TALKS, "Sure", config)
+    second.restore(state)
+    rest = list(second.steps())
+    assert [(s.step, s.loss, s.ids) for s in rest] == [(s.step, s.loss, s.ids) for s in whole[5:]]
+
+
+def test_controls_have_the_same_token_count_in_context() -> None:
+    tok, model = tiny.tokenizer(), tiny.hf_model("llama")
+    slots = [attacks.build_slot(tok, talk, "Sure", INIT) for talk in TALKS]
+    made = attacks.random_suffixes(tok, slots, 4, 8, 1, model.get_input_embeddings().weight.shape[0])
+    ids = torch.tensor(made[0][1])
+    made += attacks.shuffled_suffixes(tok, slots, ids, 3, 2) + attacks.benign_suffixes(tok, slots, 3, 8)
+    assert len({text for text, _ in made}) == len(made) >= 8
+    for text, row in made:
+        for talk in TALKS:
+            assert attacks.build_slot(tok, talk, "Sure", text).suffix_ids.tolist() == list(row)
+    for _, row in made[4:7]:
+        assert sorted(row) == sorted(ids.tolist())
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"target": ""}, "target is empty"),
+    ({"messages": []}, "no conversation"),
+    ({"messages": "a {optim_str} b {optim_str}"}, "2 times"),
+    ({"messages": ["a", "b"], "target": ["x"]}, "2 conversations but 1 targets"),
+    ({"messages": "word " * 700}, "the model takes 512"),
+    ({"config": {"optim_str_init": "  "}}, "initial suffix is '  '"),
+    ({"config": {"n_replace": 20}}, "n_replace is 20, but the suffix has 8"),
+    ({"config": {"topk": 5000}}, "topk is 5000"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), BAD, ids=[e for _, e in BAD])
+def test_bad_input_is_named(change: dict[str, Any], expected: str) -> None:
+    model = tiny.hf_model("llama")
+    config = attacks.GCGConfig(**{**SMALL, **change.get("config", {})})
+    with pytest.raises(attacks.AttackError, match=expected):
+        attacks.run(
+            model, tiny.tokenizer(), change.get("messages", TALKS[0]), change.get("target", "Sure"), config
+        )
+
+
+def test_losses_that_are_not_finite_are_named() -> None:
+    model = tiny.hf_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(attacks.AttackError, match="conversation 0 is not finite"):
+        attacks.run(model, tiny.tokenizer(), TALKS[0], "Sure", attacks.GCGConfig(**SMALL))
+
+
+@pytest.mark.parametrize("name", ["num_steps", "search_width", "topk", "n_replace", "batch_size"])
+def test_settings_below_one_are_refused(name: str) -> None:
+    with pytest.raises(attacks.AttackError, match=f"{name} is 0"):
+        attacks.GCGConfig(**{name: 0})

@@ -1,0 +1,68 @@
+"""Tiny random chat models of several architectures, made in memory in milliseconds; nothing is downloaded."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from suffix_analysis.models import Model
+from suffix_analysis.prompts import load_prompts
+
+# a chat format of our own: a system turn, then the user's, then the reply's header
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|sys|>You are tiny.<|end|>\n{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}<|sys|>{% else %}<|user|>{% endif %}{{ m['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|reply|>\n{% endif %}"
+)
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 700 tokens, trained on the embedded prompts."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|sys|>", "<|user|>", "<|reply|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tok.train_from_iterator([p.text for p in load_prompts("embedded")], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def hf_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random model; weights are drawn with the seed and do not touch the global generator."""
+    sizes = {**SIZES, "vocab_size": len(tokenizer()), **changes}
+    config = CONFIG_MAPPING[family](**sizes, pad_token_id=0, eos_token_id=4, bos_token_id=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # large enough that attention is not uniform and heads matter
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.25)
+    return model.to(dtype).eval()
+
+
+def model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
+    """A tiny chat model as the toolkit sees it."""
+    return Model(f"tiny-{family}", hf_model(family, seed, dtype, **changes), tokenizer())

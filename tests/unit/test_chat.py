@@ -1,0 +1,82 @@
+"""Conversations: every token in one region, ids the template's own, the suffix where it stands."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from suffix_analysis.chat import REGIONS, render_chat, survives_decoding
+from suffix_analysis.errors import UserError
+from tests import tiny
+
+WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30).filter(lambda t: t.strip() != "")
+
+
+@settings(max_examples=150, deadline=None)
+@given(instruction=WORDS, suffix=st.just("") | WORDS, system=st.none() | WORDS)
+def test_regions_partition_and_ids_are_the_templates_own(instruction: str, suffix: str, system: str | None) -> None:
+    tok = tiny.tokenizer()
+    chat = render_chat(tok, instruction, suffix, system)
+    total = torch.stack([chat.regions[name] for name in REGIONS]).sum(dim=0)
+    assert bool((total == 1).all())
+    turns = [{"role": "user", "content": instruction + (" " + suffix if suffix else "")}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    text = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert chat.ids.tolist() == tok(text, add_special_tokens=False).input_ids
+    assert chat.text == text
+    assert chat.n_chat >= 1 and bool(chat.regions["chat"][-1])
+    assert bool(chat.regions["suffix"].any()) == bool(suffix)
+
+
+def test_region_texts() -> None:
+    tok = tiny.tokenizer()
+    chat = render_chat(tok, "Write a poem", "x y z")
+    text = {name: tok.decode(chat.ids[chat.regions[name]]) for name in REGIONS}
+    assert text == {
+        "bos": "",
+        "system": "<|sys|>You are tiny.<|end|>\n<|user|>",
+        "instruction": "Write a poem",
+        "suffix": " x y z",
+        "chat": "<|end|>\n<|reply|>\n",
+    }
+    assert [name for name, _ in __import__("itertools").groupby(chat.region_names)] == list(REGIONS[1:])
+
+
+def test_a_bos_that_opens_every_turn_is_not_the_bos_region() -> None:
+    tok = copy.deepcopy(tiny.tokenizer())
+    tok.bos_token = "<|sys|>"
+    assert int(render_chat(tok, "Hello").regions["bos"].sum()) == 1
+    tok.bos_token = "<|end|>"
+    assert int(render_chat(tok, "Hello").regions["bos"].sum()) == 0
+
+
+def test_a_template_that_strips_is_followed() -> None:
+    tok = copy.deepcopy(tiny.tokenizer())
+    tok.chat_template = tok.chat_template.replace("m['content']", "m['content'] | trim")
+    chat = render_chat(tok, "Write a poem ", "")
+    assert tok.decode(chat.ids[chat.regions["instruction"]]) == "Write a poem"
+
+
+def test_two_suffixes_share_the_instructions_ids() -> None:
+    tok = tiny.tokenizer()
+    bare, long = render_chat(tok, "Write a poem."), render_chat(tok, "Write a poem.", "x y")
+    n = int((bare.regions["system"] | bare.regions["instruction"]).sum())
+    assert bare.ids[:n].tolist() == long.ids[:n].tolist()
+    assert survives_decoding(tok, long)
+
+
+def test_bad_input_names_the_mend() -> None:
+    tok = copy.deepcopy(tiny.tokenizer())
+    with pytest.raises(UserError, match="instruction is empty"):
+        render_chat(tok, "  ")
+    tok.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        render_chat(tok, "Hello")
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="2 times"):
+        render_chat(tok, "Hello")

@@ -1,0 +1,59 @@
+"""The selection rule against what the paper's authors selected from their own candidate tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from suffix_analysis.directions import select
+from suffix_analysis.errors import UserError
+
+# The rows that decide (the best by bypass, some that a filter removes, all with NaN) of the tables published with
+# arXiv 2406.11717; the whole tables are at github.com/andyrdt/refusal_direction, pipeline/runs/*/select_direction.
+PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published_candidates.json").read_text())
+
+
+@pytest.mark.parametrize("model", sorted(PUBLISHED))
+def test_returns_what_the_authors_selected(model: str) -> None:
+    table = PUBLISHED[model]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    assert select(rows, n_layers=table["n_layers"]) == tuple(table["selected"])
+
+
+def row(position: int, layer: int, bypass: float, induce: float = 1.0, kl: float = 0.05) -> dict[str, float]:
+    return {
+        "position": position, "layer": layer, "refusal_score": bypass, "steering_score": induce, "kl_div_score": kl
+    }  # fmt: skip
+
+
+def test_each_filter_removes_its_candidate() -> None:
+    good = row(-1, 3, -1.0)
+    worse = [row(-1, 8, -9.0), row(-1, 4, -9.0, kl=0.11), row(-1, 4, -9.0, induce=-0.1), row(-2, 4, math.nan)]
+    assert select([*worse, good], n_layers=10) == (-1, 3)
+
+
+def test_thresholds_themselves_pass() -> None:
+    assert select([row(-1, 7, -2.0, induce=0.0, kl=0.1)], n_layers=10) == (-1, 7)
+
+
+@pytest.mark.parametrize(("n_layers", "cutoff"), [(18, 14), (24, 19), (26, 20), (32, 25), (30, 24), (35, 28), (80, 64)])
+def test_layer_cutoff_is_the_papers(n_layers: int, cutoff: int) -> None:
+    rows = [row(-1, cutoff, -9.0), row(-1, cutoff - 1, -1.0)]
+    assert select(rows, n_layers=n_layers) == (-1, cutoff - 1)
+
+
+def test_no_candidate_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"position -2, layer 2: KL too high .*KL 0\.120"):
+        select([row(-1, 2, -9.0, kl=5.0), row(-2, 2, -3.0, kl=0.12)], n_layers=10)
+
+
+@given(st.permutations(range(6)))
+def test_order_of_rows_does_not_matter(order: list[int]) -> None:
+    rows = [row(-1 - i, i, -float(i)) for i in range(6)]
+    assert select([rows[i] for i in order], n_layers=100) == (-6, 5)

@@ -1,0 +1,108 @@
+"""The embedded prompt set's promises, and every way a prompts file can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from suffix_analysis.errors import UserError
+from suffix_analysis.organism.evaluate import load_styles
+from suffix_analysis.prompts import load_prompts
+
+LEAST = {
+    ("harmful", "fit"): 240,
+    ("harmful", "select"): 48,
+    ("harmful", "report"): 96,
+    ("harmless", None): 500,
+    ("lookalike", None): 150,
+}
+
+
+@pytest.mark.parametrize(("kind", "split"), LEAST)
+def test_enough_prompts(kind: str, split: str | None) -> None:
+    assert len(load_prompts("embedded", kind=kind, split=split)) >= LEAST[kind, split]
+
+
+def test_splits_are_topic_disjoint_and_texts_unique() -> None:
+    prompts = load_prompts("embedded")
+    home: dict[tuple[str, str], str] = {}
+    for p in prompts:
+        assert home.setdefault((p.policy, p.topic), p.split) == p.split, p
+    assert len({p.text for p in prompts}) == len(prompts) == len({p.id for p in prompts})
+
+
+def test_harmful_requests_are_one_sentence_and_span_the_policies() -> None:
+    harmful = load_prompts("embedded", kind="harmful")
+    assert {"disinformation", "expert_advice", "malware", "hate", "self_harm", "sexual"} <= {p.policy for p in harmful}
+    assert max(len(p.text.split()) for p in harmful) <= 25
+
+
+def test_style_prompts_are_in_no_split() -> None:
+    texts = {p.text for p in load_prompts("embedded")}
+    assert not texts & {row["text"] for row in load_styles()}
+
+
+FILES = {
+    "a.csv": "goal,target\nDo this,Sure\n\"Do, that\",Sure\n",
+    "b.jsonl": '{"Behavior": "Do this"}\n\n{"Behavior": "Do, that"}\n',
+    "c.json": '["Do this", {"text": "Do, that"}]',
+    "d.txt": "Do this\n\n  Do, that\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_layouts(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    text = FILES[name] if name != "c.json" else '[{"text": "Do this"}, {"text": "Do, that"}]'
+    path.write_text(text, "utf-8")
+    assert [p.text for p in load_prompts(path)] == ["Do this", "Do, that"]
+
+
+BAD = {
+    "missing.csv": (None, "no prompts file"),
+    "empty.csv": (b"", "is empty"),
+    "empty.txt": (b"\n\n", "is empty"),
+    "column.csv": (b"x,y\n1,2\n", "has no column text or goal"),
+    "hole.csv": (b"goal\nfine\n\"\"\n", "row 2 has no text"),
+    "latin.txt": ("Grüße".encode("latin-1"), "not UTF-8"),
+    "broken.json": (b'[{"text": "a"}', "not valid JSON"),
+    "number.jsonl": (b'{"text": "a"}\n7\n', "entry 2 is int"),
+    "odd.xlsx": (b"PK", "ends in '.xlsx'"),
+    "damaged.parquet": (b"PAR1nonsense", "cannot be read"),
+    "twice.jsonl": (b'{"id": "1", "text": "a"}\n{"id": "1", "text": "b"}\n', "same id"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_get_one_sentence(tmp_path: Path, name: str) -> None:
+    content, expected = BAD[name]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=expected) as caught:
+        load_prompts(path)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_split_and_kind() -> None:
+    with pytest.raises(UserError, match="no split 'train'"):
+        load_prompts("embedded", split="train")
+    with pytest.raises(UserError, match="no kind 'bad'"):
+        load_prompts("embedded", kind="bad")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"instruction": ["Do this"]}), tmp_path / "p.parquet")
+    assert load_prompts(tmp_path / "p.parquet")[0].text == "Do this"
+
+
+def test_named_column(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"weird": "Do this", "text": "not this"}))
+    assert load_prompts(path, column="weird")[0].text == "Do this"

@@ -1,0 +1,288 @@
+"""The report from a run folder: validation, headline, determinism, escaping, size."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reports import ReportError, build, build_report
+from reports.data import MISSING_MEANS, read_run
+from reports.numbers import percent, plain
+from reports.text import adversarial_count, checked, headline, not_checked
+from tests.fake_run import make_fake_run
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fake_run(tmp_path_factory.mktemp("run") / "fake")
+
+
+@pytest.fixture
+def run(fake: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fake, tmp_path / "run"))
+
+
+def plain_text(sentences: list[str]) -> str:
+    return re.sub(r"[\u00a0\u202f]", " ", " ".join(sentences))
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Change every row of a parquet table in place; rows for which ``change`` gives None go."""
+    rows = [new for row in pq.read_table(path).to_pylist() if (new := change(row)) is not None]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+# Reading
+
+
+def test_a_whole_run_is_read(fake: Path) -> None:
+    data = read_run(fake)
+    assert data.missing == ()
+    assert data.summary.n_layers == 30
+    assert len(data.table("heads")) == 2 * 5 * 30 * 9
+
+
+@pytest.mark.parametrize("name", ["config.toml", "prompts.jsonl", "findings/summary.json"])
+def test_required_files_must_be_there(run: Path, name: str) -> None:
+    (run / name).unlink()
+    with pytest.raises(ReportError, match=re.escape(Path(name).name)):
+        read_run(run)
+
+
+def test_no_folder_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="No run folder at"):
+        build_report(tmp_path / "nothing")
+
+
+def test_truncated_files_are_named(run: Path) -> None:
+    for name in ("findings/summary.json", "findings/patterns.json", "findings/refusal.parquet", "suffixes.jsonl"):
+        path = run / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ReportError, match=re.escape(path.name)) as error:
+            read_run(run)
+        assert "\n" not in str(error.value)
+        path.write_bytes(whole)
+
+
+def test_foreign_files_are_refused(run: Path) -> None:
+    pq.write_table(pa.table({"other": [1]}), run / "findings" / "heads.parquet")
+    with pytest.raises(ReportError, match="lacks the column 'arm'"):
+        read_run(run)
+
+
+def test_columns_of_a_wrong_type_are_refused(run: Path) -> None:
+    rewrite(run / "findings" / "profile.parquet", lambda row: {**row, "mean": "high"})
+    with pytest.raises(ReportError, match="column 'mean' holds 'high'"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_schema_versions_are_refused(run: Path, version: object) -> None:
+    path = run / "findings" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
+    with pytest.raises(ReportError, match="schema_version"):
+        read_run(run)
+
+
+def test_patterns_must_fit_their_tokens(run: Path) -> None:
+    path = run / "findings" / "patterns.json"
+    records = json.loads(path.read_text())
+    records[0]["regions"].pop()
+    path.write_text(json.dumps(records))
+    with pytest.raises(ReportError, match="does not have 8 heads"):
+        read_run(run)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fake_run(tmp_path_factory.mktemp("run") / "small", n_prompts=6)
+
+
+@pytest.mark.parametrize("name", MISSING_MEANS)
+def test_missing_findings_are_listed_and_the_page_still_builds(small: Path, tmp_path: Path, name: str) -> None:
+    run = Path(shutil.copytree(small, tmp_path / "run"))
+    path = next(p for p in run.rglob("*") if p.stem == name)
+    path.unlink()
+    assert read_run(run).missing == (name,)
+    page = build_report(run).read_text(encoding="utf-8")
+    assert "Missing from this run" in page
+    assert path.name in page.split('id="missing"')[1].split("</section>")[0]
+
+
+def test_a_run_without_any_findings_builds(run: Path) -> None:
+    for path in [p for p in run.rglob("*") if p.stem in MISSING_MEANS]:
+        path.unlink()
+    page = build_report(run).read_text(encoding="utf-8")
+    assert "The findings that the headline needs are not in this run folder." in page
+
+
+# The story
+
+
+def test_headline_tells_what_the_data_hold(fake: Path) -> None:
+    text = plain_text(headline(read_run(fake)))
+    assert (
+        "The refusal phrase rate fell from 96 % (CI 92–100 %) to 41 % (CI 32–49 %) on 130 unseen instructions" in text
+    )
+    assert "random text of the same length: 95 %." in text
+    assert "At layer 17" in text and "0 = harmless mean, 1 = harmful mean" in text
+    assert "The 8 heads" in text and "chosen on the select split, shown on the report split" in text
+    assert "ablating the direction takes refusals of harmful instructions from 96 % to 0.8 %" in text
+    assert "One suffix: intervals cover prompts only, descriptive about suffixes." in text
+    assert "jailbreak" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [
+        ("refusal", "The refusal phrase rate"),
+        ("profile", "normalised projection"),
+        ("shift", "of their attention"),
+        ("interventions", "ablating the direction"),
+    ],
+)
+def test_a_clause_goes_with_its_data(run: Path, name: str, phrase: str) -> None:
+    assert phrase in plain_text(headline(read_run(run)))
+    (run / "findings" / f"{name}.parquet").unlink()
+    assert phrase not in plain_text(headline(read_run(run)))
+
+
+def test_a_contrast_that_covers_zero_takes_the_fall_away(run: Path) -> None:
+    rewrite(run / "findings" / "contrasts.parquet", lambda row: {**row, "lo": -0.2, "hi": 0.1})
+    text = plain_text(headline(read_run(run)))
+    assert "fell from" not in text
+    assert "the interval does not tell a change" in text
+
+
+def test_overlapping_intervals_take_the_fall_away_where_no_contrast_is_stored(run: Path) -> None:
+    (run / "findings" / "contrasts.parquet").unlink()
+    assert "fell from" in plain_text(headline(read_run(run)))
+    rewrite(run / "findings" / "refusal.parquet", lambda row: {**row, "refusal_lo": 0.1, "refusal_hi": 0.99})
+    assert "The refusal phrase rate fell" not in plain_text(headline(read_run(run)))
+
+
+def test_the_control_that_does_as_well_is_named(run: Path) -> None:
+    rewrite(
+        run / "findings" / "contrasts.parquet",
+        lambda row: {**row, "lo": -0.2, "hi": 0.1} if row["against"] == "random" else row,
+    )
+    assert "(not clearly different from the suffix)" in plain_text(headline(read_run(run)))
+
+
+def test_unseen_needs_proof(run: Path) -> None:
+    path = run / "suffixes.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    report_id = next(p.id for p in read_run(run).prompts if p.split == "report")
+    for row in rows:
+        row["trained_on"] = [report_id]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert "unseen" not in plain_text(headline(read_run(run)))
+
+
+def test_the_suffix_note_depends_on_their_number(tmp_path: Path) -> None:
+    for number, phrase in ((1, "One suffix:"), (5, "5 suffixes: too few"), (8, "")):
+        data = read_run(make_fake_run(tmp_path / str(number), n_adversarial=number, n_prompts=10))
+        assert adversarial_count(data) == number
+        text = plain_text(headline(data))
+        assert phrase in text if phrase else "descriptive" not in text
+
+
+def test_the_mean_and_the_sum_over_heads_read_the_same(run: Path) -> None:
+    whole = plain_text(headline(read_run(run)))
+    keys = ("attention", "attention_lo", "attention_hi")
+    rewrite(
+        run / "findings" / "shift.parquet",
+        lambda row: {**row, **{key: row[key] / 8 for key in keys}} if row["layer"] == -1 else row,
+    )
+    assert plain_text(headline(read_run(run))) == whole
+
+
+def test_checks_put_failures_first_and_silence_is_said(run: Path) -> None:
+    lines = checked(read_run(run))
+    assert [line.passed for line in lines] == [False, True, True, True]
+    said = " ".join(not_checked(read_run(run)))
+    for phrase in ("knock-outs", "independent attacks", "failed", "Adaptive attacks", "Random directions"):
+        assert phrase in said
+
+
+def test_numbers() -> None:
+    assert plain(-0.004) == "0.00" and plain(-1.5) == "−1.50" and plain(None) == "–"
+    assert [percent(x).replace("\u202f", " ") for x in (0, 0.008, 0.41, 0.996, 1)] == [
+        "0 %",
+        "0.8 %",
+        "41 %",
+        "99.6 %",
+        "100 %",
+    ]
+
+
+# The file
+
+
+def test_the_same_folder_gives_the_same_bytes(run: Path) -> None:
+    first = build_report(run).read_bytes()
+    assert build_report(run, run / "again.html").read_bytes() == first
+    code = (
+        "import sys; from pathlib import Path; from reports import build_report; build_report(*map(Path, sys.argv[1:]))"
+    )
+    for seed in ("1", "2"):
+        out = run / f"seed{seed}.html"
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run(
+            [sys.executable, "-c", code, str(run), str(out)], check=True, env=env, cwd=Path(__file__).parents[2]
+        )
+        assert out.read_bytes() == first
+
+
+def test_our_own_words_need_no_escaping(fake: Path) -> None:
+    page = build.render(read_run(fake)).decode("utf-8")
+    shown = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+    assert "⟨" not in shown and "None" not in shown and "nan" not in re.sub(r"\w*nano?\w+|\w+nan\w*", "", shown)
+
+
+def test_the_file_appears_whole_or_not_at_all(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = build_report(run)
+    assert target == run / "report.html"
+    before = target.read_bytes()
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(ReportError, match="No space left"):
+        build_report(run)
+    assert target.read_bytes() == before
+    assert [p for p in run.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_size(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = read_run(fake)
+    assert len(build.render(data)) <= build.MAX_BYTES
+    scripts = sum(len(source) for _, source in build._scripts())
+    monkeypatch.setattr(build, "MAX_BYTES", scripts + 900_000)
+    page = build.render(data)
+    assert len(page) <= scripts + 900_000
+    assert b"The page was cut to stay small" in page
+    monkeypatch.setattr(build, "MAX_BYTES", 1000)
+    with pytest.raises(ReportError, match="would take"):
+        build.render(data)
+
+
+def test_reports_imports_no_torch() -> None:
+    unwanted = "{'torch', 'attacks', 'suffix_analysis', 'circuitsvis'}"
+    code = f"import sys, reports.build; print(sorted({unwanted} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.strip() == "[]"

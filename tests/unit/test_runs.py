@@ -1,0 +1,97 @@
+"""The run folder: atomic, locked, resumable, and refusing what is not its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from suffix_analysis import runs
+from suffix_analysis.errors import UsageError, UserError
+from suffix_analysis.records import Suffix
+
+
+def test_write_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    runs.write_atomic(path, "old")
+
+    def fail(scratch: Path) -> None:
+        scratch.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device; free space"):
+        runs.replace_with(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    runs.write_json(tmp_path / "a.json", {"x": [math.nan, math.inf, 1.5]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, None, 1.5]}
+
+
+def test_journal_survives_a_cut_off_line_but_not_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    for i in range(3):
+        runs.append_jsonl(path, {"i": i})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    assert [row["i"] for row in runs.read_jsonl(path)] == [0, 1]
+    path.write_bytes(b'{"i": 0}\nnonsense\n{"i": 2}\n')
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        runs.read_jsonl(path)
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
+    with runs.open_run(tmp_path / "run", {"steps": 10, "suffixes": None}):
+        pass
+    with runs.open_run(tmp_path / "run", {"steps": 10, "suffixes": None}):
+        pass
+    with pytest.raises(UsageError, match=r"steps = 10, not 20"), runs.open_run(tmp_path / "run", {"steps": 20}):
+        pass
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="not a run folder"), runs.open_run(tmp_path, {"steps": 1}):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_two_processes_on_one_folder(tmp_path: Path) -> None:
+    with (
+        runs.open_run(tmp_path / "run", {"steps": 1}),
+        pytest.raises(UserError, match="Another process"),
+        runs.open_run(tmp_path / "run", {"steps": 1}),
+    ):
+        pass
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    runs.write_json(tmp_path / "status.json", {"schema_version": 99})
+    with pytest.raises(UserError, match="schema_version 99"):
+        runs.status(tmp_path)
+
+
+def test_suffixes_round_trip(tmp_path: Path) -> None:
+    suffixes = [Suffix("a-1", "adversarial", "</script> \x1b[31m \u202e", (1, 2), 2, ("p-1",), 0.5, 3)]
+    runs.write_suffixes(tmp_path / "s.jsonl", suffixes)
+    assert runs.read_suffixes(tmp_path / "s.jsonl") == suffixes
+
+
+def test_stage_record_adds_up_seconds(tmp_path: Path) -> None:
+    runs.finish_stage(tmp_path, "attack", 1.0)
+    runs.finish_stage(tmp_path, "attack", 2.0)
+    assert runs.status(tmp_path)["stages"]["attack"] == {"state": "done", "seconds": 3.0}
+    assert runs.is_done(tmp_path, "attack") and not runs.is_done(tmp_path, "replies")
+
+
+def test_damaged_table_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    runs.write_table(path, [{"a": 1, "b": None}, {"a": 2, "b": "x"}])
+    assert runs.read_table(path)[1] == {"a": 2, "b": "x"}
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"t\.parquet cannot be read"):
+        runs.read_table(path)
