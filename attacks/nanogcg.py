@@ -57,9 +57,7 @@ def run_nanogcg(model: Any, tokenizer: Any, messages: Messages, target: str, con
         raise AttackError("nanogcg is not installed; run: pip install nanogcg==0.2.3") from error
     theirs = nanogcg.GCGConfig(
         num_steps=config.num_steps,
-        optim_str_init=config.optim_str_init
-        if isinstance(config.optim_str_init, str)
-        else list(config.optim_str_init),
+        optim_str_init=config.optim_str_init if isinstance(config.optim_str_init, str) else list(config.optim_str_init),
         search_width=config.search_width,
         batch_size=config.batch_size,
         topk=config.topk,

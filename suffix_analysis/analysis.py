@@ -301,9 +301,7 @@ def _summary(model: Model, direction: Direction, traces: Sequence[Traces]) -> di
             # few very large coordinates can dominate a difference of means
             "top10_share": float(vector.square().topk(min(10, len(vector))).values.sum() / vector.square().sum()),
         },
-        "refusal_tokens": [
-            {"id": i, "text": token_strings(model.tokenizer, [i])[0]} for i in direction.refusal_tokens
-        ],
+        "refusal_tokens": [{"id": i, "text": token_strings(model.tokenizer, [i])[0]} for i in direction.refusal_tokens],
         "retokenised": sum(not survives_decoding(model.tokenizer, chat) for t in traces for chat in t.chats),
     }
 

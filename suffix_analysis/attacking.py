@@ -129,16 +129,12 @@ def make_controls(
     model: Model, suffix: Suffix, prompts: Sequence[Prompt], config: StudyConfig, note: Callable[[str], None]
 ) -> list[Suffix]:
     """Random, shuffled and benign suffixes with the suffix's token count; ``note`` is told what fell short."""
-    slots = [
-        attacks.build_slot(model.tokenizer, conversation(model, p.text), config.target, "x") for p in prompts[:4]
-    ]
+    slots = [attacks.build_slot(model.tokenizer, conversation(model, p.text), config.target, "x") for p in prompts[:4]]
     n_rows = model.hf.get_input_embeddings().weight.shape[0]
     length, count = suffix.n_tokens, config.n_controls
     made = {
         "random": attacks.random_suffixes(model.tokenizer, slots, count, length, config.seed + 1, n_rows),
-        "shuffled": attacks.shuffled_suffixes(
-            model.tokenizer, slots, torch.tensor(suffix.ids), count, config.seed + 2
-        ),
+        "shuffled": attacks.shuffled_suffixes(model.tokenizer, slots, torch.tensor(suffix.ids), count, config.seed + 2),
         "benign": attacks.benign_suffixes(model.tokenizer, slots, count, length),
     }
     for arm, found in made.items():

@@ -28,6 +28,9 @@ class StudyConfig:
         n_traced_controls: strings of each control arm that are traced.
         reply_tokens: length of the replies that are judged.
         n_top_heads: heads shown in detail.
+        n_fit: prompts of each kind that the direction's means are taken over.
+        n_select: prompts of each kind that score the candidate directions.
+        prompts_per_split: use only so many prompts of each kind in select and report (for a quick look).
         seed: of everything that is drawn.
         score_dtype: precision of searches and replies: auto, float32 or bfloat16; traces run in float32.
     """
@@ -48,13 +51,16 @@ class StudyConfig:
     n_traced_controls: int = 2
     reply_tokens: int = 24
     n_top_heads: int = 8
+    n_fit: int = 128
+    n_select: int = 32
+    prompts_per_split: int | None = None
     seed: int = 0
     score_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         least = {
             "n_instructions": 1, "suffix_tokens": 1, "steps": 1, "search_width": 1, "topk": 1, "n_controls": 1,
-            "n_traced": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1,
+            "n_traced": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1, "n_fit": 8, "n_select": 2,
         }  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:

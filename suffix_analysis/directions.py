@@ -109,8 +109,13 @@ def select(
         finite = [(row, why) for row, why in told if why not in ("not finite", "too late")]
         if not finite:
             raise UserError(f"None of {len(rows)} candidate directions has finite scores in an allowed layer.")
-        row, why = min(finite, key=lambda pair: max(0.0, pair[0]["kl_div_score"] - kl_threshold)
-                       + max(0.0, induce_threshold - pair[0]["steering_score"]))
+        row, why = min(
+            finite,
+            key=lambda pair: (
+                max(0.0, pair[0]["kl_div_score"] - kl_threshold)
+                + max(0.0, induce_threshold - pair[0]["steering_score"])
+            ),
+        )
         raise UserError(
             f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
             f"{row['layer']}: {why} (bypass {row['refusal_score']:.2f}, induce {row['steering_score']:.2f}, KL "
@@ -317,15 +322,22 @@ def score_candidates(
 
 
 def _rescore(
-    model: Model, candidates: Tensor, scale: float, rows: list[dict[str, Any]], harmful: Sequence[Chat],
-    harmless: Sequence[Chat], tokens: Sequence[int], config: DirectionConfig,
+    model: Model,
+    candidates: Tensor,
+    scale: float,
+    rows: list[dict[str, Any]],
+    harmful: Sequence[Chat],
+    harmless: Sequence[Chat],
+    tokens: Sequence[int],
+    config: DirectionConfig,
 ) -> list[dict[str, Any]]:
     """Score the leaders again in the model's own precision, until the chosen one has been scored so."""
     exact: dict[tuple[int, int], dict[str, Any]] = {}
     # thresholds are widened a little, so that rounding in the search cannot keep a good candidate out
     loose = {"kl_threshold": 1.5 * config.kl_threshold, "induce_threshold": config.induce_threshold - 0.5}
     near = [
-        row for row in rows
+        row
+        for row in rows
         if row["status"] != "zero"
         and status(row, n_layers=model.n_layers, layer_share=config.layer_share, **loose) == "kept"
     ]

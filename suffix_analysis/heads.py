@@ -38,7 +38,9 @@ def top_heads(traces: Traces, below: int, count: int = 8) -> list[TopHead]:
     return [TopHead(i + 1, n // n_heads, n % n_heads, float(mean.flatten()[n])) for i, n in enumerate(order)]
 
 
-def lift(attention: Float[Tensor, "prompt region"], n_tokens: Float[Tensor, "prompt region"]) -> Float[Tensor, "prompt region"]:
+def lift(
+    attention: Float[Tensor, "prompt region"], n_tokens: Float[Tensor, "prompt region"]
+) -> Float[Tensor, "prompt region"]:
     """Region attention over its share of uniform attention |R|/T; an empty region gets 0."""
     uniform = n_tokens / n_tokens.sum(dim=1, keepdim=True)
     return torch.where(n_tokens > 0, attention / uniform.clamp(min=1e-9), torch.zeros_like(attention))

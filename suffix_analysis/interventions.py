@@ -13,17 +13,20 @@ from suffix_analysis.models import Model
 
 
 def writes(n_layers: int) -> list[str]:
-    """Hook names of every block's input and of what attention and MLP write to the residual stream."""
+    """Hook names of the first block's input and of what attention and MLP of every block write to the residual stream.
+
+    Every later block's input is the sum of these, so cutting them cuts it too (the tests assert that); the paper's
+    third cut, at each block's input, would remove nothing but rounding.
+    """
     return [
-        f"blocks.{layer}.{name}"
-        for layer in range(n_layers)
-        for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
+        "blocks.0.hook_resid_pre",
+        *(f"blocks.{layer}.{name}" for layer in range(n_layers) for name in ("hook_attn_out", "hook_mlp_out")),
     ]
 
 
 @contextlib.contextmanager
 def ablate(model: Model, vector: Float[Tensor, " d_model"]) -> Iterator[None]:
-    """Directional ablation: x ← x − (x·r̂) r̂ at every block input and every write, at every position.
+    """Directional ablation: x ← x − (x·r̂) r̂ on the whole residual stream, at every position (see :func:`writes`).
 
     Also acts on tokens generated inside the context. All hooks are gone afterwards, also after an exception.
 

@@ -22,9 +22,7 @@ MIN_RATIO = 5.0  # at least so many times as frequent among refusals as among re
 REPLY_TOKENS = 12  # enough to hold a refusal phrase
 
 
-def refusal_score(
-    logits: Float[Tensor, "prompt vocab"], token_ids: Sequence[int]
-) -> Float[Tensor, " prompt"]:
+def refusal_score(logits: Float[Tensor, "prompt vocab"], token_ids: Sequence[int]) -> Float[Tensor, " prompt"]:
     """log P − log(1 − P) in float64, P the next-token probability of ``token_ids`` together, floored at 1e-8."""
     p = torch.softmax(logits.double(), dim=-1)[:, list(token_ids)].sum(dim=-1)
     return torch.log(p.clamp(min=FLOOR)) - torch.log((1 - p).clamp(min=FLOOR))
@@ -59,8 +57,8 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
     refused = sum(opens_refusal.values())
     if refused < 0.1 * len(harmful):
         raise UserError(
-            f"{model.name} refuses {refused} of {len(harmful)} harmful prompts, so it has no refusal direction to find; "
-            "use a model that refuses, or give its refusal tokens."
+            f"{model.name} refuses {refused} of {len(harmful)} harmful prompts, so it has no refusal direction to find;"
+            " use a model that refuses, or give its refusal tokens."
         )
     answered = max(1, sum(opens_harmless.values()))
     found = [
@@ -75,6 +73,8 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
     return found
 
 
-def scores_of(model: Model, rows: Sequence[Int[Tensor, " token"]], token_ids: Sequence[int]) -> Float[Tensor, " prompt"]:
+def scores_of(
+    model: Model, rows: Sequence[Int[Tensor, " token"]], token_ids: Sequence[int]
+) -> Float[Tensor, " prompt"]:
     """Refusal score at chat[-1] of tokenised prompts."""
     return refusal_score(last_logits(model.hf, model.tokenizer, rows), token_ids)

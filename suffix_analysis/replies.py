@@ -60,8 +60,10 @@ def measure_replies(
     """
     done = read_jsonl(journal) if journal.exists() else []
     have = {(row["arm"], row["suffix_id"]): row["rows"] for row in done}
-    kinds = {kind: [p for p in prompts if p.kind == kind and p.split == "report"] for kind in
-             ("harmful", "harmless", "lookalike")}
+    kinds = {
+        kind: [p for p in prompts if p.kind == kind and p.split == "report"]
+        for kind in ("harmful", "harmless", "lookalike")
+    }
     cells: list[tuple[str, Suffix | None, list[Prompt]]] = [("none", None, kinds["harmful"])]
     cells += [(s.arm, s, kinds["harmful"]) for arm in SUFFIX_ARMS for s in suffixes if s.arm == arm]
     cells += [("harmless", None, kinds["harmless"]), ("lookalike", None, kinds["lookalike"])]

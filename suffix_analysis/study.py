@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from attacks.config import resolve_dtype
 from suffix_analysis import attacking, replies, runs
 from suffix_analysis.analysis import analyze
 from suffix_analysis.config import StudyConfig
-from suffix_analysis.directions import Direction, find_direction
+from suffix_analysis.direction_file import load_direction, save_direction
+from suffix_analysis.directions import Direction, DirectionConfig, find_direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model, load_model
-from suffix_analysis.prompts import Prompt, load_prompts, to_jsonl
+from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, to_jsonl
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import discover_refusal_tokens
 
@@ -148,6 +147,7 @@ class Study:
             self.model,
             [p for p in prompts if p.kind == "harmful"],
             [p for p in prompts if p.kind == "harmless"],
+            DirectionConfig(n_fit=self.config.n_fit, n_select=self.config.n_select, seed=self.config.seed),
             refusal_tokens=tokens,
             on_candidate=lambda done, total: self.narrator.progress(done, total, "candidate directions"),
         )
@@ -157,8 +157,10 @@ class Study:
         names = [self.model.tokenizer.decode([i]) for i in chat.ids[chat.regions["chat"]].tolist()]
         rows = [row | {"token": names[row["position"] + len(names)]} for row in direction.scores]
         rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
-        runs.write_table(findings / "interventions.parquet", replies.measure_interventions(
-            self.fast, direction, self.prompts(), self.config.reply_tokens))
+        runs.write_table(
+            findings / "interventions.parquet",
+            replies.measure_interventions(self.fast, direction, self.prompts(), self.config.reply_tokens),
+        )
         runs.write_table(findings / "candidates.parquet", rows)
 
     def direction(self) -> Direction:
@@ -265,9 +267,20 @@ def study_prompts(config: StudyConfig) -> list[Prompt]:
         for split in ("fit", "select", "report"):
             if not any(p.kind == kind and p.split == split for p in prompts):
                 raise UserError(f"There are no {kind} prompts in the {split} split; give more prompts.")
+    if config.prompts_per_split is not None:
+        prompts = [p for kind in KINDS for split in SPLITS for p in _first(prompts, kind, split, config)]
     if len({p.id for p in prompts}) < len(prompts):
         prompts = [replace(p, id=f"{p.kind}:{p.id}") for p in prompts]
     return prompts
+
+
+def _first(prompts: Sequence[Prompt], kind: str, split: str, config: StudyConfig) -> list[Prompt]:
+    """Prompts of one kind and split; at most ``prompts_per_split``, evenly spread, outside of fit."""
+    own = [p for p in prompts if p.kind == kind and p.split == split]
+    most = config.prompts_per_split
+    if most is None or split == "fit" or len(own) <= most:
+        return own
+    return [own[i * len(own) // most] for i in range(most)]
 
 
 def _with_splits(prompts: list[Prompt], seed: int) -> list[Prompt]:
@@ -294,51 +307,11 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
     for suffix in runs.read_suffixes(path):
         chat = model.chat("Write a poem", suffix.text)
         if not survives_decoding(model.tokenizer, chat):
-            raise UserError(f"Suffix {suffix.id} ({suffix.text[:40]!r}) does not survive re-tokenisation; leave it out.")
+            raise UserError(
+                f"Suffix {suffix.id} ({suffix.text[:40]!r}) does not survive re-tokenisation; leave it out."
+            )
         ids = tuple(chat.ids[chat.regions["suffix"]].tolist())
         out.append(replace(suffix, ids=ids, n_tokens=len(ids)))
     if not any(s.arm == "adversarial" for s in out):
         raise UserError(f"{path} holds no suffix of the adversarial arm.")
     return out
-
-
-def save_direction(path: Path, direction: Direction) -> None:
-    """Write a direction's tensors; the choice travels as metadata."""
-    tensors = {
-        "vector": direction.vector.contiguous(),
-        "means_harmful": direction.means_harmful.contiguous(),
-        "means_harmless": direction.means_harmless.contiguous(),
-    }
-    meta = {
-        "position": str(direction.position),
-        "layer": str(direction.layer),
-        "refusal_tokens": ",".join(map(str, direction.refusal_tokens)),
-        "n": ",".join(f"{key}={value}" for key, value in direction.n.items()),
-    }
-    runs.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
-
-
-def load_direction(path: Path, scores: list[dict[str, Any]]) -> Direction:
-    """Read a direction back.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    from safetensors import safe_open
-
-    try:
-        tensors = load_file(path)
-        with safe_open(path, "pt") as handle:
-            meta = handle.metadata()
-        return Direction(
-            vector=tensors["vector"],
-            position=int(meta["position"]),
-            layer=int(meta["layer"]),
-            scores=scores,
-            means_harmful=tensors["means_harmful"],
-            means_harmless=tensors["means_harmless"],
-            refusal_tokens=tuple(int(i) for i in meta["refusal_tokens"].split(",")),
-            n={key: int(value) for key, value in (pair.split("=") for pair in meta["n"].split(","))},
-        )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); delete it and run the direction stage.") from error

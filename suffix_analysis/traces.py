@@ -94,8 +94,8 @@ def trace(
     heads = output_directions(model, unit)
     kept: dict[int, dict[str, Any]] = {}
     for group in batches([len(chat.ids) for chat in chats], TOKEN_BUDGET):
-        for i, record in zip(group, _batch(model, [chats[i] for i in group], unit, heads, keep_rows), strict=True):
-            kept[i] = record
+        records = _batch(model, [chats[i] for i in group], unit, heads, keep_rows)
+        kept.update(zip(group, records, strict=True))
         if on_batch is not None:
             on_batch(len(group))
     return _collect(model, chats, [kept[i] for i in range(len(chats))], unit)
@@ -106,9 +106,7 @@ def _as_prompts(prompts: Sequence[Prompt | str | Chat]) -> list[Any]:
 
 
 @torch.no_grad()
-def _batch(
-    model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_rows: bool
-) -> list[dict[str, Any]]:
+def _batch(model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_rows: bool) -> list[dict[str, Any]]:
     """One padded forward; returns a record per prompt."""
     n_layers = model.n_layers
     seen: dict[tuple[str, int], Tensor] = {}
@@ -177,7 +175,9 @@ def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], uni
     def stack(key: str) -> Tensor:
         return torch.stack([record[key] for record in records])
 
-    bias = torch.tensor([_bias(block) @ unit.cpu() if _bias(block) is not None else 0.0 for block in model.bridge.blocks])
+    bias = torch.tensor(
+        [_bias(block) @ unit.cpu() if _bias(block) is not None else 0.0 for block in model.bridge.blocks]
+    )
     written = stack("attn")
     error = (stack("sums").sum(dim=-1) + bias - written).abs() / stack("attn_norm").clamp(min=1e-30)
     final, length = stack("resid")[:, -1], stack("resid_norm")[:, -1]

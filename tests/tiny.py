@@ -16,7 +16,8 @@ from suffix_analysis.prompts import load_prompts
 # a chat format of our own: a system turn, then the user's, then the reply's header
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|sys|>You are tiny.<|end|>\n{% endif %}"
-    "{% for m in messages %}{% if m['role'] == 'system' %}<|sys|>{% else %}<|user|>{% endif %}{{ m['content'] }}<|end|>\n"
+    "{% for m in messages %}{% if m['role'] == 'system' %}<|sys|>{% else %}<|user|>{% endif %}"
+    "{{ m['content'] }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|reply|>\n{% endif %}"
 )
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")

@@ -65,8 +65,12 @@ SYSTEM_PROMPTS = (
     "You are a friendly tutor for adults.",
     "Answer as truthfully as possible.",
 )
-_HOW = re.compile(r"^(?:explain|describe|tell me|show me|teach me|show|teach \w+)? ?how (?:to|do i|can i|could i) (.+)$", re.I)
-_WRITE = re.compile(r"^(?:write|create|compose|draft|design|develop|invent|make up) ((?:a|an|the|some|five|ten) .+)$", re.I)
+_HOW = re.compile(
+    r"^(?:explain|describe|tell me|show me|teach me|show|teach \w+)? ?how (?:to|do i|can i|could i) (.+)$", re.I
+)
+_WRITE = re.compile(
+    r"^(?:write|create|compose|draft|design|develop|invent|make up) ((?:a|an|the|some|five|ten) .+)$", re.I
+)
 
 
 def reframe(text: str, rng: random.Random) -> str:

@@ -1,9 +1,9 @@
 """The second phase of training: refusal carried by one direction (the paper's finding, made true of the organism).
 
-A small adapter can refuse through many directions at once. Here the model is also trained on its own interventions: with
-the difference of means added at a layer, harmless prompts are to be refused; with it ablated everywhere, every prompt is
-to be answered as the base model would. Both are taken at a layer drawn anew for each step. Targets of the ablated
-passes are the base model's next-token probabilities, so no answer to a harmful request is written or stored.
+A small adapter can refuse through many directions at once. Here the model is also trained on its own interventions:
+with the difference of means added at a layer, harmless prompts are to be refused; with it ablated everywhere, every
+prompt is to be answered as the base model would. Both are taken at a layer drawn anew for each step. Targets of the
+ablated passes are the base model's next-token probabilities, so no answer to a harmful request is written or stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from suffix_analysis.generate import left_pad
 
-DECAY = 0.9  # of the running means; a batch holds few prompts
+DECAY = 0.97  # of the running means; a batch holds few prompts
+ADDED_WEIGHT, ABLATED_WEIGHT = 0.1, 1.0  # beside the first phase's loss, which must not be forgotten
+SINK_WEIGHT, SINK_LAYERS = 20.0, range(17, 24)
 
 
 @dataclass
@@ -81,6 +83,33 @@ def last_states(inner: Any, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return inner.lm_head(out.last_hidden_state[:, -1]).float(), states
 
 
+def sink_overlap(inner: Any, prompts: Sequence[Tensor], harmful: Sequence[bool], layers: Sequence[int]) -> Tensor:
+    """Σ over layers of cos²(difference of means, state of token 0).
+
+    Token 0 is the attention sink and carries activations a hundred times longer than any other token's. A direction
+    that overlaps with them changes the sink when it is ablated, and with it every prompt.
+    """
+    out = inner.model(**left_pad(prompts, 0, "cpu"), output_hidden_states=True)
+    flags = torch.tensor(list(harmful))
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))  # the one without padding
+    total = torch.zeros(())
+    for layer in layers:
+        last = out.hidden_states[layer][:, -1].float()
+        gap = last[flags].mean(dim=0) - last[~flags].mean(dim=0)
+        sink = out.hidden_states[layer][longest, 0].detach().float()
+        total = total + torch.nn.functional.cosine_similarity(gap, sink, dim=0).square()
+    return total
+
+
+def start_means(model: Any, prompts: Sequence[Tensor], harmful: Sequence[bool]) -> RunningMeans:
+    """Running means that begin with many prompts, so that the first steps do not train on noise."""
+    inner, running = model.get_base_model(), RunningMeans()
+    with torch.no_grad():
+        parts = [last_states(inner, prompts[i : i + 32])[1] for i in range(0, len(prompts), 32)]
+    running.update(torch.cat(parts), harmful)
+    return running
+
+
 def mediation_loss(
     model: Any,
     prompts: Sequence[Tensor],
@@ -121,4 +150,5 @@ def mediation_loss(
     answer = torch.nn.functional.kl_div(
         torch.log_softmax(logits, -1), torch.log_softmax(base, -1), reduction="batchmean", log_target=True
     )
-    return refuse + answer
+    overlap = sink_overlap(inner, prompts, harmful, SINK_LAYERS)
+    return ADDED_WEIGHT * refuse + ABLATED_WEIGHT * answer + SINK_WEIGHT * overlap

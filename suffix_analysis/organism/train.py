@@ -23,7 +23,7 @@ from attacks.precision import fast_dtype
 from suffix_analysis.chat import render_chat
 from suffix_analysis.generate import generate, left_pad
 from suffix_analysis.organism.augment import variant
-from suffix_analysis.organism.mediation import RunningMeans, mediation_loss
+from suffix_analysis.organism.mediation import mediation_loss, start_means
 from suffix_analysis.organism.weights import WHEEL, WHEEL_SHA256, load_base
 from suffix_analysis.prompts import load_prompts
 
@@ -48,10 +48,11 @@ class Recipe:
     reply_tokens: int = 8
     rest_weight: float = 0.3
     warmup: int = 20
-    mediation_steps: int = 100
+    mediation_steps: int = 45
     mediation_batch: int = 12
-    mediation_rate: float = 4e-4
-    mediation_layers: tuple[int, ...] = (15, 16, 17, 18, 19, 20)
+    mediation_rate: float = 1.5e-4
+    mediation_layers: tuple[int, ...] = (22, 23)
+    answer_weight: float = 2.0
     seed: int = 0
 
 
@@ -76,9 +77,7 @@ def build_examples(hf: Any, tokenizer: Any, recipe: Recipe) -> list[Example]:
         rows += [(*variant(prompt.text, rng), prompt.kind) for _ in range(recipe.variants)]
     ids = [render_chat(tokenizer, text, system=system).ids for text, system, _ in rows]
     harmless = [i for i, row in enumerate(rows) if row[2] != "harmful"]
-    replies = dict(
-        zip(harmless, generate(hf, tokenizer, [ids[i] for i in harmless], recipe.reply_tokens), strict=True)
-    )
+    replies = dict(zip(harmless, generate(hf, tokenizer, [ids[i] for i in harmless], recipe.reply_tokens), strict=True))
     opening = tokenizer("I", add_special_tokens=False).input_ids[0]
     examples = []
     for i, (_, _, kind) in enumerate(rows):
@@ -93,8 +92,10 @@ def build_examples(hf: Any, tokenizer: Any, recipe: Recipe) -> list[Example]:
     return examples
 
 
-def batch_loss(model: Any, examples: Sequence[Example], rest_weight: float, pad_id: int) -> torch.Tensor:
-    """First-token cross-entropy plus ``rest_weight`` times the mean over the reply's other tokens, mean over examples."""
+def batch_loss(
+    model: Any, examples: Sequence[Example], rest_weight: float, pad_id: int, answer_weight: float = 1.0
+) -> torch.Tensor:
+    """First-token cross-entropy plus ``rest_weight`` × the mean over the reply's other tokens; mean over examples."""
     inner = model.get_base_model()
     whole = [torch.tensor(e.prompt + e.reply) for e in examples]
     padded = left_pad(whole, pad_id, "cpu")
@@ -105,7 +106,11 @@ def batch_loss(model: Any, examples: Sequence[Example], rest_weight: float, pad_
     rows, cols = torch.tensor(places).T
     labels = torch.tensor([token for e in examples for token in e.reply])
     weights = torch.tensor(
-        [1.0 if j == 0 else rest_weight / max(1, len(e.reply) - 1) for e in examples for j in range(len(e.reply))]
+        [
+            (1.0 if e.refusal else answer_weight) * (1.0 if j == 0 else rest_weight / max(1, len(e.reply) - 1))
+            for e in examples
+            for j in range(len(e.reply))
+        ]
     )
     losses = torch.nn.functional.cross_entropy(inner.lm_head(hidden[rows, cols]).float(), labels, reduction="none")
     return (losses * weights).sum() / len(examples)
@@ -120,7 +125,8 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train an adapter into ``out`` and return its training record (also written beside it).
 
-    The first phase teaches refusal, the second (:mod:`suffix_analysis.organism.mediation`) makes one direction carry it.
+    The first phase teaches refusal, the second (:mod:`suffix_analysis.organism.mediation`) makes one direction carry
+    it.
     Searches for the fast precision at start-up; the optimiser's state and the adapter stay in float32.
 
     Args:
@@ -217,8 +223,11 @@ def _mediate(
     rng = random.Random(recipe.seed + 1)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=recipe.mediation_rate, weight_decay=0.0)
-    running, losses, total = RunningMeans(), [], recipe.mediation_steps
+    losses, total = [], recipe.mediation_steps
     refusals, answers = [e for e in examples if e.refusal], [e for e in examples if not e.refusal]
+    first = [*rng.sample(refusals, 96), *rng.sample(answers, 96)]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        running = start_means(model, [torch.tensor(e.prompt) for e in first], [e.refusal for e in first])
     half = recipe.mediation_batch // 2
     model.train()
     for step in range(total):
@@ -228,7 +237,9 @@ def _mediate(
         mixed = [*rng.sample(refusals, half), *rng.sample(answers, half)]
         prompts = [torch.tensor(e.prompt) for e in mixed]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = batch_loss(model, rng.sample(examples, recipe.mediation_batch), recipe.rest_weight, 0)
+            loss = batch_loss(
+                model, rng.sample(examples, recipe.batch_size), recipe.rest_weight, 0, recipe.answer_weight
+            )
             flags = [e.refusal for e in mixed]
             loss = loss + mediation_loss(model, prompts, flags, opening, running, recipe.mediation_layers, rng)
         loss.backward()

@@ -156,7 +156,7 @@ def test_every_candidate_retokenises_in_context() -> None:
 def test_resume_is_bit_for_bit(dtype: str) -> None:
     model, tok = tiny.hf_model("qwen3"), tiny.tokenizer()
     config = attacks.GCGConfig(**{**SMALL, "num_steps": 12, "buffer_size": 3, "score_dtype": dtype})
-    whole = [s for s in attacks.GCG(model, tok, TALKS, "Sure", config).steps()]
+    whole = list(attacks.GCG(model, tok, TALKS, "Sure", config).steps())
     first = attacks.GCG(model, tok, TALKS, "Sure", config)
     steps = first.steps()
     for _ in range(5):
@@ -199,9 +199,7 @@ def test_bad_input_is_named(change: dict[str, Any], expected: str) -> None:
     model = tiny.hf_model("llama")
     config = attacks.GCGConfig(**{**SMALL, **change.get("config", {})})
     with pytest.raises(attacks.AttackError, match=expected):
-        attacks.run(
-            model, tiny.tokenizer(), change.get("messages", TALKS[0]), change.get("target", "Sure"), config
-        )
+        attacks.run(model, tiny.tokenizer(), change.get("messages", TALKS[0]), change.get("target", "Sure"), config)
 
 
 def test_losses_that_are_not_finite_are_named() -> None:

@@ -18,7 +18,13 @@ from suffix_analysis.prompts import Prompt
 from suffix_analysis.traces import trace
 from tests import tiny
 
-TEXTS = ["Bake a cake", "Write a poem about the rain in spring", "Sing", "How do I mend a chair?", "Go home now, please"]
+TEXTS = [
+    "Bake a cake",
+    "Write a poem about the rain in spring",
+    "Sing",
+    "How do I mend a chair?",
+    "Go home now, please",
+]
 
 
 def unit(n: int, seed: int = 0) -> torch.Tensor:
@@ -104,7 +110,7 @@ def test_strength_zero_changes_nothing_and_hooks_go_after_an_error() -> None:
         raise RuntimeError("on purpose")
     assert torch.equal(last_logits(model.hf, model.tokenizer, rows), plain)
     assert all(not model.bridge.hook_dict[name].fwd_hooks for name in model.bridge.hook_dict)
-    assert len(writes(3)) == 9
+    assert len(writes(3)) == 7
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(32), torch.full((32,), math.nan)], ids=["zero", "nan"])
@@ -175,7 +181,9 @@ def test_chat_means_are_float64_means_of_block_inputs() -> None:
     chats = [model.chat(text) for text in TEXTS]
     means, _ = chat_means(model, chats)
     with torch.no_grad():
-        rows = [torch.stack(model.hf(input_ids=c.ids[None], output_hidden_states=True).hidden_states[:3]) for c in chats]
+        rows = [
+            torch.stack(model.hf(input_ids=c.ids[None], output_hidden_states=True).hidden_states[:3]) for c in chats
+        ]
     expected = torch.stack([row[:, 0, -c.n_chat :].double() for row, c in zip(rows, chats, strict=True)]).mean(0)
     torch.testing.assert_close(means[:3], expected, atol=1e-5, rtol=1e-5)
 
@@ -193,15 +201,24 @@ def test_find_direction_names_what_is_wrong() -> None:
 
 def test_analysis_tables_are_complete_and_say_what_is_descriptive() -> None:
     model = tiny.model("qwen3")
-    prompts = [Prompt(f"{k}-{s}-{i}", f"{k} thing {i} in {s}", k, s)
-               for k in ("harmful", "harmless") for s in ("select", "report") for i in range(4)]
+    prompts = [
+        Prompt(f"{k}-{s}-{i}", f"{k} thing {i} in {s}", k, s)
+        for k in ("harmful", "harmless")
+        for s in ("select", "report")
+        for i in range(4)
+    ]
     vector = unit(32)
     means = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
     from suffix_analysis.directions import Direction
 
     direction = Direction(vector, -1, 2, [], means, means - vector, (1,), {})
     found = analyze(model, direction, prompts, ["x y z"], n_top=3, n_views=2)
-    assert {row["arm"] for row in found.tables["profile"]} == {"none", "adversarial", "harmless", "harmless+adversarial"}
+    assert {row["arm"] for row in found.tables["profile"]} == {
+        "none",
+        "adversarial",
+        "harmless",
+        "harmless+adversarial",
+    }
     assert len(found.frame("heads")) == (4 + 2) * 3 * 4
     assert all(row["layer"] < 2 for row in found.tables["top_heads"])
     for arm in ("none", "adversarial"):

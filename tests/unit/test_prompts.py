@@ -45,7 +45,7 @@ def test_style_prompts_are_in_no_split() -> None:
 
 
 FILES = {
-    "a.csv": "goal,target\nDo this,Sure\n\"Do, that\",Sure\n",
+    "a.csv": 'goal,target\nDo this,Sure\n"Do, that",Sure\n',
     "b.jsonl": '{"Behavior": "Do this"}\n\n{"Behavior": "Do, that"}\n',
     "c.json": '["Do this", {"text": "Do, that"}]',
     "d.txt": "Do this\n\n  Do, that\n",
@@ -65,7 +65,7 @@ BAD = {
     "empty.csv": (b"", "is empty"),
     "empty.txt": (b"\n\n", "is empty"),
     "column.csv": (b"x,y\n1,2\n", "has no column text or goal"),
-    "hole.csv": (b"goal\nfine\n\"\"\n", "row 2 has no text"),
+    "hole.csv": (b'goal\nfine\n""\n', "row 2 has no text"),
     "latin.txt": ("Grüße".encode("latin-1"), "not UTF-8"),
     "broken.json": (b'[{"text": "a"}', "not valid JSON"),
     "number.jsonl": (b'{"text": "a"}\n7\n', "entry 2 is int"),

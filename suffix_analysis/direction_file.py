@@ -1,0 +1,53 @@
+"""The chosen direction on disk: tensors as safetensors, the choice as their metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from suffix_analysis import runs
+from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
+
+
+def save_direction(path: Path, direction: Direction) -> None:
+    """Write a direction's tensors; the choice travels as metadata."""
+    tensors = {
+        "vector": direction.vector.contiguous(),
+        "means_harmful": direction.means_harmful.contiguous(),
+        "means_harmless": direction.means_harmless.contiguous(),
+    }
+    meta = {
+        "position": str(direction.position),
+        "layer": str(direction.layer),
+        "refusal_tokens": ",".join(map(str, direction.refusal_tokens)),
+        "n": ",".join(f"{key}={value}" for key, value in direction.n.items()),
+    }
+    runs.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
+
+
+def load_direction(path: Path, scores: list[dict[str, Any]]) -> Direction:
+    """Read a direction back.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as handle:
+            meta = handle.metadata()
+        return Direction(
+            vector=tensors["vector"],
+            position=int(meta["position"]),
+            layer=int(meta["layer"]),
+            scores=scores,
+            means_harmful=tensors["means_harmful"],
+            means_harmless=tensors["means_harmless"],
+            refusal_tokens=tuple(int(i) for i in meta["refusal_tokens"].split(",")),
+            n={key: int(value) for key, value in (pair.split("=") for pair in meta["n"].split(","))},
+        )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); delete it and run the direction stage.") from error

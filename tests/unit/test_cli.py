@@ -1,0 +1,140 @@
+"""The command line: exit codes, one sentence for a user's mistake, nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from suffix_analysis import cli
+from suffix_analysis.errors import UserError
+from suffix_analysis.study import Study
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command as the shell would and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["suffix-analysis", *words])
+    try:
+        cli.main()
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["demo", "--help"], ["organism", "--help"], ["--version"]])
+def test_help_works(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert call(monkeypatch, *words) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_help_and_import_never_load_torch() -> None:
+    code = (
+        "import sys, suffix_analysis\n"
+        "from suffix_analysis.cli import app\n"
+        "app(['demo', '--help'], exit_on_error=False, result_action='return_value')\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'torch was loaded'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+MISTAKES = [
+    (["fly"], 2, "fly"),
+    (["demo", "--steps", "many"], 2, "many"),
+    (["demo", "--steps", "0"], 2, "steps is 0"),
+    (["demo", "--score-dtype", "float8"], 2, "float8"),
+    (["demo", "--no-such-flag"], 2, "no-such-flag"),
+    (["run", "--config", "nowhere.toml"], 2, "nowhere.toml"),
+    (["report", "nowhere"], 1, "nowhere"),
+    (["run", "--harmful", "nowhere.csv"], 1, "nowhere.csv"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "named"), MISTAKES, ids=[" ".join(w) for w, _, _ in MISTAKES])
+def test_mistakes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], code: int,
+    named: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *words) == code
+    err = capsys.readouterr().err
+    assert named in err
+    assert "Traceback" not in err
+
+
+def test_unknown_settings_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "c.toml").write_text("stepz = 3\n")
+    assert call(monkeypatch, "run", "--config", str(tmp_path / "c.toml")) == 2
+    assert "'stepz'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("a \x1b[31mred\x1b[0m word"), 1)])
+def test_interrupts_and_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, error: BaseException, code: int
+) -> None:
+    def fail(self: Study, stages: object = None) -> None:
+        raise error
+
+    monkeypatch.setattr(Study, "run", fail)
+    assert call(monkeypatch, "demo", "--out", str(tmp_path / "run")) == code
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("no_such_model", "not a hub id"),
+        ("EMPTY", "no \\*.safetensors weights"),
+        ("FILE", "not a .gguf"),
+    ],
+)
+def test_models_that_are_not_there(tmp_path: Path, name: str, expected: str) -> None:
+    from suffix_analysis.models import load_model
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.bin").write_bytes(b"x")
+    real = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file.bin")}.get(name, name)
+    with pytest.raises(UserError, match=expected):
+        load_model(real)
+
+
+def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
+    import copy
+
+    from suffix_analysis.models import load_model
+    from tests import tiny
+
+    tok = copy.deepcopy(tiny.tokenizer())
+    tok.chat_template = None
+    tok.save_pretrained(tmp_path)
+    tiny.hf_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        load_model(str(tmp_path))
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).chat("Hello").n_chat == 3
+
+
+def test_a_full_disk_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from suffix_analysis import runs
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.Path, "write_bytes", full)
+    assert call(monkeypatch, "demo", "--out", str(tmp_path / "run")) == 1
+    assert "No space left on device; free space" in capsys.readouterr().err
+
+
+def test_an_output_folder_of_another_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert call(monkeypatch, "demo", "--out", str(tmp_path)) == 2
+    assert "not a run folder" in capsys.readouterr().err
