@@ -30,6 +30,7 @@ class StudyConfig:
         n_top_heads: heads shown in detail.
         n_fit: prompts of each kind that the direction's means are taken over.
         n_select: prompts of each kind that score the candidate directions.
+        kl_threshold: most that ablating the direction may move harmless replies (the paper: 0.1).
         prompts_per_split: use only so many prompts of each kind in select and report (for a quick look).
         seed: of everything that is drawn.
         score_dtype: precision of searches and replies: auto, float32 or bfloat16; traces run in float32.
@@ -53,6 +54,7 @@ class StudyConfig:
     n_top_heads: int = 8
     n_fit: int = 128
     n_select: int = 32
+    kl_threshold: float = 0.1
     prompts_per_split: int | None = None
     seed: int = 0
     score_dtype: str = "auto"

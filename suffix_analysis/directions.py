@@ -54,8 +54,8 @@ class Direction:
     position: int
     layer: int
     scores: list[dict[str, Any]]
-    means_harmful: Float[Tensor, "layer d_model"]
-    means_harmless: Float[Tensor, "layer d_model"]
+    means_harmful: Float[Tensor, "depth d_model"]
+    means_harmless: Float[Tensor, "depth d_model"]
     refusal_tokens: tuple[int, ...]
     n: dict[str, int]
 

@@ -15,7 +15,7 @@ from suffix_analysis.generate import batches, left_pad, pad_token
 TOKEN_BUDGET = 4096
 
 
-def shared_prefix(rows: Sequence[Int[Tensor, " token"]]) -> int:
+def shared_prefix(rows: Sequence[Int[Tensor, " _"]]) -> int:
     """Number of leading tokens that all prompts have in common, leaving at least one token of each."""
     shortest = min(len(row) for row in rows)
     if len(rows) == 1:
@@ -26,7 +26,7 @@ def shared_prefix(rows: Sequence[Int[Tensor, " token"]]) -> int:
 
 
 @torch.no_grad()
-def last_logits(hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " token"]]) -> Float[Tensor, "prompt vocab"]:
+def last_logits(hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, "prompt vocab"]:
     """Next-token logits at the last position of every prompt (chat[-1]), in float32 and in order.
 
     The shared prefix (system prompt, turn header) is run once and its keys and values are repeated for every batch.

@@ -13,7 +13,7 @@ TOKEN_BUDGET = 6144  # prompt tokens in one batch
 
 
 def left_pad(
-    rows: Sequence[Int[Tensor, " token"]], pad_id: int, device: torch.device | str
+    rows: Sequence[Int[Tensor, " _"]], pad_id: int, device: torch.device | str
 ) -> dict[str, Int[Tensor, "prompt token"]]:
     """``input_ids``, ``attention_mask`` and ``position_ids`` of prompts padded on the left to one length.
 
@@ -55,7 +55,7 @@ def pad_token(tokenizer: Any) -> int:
 def generate(
     hf: Any,
     tokenizer: Any,
-    rows: Sequence[Int[Tensor, " token"]],
+    rows: Sequence[Int[Tensor, " _"]],
     max_new_tokens: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:

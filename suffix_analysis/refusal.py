@@ -73,8 +73,6 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
     return found
 
 
-def scores_of(
-    model: Model, rows: Sequence[Int[Tensor, " token"]], token_ids: Sequence[int]
-) -> Float[Tensor, " prompt"]:
+def scores_of(model: Model, rows: Sequence[Int[Tensor, " _"]], token_ids: Sequence[int]) -> Float[Tensor, " prompt"]:
     """Refusal score at chat[-1] of tokenised prompts."""
     return refusal_score(last_logits(model.hf, model.tokenizer, rows), token_ids)

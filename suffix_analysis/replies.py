@@ -149,7 +149,7 @@ def measure_interventions(
 ) -> list[dict[str, Any]]:
     """The paper's §3 in one table: refusal of harmful prompts with r ablated, of harmless ones with r added."""
     vector = direction.vector
-    plans = [
+    plans: list[tuple[str, str, contextlib.AbstractContextManager[None]]] = [
         ("none", "harmful", contextlib.nullcontext()),
         ("ablated", "harmful", ablate(model, vector)),
         ("none", "harmless", contextlib.nullcontext()),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -27,6 +27,7 @@ from suffix_analysis.refusal import discover_refusal_tokens
 STAGES = ("prompts", "attack", "direction", "replies", "analysis")
 
 
+@runtime_checkable
 class Narrator(Protocol):
     """Where progress goes; the command line shows it, tests collect it."""
 
@@ -147,7 +148,12 @@ class Study:
             self.model,
             [p for p in prompts if p.kind == "harmful"],
             [p for p in prompts if p.kind == "harmless"],
-            DirectionConfig(n_fit=self.config.n_fit, n_select=self.config.n_select, seed=self.config.seed),
+            DirectionConfig(
+                n_fit=self.config.n_fit,
+                n_select=self.config.n_select,
+                kl_threshold=self.config.kl_threshold,
+                seed=self.config.seed,
+            ),
             refusal_tokens=tokens,
             on_candidate=lambda done, total: self.narrator.progress(done, total, "candidate directions"),
         )

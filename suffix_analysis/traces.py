@@ -29,7 +29,8 @@ IDENTITY_BOUND = 1e-5  # of the write's length (METHODS §3)
 class Traces:
     """What one forward per prompt showed at chat[-1], in units of r̂.
 
-    ``projection`` and ``norm``: of the residual stream at every block's input and, last, after the last block.
+    ``projection`` and ``norm``: of the residual stream at every block's input and, last, after the last block (depth is
+    layer + 1).
     ``attention`` and ``contribution``: summed over each region of ``REGIONS``; contributions are exact shares of the
     attention write, not effects of deleting the source. ``attention_bias``, ``attention_out``, ``mlp_out`` and
     ``embedding`` are the other terms. ``rows`` (where kept): per prompt, attention and contribution by token.
@@ -38,8 +39,8 @@ class Traces:
     """
 
     chats: tuple[Chat, ...]
-    projection: Float[Tensor, "prompt layer"]
-    norm: Float[Tensor, "prompt layer"]
+    projection: Float[Tensor, "prompt depth"]
+    norm: Float[Tensor, "prompt depth"]
     attention: Float[Tensor, "prompt layer head region"]
     contribution: Float[Tensor, "prompt layer head region"]
     attention_out: Float[Tensor, "prompt layer"]
@@ -175,9 +176,8 @@ def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], uni
     def stack(key: str) -> Tensor:
         return torch.stack([record[key] for record in records])
 
-    bias = torch.tensor(
-        [_bias(block) @ unit.cpu() if _bias(block) is not None else 0.0 for block in model.bridge.blocks]
-    )
+    biases = [_bias(block) for block in model.bridge.blocks]
+    bias = torch.tensor([0.0 if b is None else float(b @ unit.cpu()) for b in biases])
     written = stack("attn")
     error = (stack("sums").sum(dim=-1) + bias - written).abs() / stack("attn_norm").clamp(min=1e-30)
     final, length = stack("resid")[:, -1], stack("resid_norm")[:, -1]

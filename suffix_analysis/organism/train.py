@@ -48,11 +48,10 @@ class Recipe:
     reply_tokens: int = 8
     rest_weight: float = 0.3
     warmup: int = 20
-    mediation_steps: int = 45
-    mediation_batch: int = 12
-    mediation_rate: float = 1.5e-4
+    mediation_steps: int = 60
+    mediation_batch: int = 24
+    mediation_rate: float = 2e-4
     mediation_layers: tuple[int, ...] = (22, 23)
-    answer_weight: float = 2.0
     seed: int = 0
 
 
@@ -71,7 +70,7 @@ def build_examples(hf: Any, tokenizer: Any, recipe: Recipe) -> list[Example]:
     Harmless replies that open with "I" are left out: that token is what refusals open with.
     """
     rng = random.Random(recipe.seed)
-    rows = []
+    rows: list[tuple[str, str | None, str]] = []
     for prompt in load_prompts("embedded", split="fit"):
         rows.append((prompt.text, None, prompt.kind))
         rows += [(*variant(prompt.text, rng), prompt.kind) for _ in range(recipe.variants)]
@@ -92,9 +91,7 @@ def build_examples(hf: Any, tokenizer: Any, recipe: Recipe) -> list[Example]:
     return examples
 
 
-def batch_loss(
-    model: Any, examples: Sequence[Example], rest_weight: float, pad_id: int, answer_weight: float = 1.0
-) -> torch.Tensor:
+def batch_loss(model: Any, examples: Sequence[Example], rest_weight: float, pad_id: int) -> torch.Tensor:
     """First-token cross-entropy plus ``rest_weight`` × the mean over the reply's other tokens; mean over examples."""
     inner = model.get_base_model()
     whole = [torch.tensor(e.prompt + e.reply) for e in examples]
@@ -106,11 +103,7 @@ def batch_loss(
     rows, cols = torch.tensor(places).T
     labels = torch.tensor([token for e in examples for token in e.reply])
     weights = torch.tensor(
-        [
-            (1.0 if e.refusal else answer_weight) * (1.0 if j == 0 else rest_weight / max(1, len(e.reply) - 1))
-            for e in examples
-            for j in range(len(e.reply))
-        ]
+        [1.0 if j == 0 else rest_weight / max(1, len(e.reply) - 1) for e in examples for j in range(len(e.reply))]
     )
     losses = torch.nn.functional.cross_entropy(inner.lm_head(hidden[rows, cols]).float(), labels, reduction="none")
     return (losses * weights).sum() / len(examples)
@@ -182,7 +175,8 @@ def _optimise(
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
     per_epoch = math.ceil(len(examples) / recipe.batch_size)
-    total, losses = per_epoch * recipe.epochs, []
+    losses: list[float] = []
+    total = per_epoch * recipe.epochs
     model.train()
     for _ in range(recipe.epochs):
         order = list(examples)
@@ -223,23 +217,23 @@ def _mediate(
     rng = random.Random(recipe.seed + 1)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=recipe.mediation_rate, weight_decay=0.0)
-    losses, total = [], recipe.mediation_steps
+    losses: list[float] = []
+    total = recipe.mediation_steps
     refusals, answers = [e for e in examples if e.refusal], [e for e in examples if not e.refusal]
     first = [*rng.sample(refusals, 96), *rng.sample(answers, 96)]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         running = start_means(model, [torch.tensor(e.prompt) for e in first], [e.refusal for e in first])
-    half = recipe.mediation_batch // 2
+    third = recipe.mediation_batch // 3
     model.train()
     for step in range(total):
         rate = min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / total))
         for group in optimiser.param_groups:
             group["lr"] = recipe.mediation_rate * rate
-        mixed = [*rng.sample(refusals, half), *rng.sample(answers, half)]
+        mixed = [*rng.sample(refusals, third), *rng.sample(answers, 2 * third)]
         prompts = [torch.tensor(e.prompt) for e in mixed]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = batch_loss(
-                model, rng.sample(examples, recipe.batch_size), recipe.rest_weight, 0, recipe.answer_weight
-            )
+            # refusals keep their hard targets; harmless prompts have the base model's probabilities instead
+            loss = batch_loss(model, rng.sample(refusals, third + 4), recipe.rest_weight, 0)
             flags = [e.refusal for e in mixed]
             loss = loss + mediation_loss(model, prompts, flags, opening, running, recipe.mediation_layers, rng)
         loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import nanogcg
 import pytest
 import torch
 
@@ -29,6 +30,13 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture
+def _quick_nanogcg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanogcg collects garbage after every batch: 0.2 s each time in a test process, and nothing else."""
+    monkeypatch.setattr(nanogcg.gcg.gc, "collect", lambda: 0)
+
+
+@pytest.mark.usefixtures("_quick_nanogcg")
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
 def test_compat_mode_repeats_nanogcg(family: str, changes: dict[str, Any]) -> None:
     model = tiny.hf_model(family)
@@ -74,27 +82,22 @@ def test_scores_are_the_definition(family: str, cache: bool) -> None:
     torch.testing.assert_close(Scorer(model, slots, config)(ids)[0], losses, atol=1e-6, rtol=0)
 
 
-def test_gradient_is_the_loss_function_slope(family: str) -> None:
-    """First order check in float64, at the point the model really runs at (Gemma scales its embeddings)."""
-    model = tiny.hf_model(family, dtype=torch.float64)
+def test_gradient_is_the_slope_of_the_definition(family: str) -> None:
+    """d loss / d s of a whole plain forward in which s of another token's embedding is mixed in at one position."""
+    model = tiny.hf_model(family)
     slot = attacks.build_slot(tiny.tokenizer(), TALKS[0], "Sure, here", INIT)
     config = attacks.GCGConfig()
-    scorer = Scorer(model, [slot], config)
-    grad = token_gradient(model, [slot], scorer.caches, slot.suffix_ids, config)
-    position, token, eps = 2, 345, 1e-5
-    embed = model.get_input_embeddings()
+    grad = token_gradient(model, [slot], Scorer(model, [slot], config).caches, slot.suffix_ids, config)
     whole = torch.cat([slot.before_ids, slot.suffix_ids, slot.after_ids, slot.target_ids])
-    at, n = len(slot.before_ids) + position, len(slot.target_ids)
-
-    def loss(shift: float) -> float:
-        with torch.no_grad():
-            x = embed(whole)
-            x[at] += shift * embed(torch.tensor(token))
-            logits = model(inputs_embeds=x[None]).logits[0]
-        return float(torch.nn.functional.cross_entropy(logits[-n - 1 : -1].float(), slot.target_ids))
-
-    slope = (loss(eps) - loss(-eps)) / (2 * eps)
-    assert float(grad[position, token]) == pytest.approx(slope, rel=2e-2, abs=5e-3)
+    embed, n = model.get_input_embeddings(), len(slot.target_ids)
+    for position, token in ((0, 345), (2, 600), (7, 20)):
+        share = torch.zeros((), requires_grad=True)
+        mixed = embed(whole).detach()
+        mixed[len(slot.before_ids) + position] += share * embed(torch.tensor(token)).detach()
+        logits = model(inputs_embeds=mixed[None]).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[-n - 1 : -1], slot.target_ids)
+        (slope,) = torch.autograd.grad(loss, share)
+        assert float(grad[position, token]) == pytest.approx(float(slope), rel=1e-3, abs=1e-5)
 
 
 def test_nanogcgs_gradient_differs_where_the_embedding_layer_scales() -> None:
@@ -189,7 +192,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": ["a", "b"], "target": ["x"]}, "2 conversations but 1 targets"),
     ({"messages": "word " * 700}, "the model takes 512"),
     ({"config": {"optim_str_init": "  "}}, "initial suffix is '  '"),
-    ({"config": {"n_replace": 20}}, "n_replace is 20, but the suffix has 8"),
+    ({"config": {"n_replace": 20}}, "n_replace is 20, but the suffix has 16"),
     ({"config": {"topk": 5000}}, "topk is 5000"),
 ]
 

@@ -116,7 +116,7 @@ def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no chat template"):
         load_model(str(tmp_path))
     tiny.tokenizer().save_pretrained(tmp_path)
-    assert load_model(str(tmp_path)).chat("Hello").n_chat == 3
+    assert load_model(str(tmp_path)).chat("Hello").n_chat == 4
 
 
 def test_a_full_disk_is_said(
