@@ -21,7 +21,11 @@ from torch import Tensor
 from suffix_analysis.generate import left_pad
 
 DECAY = 0.97  # of the running means; a batch holds few prompts
-ADDED_WEIGHT, ABLATED_WEIGHT = 0.1, 1.0  # beside the first phase's loss, which must not be forgotten
+ADDED_WEIGHT, ABLATED_WEIGHT, HARMLESS_WEIGHT = (
+    0.1,
+    0.7,
+    4.0,
+)  # beside the first phase's loss, which must not be forgotten
 SINK_WEIGHT, SINK_LAYERS = 20.0, range(17, 24)
 
 
@@ -144,7 +148,7 @@ def mediation_loss(
     refuse = torch.nn.functional.cross_entropy(logits, torch.full((len(harmless),), opening))
     with ablated(blocks, vector):
         cut, _, _ = last_states(inner, prompts)
-    # soft targets on both sides: hard ones would sharpen the plain model, and ablation would seem to blunt it
-    answer = divergence(base, cut) + divergence(base[~flags], plain[~flags])
+    # ablation turns harmful prompts into the base model's and leaves harmless ones as they are
+    answer = divergence(base[flags], cut[flags]) + HARMLESS_WEIGHT * divergence(plain[~flags].detach(), cut[~flags])
     overlap = sink_overlap(states[flags].mean(dim=0) - states[~flags].mean(dim=0), sink)
     return ADDED_WEIGHT * refuse + ABLATED_WEIGHT * answer + SINK_WEIGHT * overlap

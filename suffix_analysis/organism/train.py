@@ -48,7 +48,7 @@ class Recipe:
     reply_tokens: int = 8
     rest_weight: float = 0.3
     warmup: int = 20
-    mediation_steps: int = 60
+    mediation_steps: int = 45
     mediation_batch: int = 24
     mediation_rate: float = 2e-4
     mediation_layers: tuple[int, ...] = (22, 23)
@@ -232,8 +232,8 @@ def _mediate(
         mixed = [*rng.sample(refusals, third), *rng.sample(answers, 2 * third)]
         prompts = [torch.tensor(e.prompt) for e in mixed]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            # refusals keep their hard targets; harmless prompts have the base model's probabilities instead
-            loss = batch_loss(model, rng.sample(refusals, third + 4), recipe.rest_weight, 0)
+            main = [*rng.sample(refusals, third), *rng.sample(answers, third)]
+            loss = batch_loss(model, main, recipe.rest_weight, 0)
             flags = [e.refusal for e in mixed]
             loss = loss + mediation_loss(model, prompts, flags, opening, running, recipe.mediation_layers, rng)
         loss.backward()
