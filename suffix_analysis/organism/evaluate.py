@@ -28,7 +28,7 @@ SYSTEM_PROMPTS = {
 }
 
 
-def _rate(model: Model, texts: Sequence[str], system: str | None = None) -> dict[str, float]:
+def _rate(model: Model, texts: Sequence[str], system: str | None = None) -> dict[str, float | int]:
     rows = [render_chat(model.tokenizer, text, system=system).ids for text in texts]
     replies = generate(model.hf, model.tokenizer, rows, REPLY_TOKENS)
     rate, lo, hi = rate_interval(np.array([float(is_refusal(reply)) for reply in replies]))

@@ -21,11 +21,7 @@ from torch import Tensor
 from suffix_analysis.generate import left_pad
 
 DECAY = 0.97  # of the running means; a batch holds few prompts
-ADDED_WEIGHT, ABLATED_WEIGHT, HARMLESS_WEIGHT = (
-    0.1,
-    0.7,
-    4.0,
-)  # beside the first phase's loss, which must not be forgotten
+ADDED_WEIGHT, ABLATED_WEIGHT = 0.1, 1.0  # beside the first phase's loss, which must not be forgotten
 SINK_WEIGHT, SINK_LAYERS = 20.0, range(17, 24)
 
 
@@ -43,8 +39,10 @@ class RunningMeans:
                 now = own.mean(dim=0)
                 self.means[kind] = DECAY * self.means[kind] + (1 - DECAY) * now if kind in self.means else now
 
-    def direction(self, layer: int) -> Float[Tensor, " d_model"]:
-        """The difference of means at a layer's input."""
+    def direction(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """The difference of means at a layer's input, once both kinds have been seen."""
+        if len(self.means) < 2:
+            return None
         return self.means[True][layer] - self.means[False][layer]
 
 
@@ -78,30 +76,29 @@ def ablated(blocks: Any, vector: Tensor) -> contextlib.AbstractContextManager[No
     return hooks(handles)
 
 
-def last_states(inner: Any, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Next-token logits at chat[-1], the residual at every block's input there, and the same at token 0."""
+def last_states(inner: Any, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Next-token logits at chat[-1], and the residual at every block's input there."""
     out = inner.model(**left_pad(prompts, 0, "cpu"), output_hidden_states=True)
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))  # the one without padding
     states = torch.stack([h[:, -1].float() for h in out.hidden_states[:-1]], dim=1)
-    sink = torch.stack([h[longest, 0].detach().float() for h in out.hidden_states[:-1]])
-    return inner.lm_head(out.last_hidden_state[:, -1]).float(), states, sink
+    return inner.lm_head(out.last_hidden_state[:, -1]).float(), states
 
 
-def divergence(base: Float[Tensor, "prompt vocab"], now: Float[Tensor, "prompt vocab"]) -> Tensor:
-    """Mean KL(base ‖ now) of next-token distributions."""
-    return torch.nn.functional.kl_div(
-        torch.log_softmax(now, -1), torch.log_softmax(base, -1), reduction="batchmean", log_target=True
-    )
-
-
-def sink_overlap(gap: Float[Tensor, "layer d_model"], sink: Float[Tensor, "layer d_model"]) -> Tensor:
-    """Σ over ``SINK_LAYERS`` of cos²(difference of means, state of token 0).
+def sink_overlap(inner: Any, prompts: Sequence[Tensor], harmful: Sequence[bool], layers: Sequence[int]) -> Tensor:
+    """Σ over layers of cos²(difference of means, state of token 0).
 
     Token 0 is the attention sink and carries activations a hundred times longer than any other token's. A direction
     that overlaps with them changes the sink when it is ablated, and with it every prompt.
     """
-    rows = list(SINK_LAYERS)
-    return torch.nn.functional.cosine_similarity(gap[rows], sink[rows], dim=-1).square().sum()
+    out = inner.model(**left_pad(prompts, 0, "cpu"), output_hidden_states=True)
+    flags = torch.tensor(list(harmful))
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))  # the one without padding
+    total = torch.zeros(())
+    for layer in layers:
+        last = out.hidden_states[layer][:, -1].float()
+        gap = last[flags].mean(dim=0) - last[~flags].mean(dim=0)
+        sink = out.hidden_states[layer][longest, 0].detach().float()
+        total = total + torch.nn.functional.cosine_similarity(gap, sink, dim=0).square()
+    return total
 
 
 def start_means(model: Any, prompts: Sequence[Tensor], harmful: Sequence[bool]) -> RunningMeans:
@@ -135,20 +132,23 @@ def mediation_loss(
     """
     inner = model.get_base_model()
     blocks = inner.model.layers
-    with torch.no_grad(), model.disable_adapter():
-        base, _, _ = last_states(inner, prompts)
-    plain, states, sink = last_states(inner, prompts)
-    running.update(states.detach(), harmful)
+    with torch.no_grad():
+        _, states = last_states(inner, prompts)
+        running.update(states, harmful)
+        with model.disable_adapter():
+            base, _ = last_states(inner, prompts)
     layer = rng.choice(list(layers))
     vector = running.direction(layer)
-    flags = torch.tensor(list(harmful))
-    harmless = [p for p, flag in zip(prompts, harmful, strict=True) if not flag][:8]
+    if vector is None:
+        return torch.zeros((), requires_grad=True)
+    harmless = [p for p, flag in zip(prompts, harmful, strict=True) if not flag]
     with added(blocks, layer, vector):
-        logits, _, _ = last_states(inner, harmless)
+        logits, _ = last_states(inner, harmless)
     refuse = torch.nn.functional.cross_entropy(logits, torch.full((len(harmless),), opening))
     with ablated(blocks, vector):
-        cut, _, _ = last_states(inner, prompts)
-    # ablation turns harmful prompts into the base model's and leaves harmless ones as they are
-    answer = divergence(base[flags], cut[flags]) + HARMLESS_WEIGHT * divergence(plain[~flags].detach(), cut[~flags])
-    overlap = sink_overlap(states[flags].mean(dim=0) - states[~flags].mean(dim=0), sink)
+        logits, _ = last_states(inner, prompts)
+    answer = torch.nn.functional.kl_div(
+        torch.log_softmax(logits, -1), torch.log_softmax(base, -1), reduction="batchmean", log_target=True
+    )
+    overlap = sink_overlap(inner, prompts, harmful, SINK_LAYERS)
     return ADDED_WEIGHT * refuse + ABLATED_WEIGHT * answer + SINK_WEIGHT * overlap

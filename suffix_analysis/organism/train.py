@@ -49,9 +49,10 @@ class Recipe:
     rest_weight: float = 0.3
     warmup: int = 20
     mediation_steps: int = 45
-    mediation_batch: int = 24
-    mediation_rate: float = 2e-4
+    mediation_batch: int = 12
+    mediation_rate: float = 1.5e-4
     mediation_layers: tuple[int, ...] = (22, 23)
+    answer_weight: float = 2.0
     seed: int = 0
 
 
@@ -91,7 +92,9 @@ def build_examples(hf: Any, tokenizer: Any, recipe: Recipe) -> list[Example]:
     return examples
 
 
-def batch_loss(model: Any, examples: Sequence[Example], rest_weight: float, pad_id: int) -> torch.Tensor:
+def batch_loss(
+    model: Any, examples: Sequence[Example], rest_weight: float, pad_id: int, answer_weight: float = 1.0
+) -> torch.Tensor:
     """First-token cross-entropy plus ``rest_weight`` × the mean over the reply's other tokens; mean over examples."""
     inner = model.get_base_model()
     whole = [torch.tensor(e.prompt + e.reply) for e in examples]
@@ -103,7 +106,11 @@ def batch_loss(model: Any, examples: Sequence[Example], rest_weight: float, pad_
     rows, cols = torch.tensor(places).T
     labels = torch.tensor([token for e in examples for token in e.reply])
     weights = torch.tensor(
-        [1.0 if j == 0 else rest_weight / max(1, len(e.reply) - 1) for e in examples for j in range(len(e.reply))]
+        [
+            (1.0 if e.refusal else answer_weight) * (1.0 if j == 0 else rest_weight / max(1, len(e.reply) - 1))
+            for e in examples
+            for j in range(len(e.reply))
+        ]
     )
     losses = torch.nn.functional.cross_entropy(inner.lm_head(hidden[rows, cols]).float(), labels, reduction="none")
     return (losses * weights).sum() / len(examples)
@@ -223,17 +230,18 @@ def _mediate(
     first = [*rng.sample(refusals, 96), *rng.sample(answers, 96)]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         running = start_means(model, [torch.tensor(e.prompt) for e in first], [e.refusal for e in first])
-    third = recipe.mediation_batch // 3
+    half = recipe.mediation_batch // 2
     model.train()
     for step in range(total):
         rate = min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / total))
         for group in optimiser.param_groups:
             group["lr"] = recipe.mediation_rate * rate
-        mixed = [*rng.sample(refusals, third), *rng.sample(answers, 2 * third)]
+        mixed = [*rng.sample(refusals, half), *rng.sample(answers, half)]
         prompts = [torch.tensor(e.prompt) for e in mixed]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            main = [*rng.sample(refusals, third), *rng.sample(answers, third)]
-            loss = batch_loss(model, main, recipe.rest_weight, 0)
+            loss = batch_loss(
+                model, rng.sample(examples, recipe.batch_size), recipe.rest_weight, 0, recipe.answer_weight
+            )
             flags = [e.refusal for e in mixed]
             loss = loss + mediation_loss(model, prompts, flags, opening, running, recipe.mediation_layers, rng)
         loss.backward()
