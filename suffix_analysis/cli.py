@@ -116,13 +116,13 @@ def env() -> None:
 
 
 @organism.command
-def train(*, out: Path = Path("adapter"), seed: int = 0, start: Path | None = None) -> None:
-    """Train the adapter anew into a folder, with its training record (START: only the second phase, from there)."""
+def train(*, out: Path = Path("adapter"), seed: int = 0) -> None:
+    """Train the adapter anew into a folder, with its training record."""
     from suffix_analysis.organism.train import train_adapter
 
     console = _Console()
     console.stage(f"training into {out}", skipped=False)
-    record = train_adapter(out, seed, console.progress, start=start)
+    record = train_adapter(out, seed, console.progress)
     print(json.dumps(record, indent=1))
 
 

@@ -23,7 +23,6 @@ from attacks.precision import fast_dtype
 from suffix_analysis.chat import render_chat
 from suffix_analysis.generate import generate, left_pad
 from suffix_analysis.organism.augment import variant
-from suffix_analysis.organism.mediation import mediation_loss, start_means
 from suffix_analysis.organism.weights import WHEEL, WHEEL_SHA256, load_base
 from suffix_analysis.prompts import load_prompts
 
@@ -48,11 +47,6 @@ class Recipe:
     reply_tokens: int = 8
     rest_weight: float = 0.3
     warmup: int = 20
-    mediation_steps: int = 45
-    mediation_batch: int = 12
-    mediation_rate: float = 1.5e-4
-    mediation_layers: tuple[int, ...] = (22, 23)
-    answer_weight: float = 2.0
     seed: int = 0
 
 
@@ -92,9 +86,7 @@ def build_examples(hf: Any, tokenizer: Any, recipe: Recipe) -> list[Example]:
     return examples
 
 
-def batch_loss(
-    model: Any, examples: Sequence[Example], rest_weight: float, pad_id: int, answer_weight: float = 1.0
-) -> torch.Tensor:
+def batch_loss(model: Any, examples: Sequence[Example], rest_weight: float, pad_id: int) -> torch.Tensor:
     """First-token cross-entropy plus ``rest_weight`` × the mean over the reply's other tokens; mean over examples."""
     inner = model.get_base_model()
     whole = [torch.tensor(e.prompt + e.reply) for e in examples]
@@ -106,11 +98,7 @@ def batch_loss(
     rows, cols = torch.tensor(places).T
     labels = torch.tensor([token for e in examples for token in e.reply])
     weights = torch.tensor(
-        [
-            (1.0 if e.refusal else answer_weight) * (1.0 if j == 0 else rest_weight / max(1, len(e.reply) - 1))
-            for e in examples
-            for j in range(len(e.reply))
-        ]
+        [1.0 if j == 0 else rest_weight / max(1, len(e.reply) - 1) for e in examples for j in range(len(e.reply))]
     )
     losses = torch.nn.functional.cross_entropy(inner.lm_head(hidden[rows, cols]).float(), labels, reduction="none")
     return (losses * weights).sum() / len(examples)
@@ -121,12 +109,9 @@ def train_adapter(
     seed: int = 0,
     on_step: Callable[[int, int, str], None] | None = None,
     recipe: Recipe | None = None,
-    start: Path | None = None,
 ) -> dict[str, Any]:
     """Train an adapter into ``out`` and return its training record (also written beside it).
 
-    The first phase teaches refusal, the second (:mod:`suffix_analysis.organism.mediation`) makes one direction carry
-    it.
     Searches for the fast precision at start-up; the optimiser's state and the adapter stay in float32.
 
     Args:
@@ -134,9 +119,8 @@ def train_adapter(
         seed: of the variants, the order and the initial weights.
         on_step: called with (done, total, text).
         recipe: other settings.
-        start: an adapter that has been through the first phase; only the second is run.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     from suffix_analysis.models import quiet
 
@@ -149,15 +133,9 @@ def train_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         with quiet():
-            if start is not None:
-                model: Any = PeftModel.from_pretrained(hf, str(start), is_trainable=True)
-                model = model.float()
-            else:
-                plan = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear")
-                model = get_peft_model(hf, plan)
-        losses = [] if start is not None else _optimise(model, examples, recipe, dtype, on_step)
-        opening = tokenizer("I", add_special_tokens=False).input_ids[0]
-        losses += _mediate(model, examples, recipe, dtype, opening, on_step)
+            plan = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear")
+            model = get_peft_model(hf, plan)
+        losses = _optimise(model, examples, recipe, dtype, on_step)
     out.mkdir(parents=True, exist_ok=True)
     with quiet():
         model.save_pretrained(out)
@@ -208,49 +186,6 @@ def _optimise(
             losses.append(float(loss.detach()))
             if on_step is not None:
                 on_step(len(losses), total, f"loss {losses[-1]:.3f}")
-    model.eval()
-    return losses
-
-
-def _mediate(
-    model: Any,
-    examples: list[Example],
-    recipe: Recipe,
-    dtype: torch.dtype,
-    opening: int,
-    on_step: Callable[..., None] | None,
-) -> list[float]:
-    """The second phase: the first one's loss, plus that of the interventions on other prompts of the batch."""
-    rng = random.Random(recipe.seed + 1)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(weights, lr=recipe.mediation_rate, weight_decay=0.0)
-    losses: list[float] = []
-    total = recipe.mediation_steps
-    refusals, answers = [e for e in examples if e.refusal], [e for e in examples if not e.refusal]
-    first = [*rng.sample(refusals, 96), *rng.sample(answers, 96)]
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        running = start_means(model, [torch.tensor(e.prompt) for e in first], [e.refusal for e in first])
-    half = recipe.mediation_batch // 2
-    model.train()
-    for step in range(total):
-        rate = min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / total))
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.mediation_rate * rate
-        mixed = [*rng.sample(refusals, half), *rng.sample(answers, half)]
-        prompts = [torch.tensor(e.prompt) for e in mixed]
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = batch_loss(
-                model, rng.sample(examples, recipe.batch_size), recipe.rest_weight, 0, recipe.answer_weight
-            )
-            flags = [e.refusal for e in mixed]
-            loss = loss + mediation_loss(model, prompts, flags, opening, running, recipe.mediation_layers, rng)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(float(loss.detach()))
-        if on_step is not None:
-            on_step(step + 1, total, f"one direction, loss {losses[-1]:.3f}")
     model.eval()
     return losses
 
