@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -251,8 +250,3 @@ def run(
     """
     attack = GCG(model, tokenizer, messages, target, config or GCGConfig())
     return result(list(attack.steps()))
-
-
-def with_steps(config: GCGConfig, num_steps: int) -> GCGConfig:
-    """``config`` with another number of steps."""
-    return replace(config, num_steps=num_steps)

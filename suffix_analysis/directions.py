@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -362,8 +362,3 @@ def _with_status(
     if (row["position"], row["layer"]) == choice:
         return row | {"status": "chosen"}
     return row | {"status": status(row, n_layers=n_layers, **rules)}
-
-
-def with_vector(direction: Direction, vector: Float[Tensor, " d_model"]) -> Direction:
-    """The same record around another vector (control directions)."""
-    return replace(direction, vector=vector)

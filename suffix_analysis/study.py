@@ -123,9 +123,8 @@ class Study:
             runs.write_suffixes(self.folder / "suffixes.jsonl", given_suffixes(Path(config.suffixes), self.model))
             return
         train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed)
-        began = time.perf_counter()
         for progress in attacking.run_attack(self.model, train, held_out, tokens, config, self.folder):
-            self.narrator.progress(progress.step.step, config.steps, _attack_line(progress, config, began))
+            self.narrator.progress(progress.step.step, config.steps, _attack_line(progress, config))
         rows = runs.read_jsonl(self.folder / "steps.jsonl")
         suffix = attacking.best_suffix(rows, train, config.seed)
         controls = attacking.make_controls(self.model, suffix, held_out, config, self._skip)
@@ -247,7 +246,7 @@ def _number(suffix_id: str) -> int:
     return int(tail) if tail.isdigit() else 0
 
 
-def _attack_line(progress: attacking.Progress, config: StudyConfig, began: float) -> str:
+def _attack_line(progress: attacking.Progress, config: StudyConfig) -> str:
     step = progress.step
     text = f"loss {step.loss:.3f}, best {step.best_loss:.3f}"
     if progress.flipped is not None and progress.select_refusal is not None:
