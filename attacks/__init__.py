@@ -8,6 +8,7 @@ from attacks.config import AttackError, GCGConfig, GCGResult, Step
 from attacks.controls import benign_suffixes, random_suffixes, shuffled_suffixes
 from attacks.gcg import GCG, run
 from attacks.precision import fast_dtype
+from attacks.selftest import SelfTest, self_test
 from attacks.slot import PLACEHOLDER, Slot, build_slot
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "AttackError",
     "GCGConfig",
     "GCGResult",
+    "SelfTest",
     "Slot",
     "Step",
     "benign_suffixes",
@@ -23,5 +25,6 @@ __all__ = [
     "fast_dtype",
     "random_suffixes",
     "run",
+    "self_test",
     "shuffled_suffixes",
 ]

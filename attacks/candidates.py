@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attacks.caches import cache_argument, fresh
 from attacks.config import AttackError, GCGConfig
 from attacks.objective import target_loss
-from attacks.scorer import cache_argument, contiguous_head, fresh
+from attacks.scorer import contiguous_head
 from attacks.slot import Slot
+from attacks.terms import Term, watched
 
 MAX_REDRAWS = 20
 
@@ -36,7 +38,12 @@ def forbidden_ids(tokenizer: Any, n_rows: int, *, allow_non_ascii: bool, compat:
 
 
 def token_gradient(
-    model: Any, slots: Sequence[Slot], caches: Sequence[Any], ids: Int[Tensor, " suffix"], config: GCGConfig
+    model: Any,
+    slots: Sequence[Slot],
+    caches: Sequence[Any],
+    ids: Int[Tensor, " suffix"],
+    config: GCGConfig,
+    terms: tuple[Term, ...] = (),
 ) -> Float[Tensor, "suffix vocab"]:
     """Gradient of the mean loss with respect to a one-hot choice of each suffix token.
 
@@ -53,7 +60,7 @@ def token_gradient(
             head = None if cache is not None else embed(slot.before_ids.to(device))
         leaf.requires_grad_()
         parts = [leaf, tail] if head is None else [head, leaf, tail]
-        with contiguous_head(model), torch.enable_grad():
+        with contiguous_head(model), watched(terms, model, slot) as read, torch.enable_grad():
             out = model(
                 inputs_embeds=torch.cat(parts)[None],
                 use_cache=cache is not None,
@@ -61,6 +68,8 @@ def token_gradient(
                 **{cache_argument(model): fresh(cache, 1)},
             )
             loss = target_loss(out.logits.float(), slot.target_ids, config).mean()
+            if read is not None:
+                loss = loss + read().mean()
             (grad,) = torch.autograd.grad(loss, leaf)
         total = grad if total is None else total + grad
     assert total is not None
@@ -101,6 +110,8 @@ def sample(
     """
     width, length = config.search_width, len(ids)
     noise = torch.rand((width, length), generator=generator)
+    if config.even_positions:  # the first replaced position goes round; llm-attacks spreads candidates so
+        noise[torch.arange(width), torch.arange(width) % length] = -1.0
     positions = torch.argsort(noise)[..., : config.n_replace]
     picks = torch.randint(0, config.topk, (width, config.n_replace, 1), generator=generator)
     values = top_ids[positions].gather(2, picks).squeeze(2)

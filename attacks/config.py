@@ -22,6 +22,12 @@ class GCGConfig:
     is the faster one here, and the ``rescore`` best candidates are scored again in the model's own precision, which
     alone decides. ``compat`` switches to nanoGCG 0.2.3's behaviour in every detail that moves the trajectory; build
     it with :meth:`nanogcg`.
+
+    What nanoGCG does not have: ``progressive_goals`` begins a universal attack with one conversation and takes in the
+    next whenever all present targets are met (as llm-attacks does). ``momentum`` adds that share of the last steps'
+    gradients to the present one. ``n_replace_start`` replaces more tokens in the first steps, falling in a straight
+    line to ``n_replace`` at half of ``num_steps``. ``even_positions`` spreads the candidates over the positions instead
+    of drawing positions at random. ``patience`` steps without a new best send the search back to the best suffix.
     """
 
     num_steps: int = 250
@@ -41,6 +47,11 @@ class GCGConfig:
     seed: int | None = None
     score_dtype: ScoreDtype = "auto"
     rescore: int = 8
+    progressive_goals: bool = False
+    momentum: float = 0.0
+    n_replace_start: int | None = None
+    even_positions: bool = False
+    patience: int | None = None
     compat: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +64,12 @@ class GCGConfig:
             raise AttackError(f"buffer_size is {self.buffer_size}; it must be 0 or more.")
         if self.batch_size is not None and self.batch_size < 1:
             raise AttackError(f"batch_size is {self.batch_size}; leave it out or give at least 1.")
+        if not 0 <= self.momentum < 1:
+            raise AttackError(f"momentum is {self.momentum}; it must be at least 0 and below 1.")
+        for name in ("n_replace_start", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise AttackError(f"{name} is {value}; leave it out or give at least 1.")
         if self.score_dtype not in ("auto", "float32", "bfloat16"):
             raise AttackError(f"score_dtype is {self.score_dtype!r}; choose auto, float32 or bfloat16.")
 
@@ -71,8 +88,9 @@ class GCGConfig:
 class Step:
     """One step of the attack, as yielded while it runs.
 
-    ``loss`` is the chosen candidate's mean loss (nats per target token), ``per_goal`` the same for each conversation,
-    ``best_loss`` and ``best_string`` the lowest so far. ``n_candidates`` distinct candidates were scored and
+    ``loss`` is the chosen candidate's mean loss (nats per target token), ``per_goal`` the same for each conversation
+    that takes part so far, ``flops`` what the step's forwards and backwards cost (2 per weight and token, 6 with a
+    gradient); ``best_loss`` and ``best_string`` the lowest so far. ``n_candidates`` distinct candidates were scored and
     ``n_rejected`` drawn ones did not survive re-tokenisation in context. ``matched``: greedy decoding would produce
     every target.
     """
@@ -87,6 +105,7 @@ class Step:
     n_candidates: int
     n_rejected: int
     seconds: float
+    flops: float
     matched: bool
 
 

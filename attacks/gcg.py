@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from attacks.config import AttackError, GCGConfig, GCGResult, Step, resolve_dtyp
 from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives
 from attacks.scorer import Scorer, rescored_best
 from attacks.slot import Messages, Slot, build_slot, suffix_string, survives
+from attacks.terms import Term
 
 Conversations = Messages | list[Messages]
 Entry = tuple[float, tuple[int, ...]]
@@ -28,19 +32,29 @@ class GCG:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, messages: Conversations, target: str | list[str], config: GCGConfig
+        self,
+        model: Any,
+        tokenizer: Any,
+        messages: Conversations,
+        target: str | list[str],
+        config: GCGConfig,
+        terms: Sequence[Term] = (),
     ) -> None:
         """Tokenise the conversations, cache their prefixes and score the initial suffix.
+
+        ``terms`` are added to the target's loss (see :mod:`attacks.terms`).
 
         Raises:
             AttackError: bad input (see :func:`attacks.slot.build_slot`), or several conversations in compat mode.
         """
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config, self.terms = tokenizer, config, tuple(terms)
         conversations, targets = _pair(messages, target)
         self.generator = torch.Generator()
         self.generator.manual_seed(config.seed) if config.seed is not None else self.generator.seed()
         inits = [config.optim_str_init] if isinstance(config.optim_str_init, str) else list(config.optim_str_init)
         build = compat_slot if config.compat else build_slot
+        if config.compat and self.terms:
+            raise AttackError("nanoGCG knows no further terms; leave compat mode to use them.")
         if config.compat and len(conversations) > 1:
             raise AttackError("nanoGCG knows one conversation at a time; leave compat mode for a universal suffix.")
         lead = " " if config.add_space_before_target else ""
@@ -60,18 +74,26 @@ class GCG:
         if config.topk > allowed and not config.compat:
             raise AttackError(f"topk is {config.topk}, but only {allowed} tokens are allowed; lower topk.")
         self.step = 0
+        self._activate(1 if config.progressive_goals else len(self.slots))
+        self.velocity: Tensor | None = None
+        self.best_step = 0
         self.best: tuple[float, tuple[int, ...], str] = (float("inf"), (), "")
         self.buffer: list[Entry] = self._initial_buffer(inits)
+
+    def _activate(self, n_goals: int) -> None:
+        for scorer in (self.search, self.exact):
+            if scorer is not None:
+                scorer.active = n_goals
 
     def _scorers(self, model: Any) -> tuple[Scorer, Scorer | None]:
         own = next(model.parameters()).dtype
         dtype = resolve_dtype(self.config.score_dtype, model)
         if dtype == own:
-            return Scorer(model, self.slots, self.config), None
+            return Scorer(model, self.slots, self.config, self.terms), None
         # the low-precision twin only shortlists; the model's own precision decides
         return (
-            Scorer(copy.deepcopy(model).to(dtype), self.slots, self.config),
-            Scorer(model, self.slots, self.config),
+            Scorer(copy.deepcopy(model).to(dtype), self.slots, self.config, self.terms),
+            Scorer(model, self.slots, self.config, self.terms),
         )
 
     def _initial_buffer(self, inits: list[str]) -> list[Entry]:
@@ -100,20 +122,22 @@ class GCG:
                 return
 
     def _advance(self) -> Step:
-        started = time.perf_counter()
+        started, flops = time.perf_counter(), self._flops()
         ids = torch.tensor(self.buffer[0][1])
-        candidates, rejected = draw(ids, self._gradient(ids), self.forbidden, self.config, self.generator, self._keep())
-        winner, per_goal, matched = rescored_best(self.search, self.exact, candidates)
+        gradient = self._gradient(ids)
+        plan = replace(self.config, n_replace=n_replace_at(self.config, self.step))
+        candidates, rejected = draw(ids, gradient, self.forbidden, plan, self.generator, self._keep())
+        winner, per_goal, matched = rescored_best(self.search, self.exact, candidates, ids)
         loss, chosen = float(per_goal.mean()), tuple(candidates[winner].tolist())
         if self.config.buffer_size == 0 or loss < self.buffer[-1][0]:
             self.buffer = _push(self.buffer, self.config.buffer_size, (loss, chosen))
         # nanoGCG reports the buffer's best string beside this step's loss, whether or not they belong together
         told = self.buffer[0][1] if self.config.compat else chosen
         string = self._string(told)
-        if loss < self.best[0]:
-            self.best = (loss, told, string)
         self.step += 1
-        return Step(
+        if loss < self.best[0]:
+            self.best, self.best_step = (loss, told, string), self.step
+        done = Step(
             step=self.step,
             loss=loss,
             best_loss=self.best[0],
@@ -124,14 +148,43 @@ class GCG:
             n_candidates=len(candidates),
             n_rejected=rejected,
             seconds=time.perf_counter() - started,
-            matched=bool(matched.all()),
+            flops=self._flops() - flops,
+            matched=bool(matched.all()) and self.search.active == len(self.slots),
         )
+        if bool(matched.all()) and self.search.active < len(self.slots):
+            self._take_in_a_goal()
+        elif self.config.patience is not None and self.step - self.best_step >= self.config.patience:
+            self.buffer, self.best_step = [(self.best[0], self.best[1])], self.step
+        return done
+
+    def _take_in_a_goal(self) -> None:
+        """One more conversation; losses over fewer of them are not comparable, so what is held is scored again."""
+        self._activate(self.search.active + 1)
+        ids = torch.tensor([ids for _, ids in self.buffer])
+        losses = (self.exact or self.search)(ids)[0].mean(dim=1).tolist()
+        self.buffer = sorted(zip(losses, (ids for _, ids in self.buffer), strict=True), key=lambda pair: pair[0])
+        loss, best = self.buffer[0]
+        self.best, self.best_step = (loss, best, self._string(best)), self.step
+
+    def _flops(self) -> float:
+        return self.search.flops + (self.exact.flops if self.exact is not None else 0.0)
 
     def _gradient(self, ids: Tensor) -> Tensor:
         if self.config.compat:
             return compat_gradient(self.model, self.slots[0], ids, self.config)
         # the search precision is good enough to rank tokens, and the scorer already holds its prefixes
-        return token_gradient(self.search.model, self.slots, self.search.caches, ids, self.config)
+        active = slice(self.search.active)
+        slots, caches = self.slots[active], self.search.caches[active]
+        gradient = token_gradient(self.search.model, slots, caches, ids, self.config, self.terms)
+        for slot, cache in zip(slots, caches, strict=True):
+            n_run = len(ids) + len(slot.after_ids) + len(slot.target_ids) - 1 + (0 if cache else len(slot.before_ids))
+            per_pass = self.search.body_weights * n_run + self.search.head_weights * len(slot.target_ids)
+            self.search.flops += 6 * per_pass
+        if self.config.momentum:
+            if self.velocity is not None:
+                gradient = gradient + self.config.momentum * self.velocity
+            self.velocity = gradient
+        return gradient
 
     def _keep(self) -> Any:
         if not self.config.filter_ids:
@@ -153,6 +206,10 @@ class GCG:
             "best": [self.best[0], list(self.best[1]), self.best[2]],
             "generator": bytes(self.generator.get_state().tolist()).hex(),
             "batch_size": self.search.batch_size,
+            "active": self.search.active,
+            "best_step": self.best_step,
+            "error": self.search.error,
+            "velocity": None if self.velocity is None else _pack(self.velocity),
             "search_dtype": str(self.search.model.dtype),
         }
 
@@ -173,6 +230,28 @@ class GCG:
         self.best = (state["best"][0], tuple(state["best"][1]), state["best"][2])
         self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
         self.search.batch_size = state["batch_size"]
+        self._activate(state["active"])
+        self.best_step, self.search.error = state["best_step"], state["error"]
+        self.velocity = None if state["velocity"] is None else _unpack(state["velocity"])
+
+
+def n_replace_at(config: GCGConfig, step: int) -> int:
+    """Tokens to replace in a candidate at ``step`` (from 0): from ``n_replace_start`` down to ``n_replace``."""
+    if config.n_replace_start is None:
+        return config.n_replace
+    left = max(0.0, 1 - step / max(1, config.num_steps / 2))
+    return round(config.n_replace + left * (config.n_replace_start - config.n_replace))
+
+
+def _pack(x: Tensor) -> dict[str, Any]:
+    """A float32 tensor as JSON, without loss."""
+    raw = zlib.compress(x.float().contiguous().numpy().tobytes(), 1)
+    return {"shape": list(x.shape), "data": base64.b64encode(raw).decode()}
+
+
+def _unpack(packed: dict[str, Any]) -> Tensor:
+    raw = bytearray(zlib.decompress(base64.b64decode(packed["data"])))
+    return torch.frombuffer(raw, dtype=torch.float32).reshape(packed["shape"])
 
 
 def build_init(tokenizer: Any, slot: Slot, text: str) -> Tensor:
@@ -213,15 +292,17 @@ def _check(slots: list[Slot], model: Any, config: GCGConfig) -> None:
         total = len(slot.before_ids) + len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids)
         if limit is not None and total > limit:
             raise AttackError(f"Conversation, suffix and target are {total} tokens; the model takes {limit}.")
-    if config.n_replace > len(slots[0].suffix_ids):
-        raise AttackError(f"n_replace is {config.n_replace}, but the suffix has {len(slots[0].suffix_ids)} tokens.")
+    for name in ("n_replace", "n_replace_start"):
+        value = getattr(config, name)
+        if value is not None and value > len(slots[0].suffix_ids):
+            raise AttackError(f"{name} is {value}, but the suffix has {len(slots[0].suffix_ids)} tokens.")
 
 
 def result(steps: list[Step]) -> GCGResult:
-    """The attack's result from its steps; the best is the first step with the lowest loss."""
+    """The attack's result from its steps: the best is the lowest loss among those with the most goals."""
     if not steps:
         raise AttackError("The attack made no step; num_steps must be at least 1.")
-    best = min(steps, key=lambda step: step.loss)
+    best = min(steps, key=lambda step: (-len(step.per_goal), step.loss))
     return GCGResult(
         best_loss=best.loss,
         best_string=best.string,
@@ -233,7 +314,13 @@ def result(steps: list[Step]) -> GCGResult:
 
 
 def run(
-    model: Any, tokenizer: Any, messages: Conversations, target: str | list[str], config: GCGConfig | None = None
+    model: Any,
+    tokenizer: Any,
+    messages: Conversations,
+    target: str | list[str],
+    config: GCGConfig | None = None,
+    *,
+    terms: Sequence[Term] = (),
 ) -> GCGResult:
     """Optimise one suffix; nanoGCG's four-argument call.
 
@@ -244,9 +331,10 @@ def run(
             the suffix's place, by default the end of the last turn.
         target: the words that the reply should begin with; one for all conversations or one for each.
         config: settings; nanoGCG's defaults if left out.
+        terms: further terms of the objective (see :mod:`attacks.terms`).
 
     Raises:
         AttackError: bad input, named with its value.
     """
-    attack = GCG(model, tokenizer, messages, target, config or GCGConfig())
+    attack = GCG(model, tokenizer, messages, target, config or GCGConfig(), terms)
     return result(list(attack.steps()))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attacks.caches import cache_argument, croppable, fresh, prefix_cache
 from attacks.config import AttackError, GCGConfig
+from attacks.grouping import OVERHEAD_TOKENS, first_changes, group_by_start
 from attacks.objective import target_loss
 from attacks.slot import Slot
+from attacks.terms import Term, watched
 
 LOGIT_BUDGET = 2**27  # logits held at once (512 MB in float32); candidates are scored in batches below it
+ERROR_MEMORY = 0.9  # share of a seen rounding error that is remembered in the next step
 TOKEN_BUDGET = 8192  # tokens in one forward: larger batches gain nothing on two cores and cost memory
 
 
@@ -34,28 +36,10 @@ def contiguous_head(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def prefix_cache(model: Any, ids: Int[Tensor, " before"]) -> Any:
-    """Keys and values of the conversation before the suffix (None when nothing stands before it)."""
-    if len(ids) == 0:
-        return None
-    with torch.no_grad():
-        out = model(input_ids=ids[None].to(model.device), use_cache=True, logits_to_keep=1)
-    return out[cache_argument(model)]
-
-
-def cache_argument(model: Any) -> str:
-    """The forward's name for the key-value cache: transformers renamed ``past_key_values`` to ``cache`` in 5.2x."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-
-
-def fresh(cache: Any, batch: int) -> Any:
-    """A copy of ``cache`` for ``batch`` sequences. A forward appends to the cache it is given, so never share one."""
-    if cache is None:
-        return None
-    copied = copy.deepcopy(cache)
-    if batch > 1:
-        copied.batch_repeat_interleave(batch)
-    return copied
+def body_weights(model: Any) -> int:
+    """Weights that every token meets: all but the embedding and the head."""
+    outside = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return sum(p.numel() for p in model.parameters() if id(p) not in outside)
 
 
 @dataclass
@@ -65,80 +49,116 @@ class Scorer:
     model: Any
     slots: Sequence[Slot]
     config: GCGConfig
+    terms: tuple[Term, ...] = ()
 
     def __post_init__(self) -> None:
         keep = self.config.use_prefix_cache
         self.caches = [prefix_cache(self.model, slot.before_ids) if keep else None for slot in self.slots]
         self.batch_size = self.config.batch_size
+        self.active = len(self.slots)
+        self.flops = 0.0
+        self.error: float | None = None  # of this scorer's mean losses, where a more exact one checks them
+        self.head_weights = self.model.get_output_embeddings().weight.numel()
+        self.body_weights = body_weights(self.model)
 
-    def __call__(self, ids: Int[Tensor, "cand suffix"]) -> tuple[Float[Tensor, "cand goal"], Tensor]:
-        """Loss of every candidate on every conversation, and whether greedy decoding would give the target.
+    def __call__(
+        self, ids: Int[Tensor, "cand suffix"], current: Int[Tensor, " suffix"] | None = None
+    ) -> tuple[Float[Tensor, "cand goal"], Tensor]:
+        """Loss of every candidate on every active conversation, and whether greedy decoding would give the target.
+
+        ``current`` is the suffix that the candidates were drawn from: what they have in common with it runs only once.
 
         Raises:
             AttackError: a loss is not finite (the candidate's conversation is named).
         """
-        losses, matched = [], []
-        for goal in range(len(self.slots)):
-            parts = [self._score(goal, chunk) for chunk in self._chunks(goal, ids)]
-            losses.append(torch.cat([loss for loss, _ in parts]))
-            matched.append(torch.cat([match for _, match in parts]))
-        table = torch.stack(losses, dim=1)
+        parts = [self._goal(goal, ids, current) for goal in range(self.active)]
+        table, matched = (torch.stack(list(part), dim=1) for part in zip(*parts, strict=True))
         if not torch.isfinite(table).all():
             goal = int((~torch.isfinite(table)).any(dim=0).nonzero()[0])
             raise AttackError(f"The loss of conversation {goal} is not finite in {self.model.dtype}; try float32.")
-        return table, torch.stack(matched, dim=1)
+        return table, matched
 
-    def _chunks(self, goal: int, ids: Tensor) -> Iterator[Tensor]:
+    def _goal(self, goal: int, ids: Tensor, current: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Losses and matches of all candidates on one conversation, group by group and batch by batch."""
+        slot, n_suffix = self.slots[goal], ids.shape[1]
+        groups: list[tuple[int, list[int]]] = [(0, list(range(len(ids))))]
+        cache, held = self.caches[goal], 0
+        if current is not None and croppable(cache):
+            n_after = len(slot.after_ids) + len(slot.target_ids) - 1
+            overhead = OVERHEAD_TOKENS[self.model.dtype == torch.float32]
+            groups = group_by_start(first_changes(ids, current), n_suffix, n_after, overhead)
+            held = groups[-1][0]
+            cache = prefix_cache(self.model, current[:held], cache)
+        losses = torch.empty(len(ids))
+        matched = torch.empty(len(ids), dtype=torch.bool)
+        for start, members in groups:
+            for chunk in self._chunks(goal, torch.tensor(members), n_suffix - start):
+                losses[chunk], matched[chunk] = self._score(goal, ids[chunk, start:], cache, held - start)
+        return losses, matched
+
+    def _chunks(self, goal: int, members: Tensor, n_run: int) -> Iterator[Tensor]:
         slot = self.slots[goal]
-        length = ids.shape[1] + len(slot.after_ids) + len(slot.target_ids)
+        length = n_run + len(slot.after_ids) + len(slot.target_ids)
         length += 0 if self.config.use_prefix_cache else len(slot.before_ids)
         vocab = self.model.get_output_embeddings().weight.shape[0]
         most = min(LOGIT_BUDGET // (vocab * len(slot.target_ids)), TOKEN_BUDGET // length)
-        yield from ids.split(max(1, self.batch_size or most))
+        yield from members.split(max(1, self.batch_size or most))
 
-    def _score(self, goal: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(self, goal: int, ids: Tensor, cache: Any, drop: int) -> tuple[Tensor, Tensor]:
         """One batch on one conversation; halves the batch when memory runs out."""
         try:
-            return self._forward(goal, ids)
+            return self._forward(goal, ids, cache, drop)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if "memory" not in str(error).lower() or len(ids) == 1:
                 raise
             self.batch_size = max(1, len(ids) // 2)
-            halves = [self._score(goal, half) for half in ids.split(self.batch_size)]
+            halves = [self._score(goal, half, cache, drop) for half in ids.split(self.batch_size)]
             return torch.cat([loss for loss, _ in halves]), torch.cat([match for _, match in halves])
 
     @torch.no_grad()
-    def _forward(self, goal: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, goal: int, ids: Tensor, cache: Any, drop: int) -> tuple[Tensor, Tensor]:
         slot, device = self.slots[goal], self.model.device
         n_target = len(slot.target_ids)
         # the last target token predicts nothing that is scored, so it is not run
         tail = torch.cat([slot.after_ids, slot.target_ids[:-1]]).expand(len(ids), -1)
         row = torch.cat([ids, tail], dim=1).to(device)
-        cache = fresh(self.caches[goal], len(ids))
-        if cache is None:
+        if cache is None and not self.config.use_prefix_cache:
             row = torch.cat([slot.before_ids.expand(len(ids), -1).to(device), row], dim=1)
-        with contiguous_head(self.model):
+        self.flops += 2 * (self.body_weights * row.numel() + self.head_weights * len(ids) * n_target)
+        with contiguous_head(self.model), watched(self.terms, self.model, slot) as read:
             out = self.model(
                 input_ids=row,
                 use_cache=cache is not None,
                 logits_to_keep=n_target,
-                **{cache_argument(self.model): cache},
+                **{cache_argument(self.model): fresh(cache, len(ids), drop)},
             )
         logits = out.logits.float()
         matched = (logits.argmax(-1) == slot.target_ids.to(device)).all(-1)
-        return target_loss(logits, slot.target_ids, self.config).cpu(), matched.cpu()
+        loss = target_loss(logits, slot.target_ids, self.config)
+        if read is not None:
+            loss = loss + read()
+        return loss.cpu(), matched.cpu()
 
 
-def rescored_best(search: Scorer, exact: Scorer | None, ids: Tensor) -> tuple[int, Tensor, Tensor]:
-    """The best candidate's index, its loss per goal and whether each target is matched.
+def rescored_best(
+    search: Scorer, exact: Scorer | None, ids: Tensor, current: Tensor | None = None
+) -> tuple[int, Tensor, Tensor]:
+    """The best candidate's index, its loss per goal and whether each target is matched; drawn from ``current``.
 
-    With ``exact`` given, ``search`` only shortlists ``config.rescore`` candidates and ``exact`` decides.
+    With ``exact`` given, ``search`` only shortlists and ``exact`` decides: at most ``config.rescore`` candidates, and
+    of those only the ones that the search's error, as seen so far, could have kept from winning.
     """
-    losses, matched = search(ids)
+    losses, matched = search(ids, current)
+    means = losses.mean(dim=1)
     if exact is not None:
-        order = losses.mean(dim=1).argsort()[: search.config.rescore]
-        losses, matched = exact(ids[order])
+        order = means.argsort()[: search.config.rescore]
+        if search.error is not None:
+            order = order[means[order] <= means[order[0]] + 2 * search.error]
+        losses, matched = exact(ids[order], current)
+        seen = float((losses.mean(dim=1) - means[order]).abs().max())
+        # the largest error seen, slowly forgotten: losses and their rounding shrink as the attack goes on
+        search.error = seen if search.error is None else max(seen, ERROR_MEMORY * search.error)
         winner = int(losses.mean(dim=1).argmin())
         return int(order[winner]), losses[winner], matched[winner]
-    winner = int(losses.mean(dim=1).argmin())
+    winner = int(means.argmin())
     return winner, losses[winner], matched[winner]

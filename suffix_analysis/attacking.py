@@ -14,6 +14,7 @@ import attacks
 from suffix_analysis.chat import render_chat
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
+from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
@@ -64,7 +65,27 @@ def gcg_config(model: Model, config: StudyConfig) -> attacks.GCGConfig:
     )
 
 
+def build_attack(model: Model, train: Sequence[Prompt], config: StudyConfig) -> tuple[attacks.GCG, list[str]]:
+    """The attack on the training instructions, and what its self-test found, in sentences."""
+    talks: Any = [conversation(model, p.text) for p in train]
+    attack = attacks.GCG(model.hf, model.tokenizer, talks, config.target, gcg_config(model, config))
+    found = attacks.self_test(attack, talks)
+    refused = sum(map(is_refusal, found.replies))
+    minutes = config.steps * found.seconds_per_step / 60
+    told = [
+        f"Without a suffix {refused} of {len(train)} training instructions are refused; the target costs "
+        f"{sum(found.losses) / len(found.losses):.2f} nats a token; {config.steps} steps take about {minutes:.0f} min "
+        f"and {found.gib:.1f} GiB."
+    ]
+    if refused < len(train) / 2:
+        told.append(
+            "Most of them are answered without any suffix: choose other prompts or another model to learn much."
+        )
+    return attack, [*told, *found.warnings]
+
+
 def run_attack(
+    attack: attacks.GCG,
     model: Model,
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
@@ -77,8 +98,6 @@ def run_attack(
     Every few steps the suffix is tried on the held-out select prompts; ``best_suffix`` later takes the step that
     left the fewest of them refused. Stops early when ``stop_below`` is reached.
     """
-    talks: Any = [conversation(model, p.text) for p in train]
-    attack = attacks.GCG(model.hf, model.tokenizer, talks, config.target, gcg_config(model, config))
     steps_file, checkpoint = folder / "steps.jsonl", folder / "checkpoint.json"
     if checkpoint.exists():
         state = read_json(checkpoint)

@@ -78,14 +78,41 @@ def direction(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), a
 
     found = study.direction()
     rows = read_table(out / "findings" / "interventions.parquet")
-    result = {"position": found.position, "layer": found.layer, "interventions": rows}
+    cost = read_table(out / "findings" / "cost.parquet")
+    more = {
+        name: read_table(out / "findings" / f"{name}.parquet") for name in ("stability", "cascade", "two_directions")
+    }
+    result = {"position": found.position, "layer": found.layer, "interventions": rows, "cost": cost, **more}
     lines = [f"position {found.position}, layer {found.layer}, norm {float(found.vector.norm()):.3f}"]
+    lines += [_intervention_line(row) for row in rows]
     lines += [
-        f"{row['intervention']:8} {row['kind']:9} refused {row['refusal_rate']:.1%} "
-        f"[{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}] of {row['n_prompts']}"
-        for row in rows
+        f"cross-entropy on {row['material']} ({row['n_tokens']} tokens): {row['none']:.3f} nats, with the direction "
+        f"ablated {row['change']:+.3f}"
+        for row in cost
+    ]
+    cosine, rank = more["stability"]
+    lines += [
+        f"split-half cosine {cosine['value']:.3f} [{cosine['lo']:.3f}, {cosine['hi']:.3f}]",
+        f"directions that separate held-out prompts, one after the other: {rank['value']:.0f} "
+        f"(AUROC {', '.join(format(row['auroc'], '.2f') for row in more['cascade'])})",
+    ]
+    lines += [
+        f"{row['direction']:11} cosine with refusal {row['cosine_with_refusal']:+.2f}; mean refusal score: harmful "
+        f"{row['harmful']:+.1f}, ablated {row['harmful_ablated']:+.1f}; harmless {row['harmless']:+.1f}, added "
+        f"{row['harmless_added']:+.1f}"
+        for row in more["two_directions"]
     ]
     _print_result(result, as_json, lambda: lines)
+
+
+def _intervention_line(row: dict[str, Any]) -> str:
+    name = f"{row['kind']:9} {row['intervention']:24}"
+    if row["refusal_rate"] is None:
+        return f"{name} {row['note']}"
+    return (
+        f"{name} refused {row['refusal_rate']:6.1%} [{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}], complied "
+        f"{row['complied_rate']:6.1%} [{row['complied_lo']:.1%}, {row['complied_hi']:.1%}], n = {row['n_prompts']}"
+    )
 
 
 @app.command

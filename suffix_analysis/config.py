@@ -31,6 +31,7 @@ class StudyConfig:
         n_fit: prompts of each kind that the direction's means are taken over.
         n_select: prompts of each kind that score the candidate directions.
         kl_threshold: most that ablating the direction may move harmless replies (the paper: 0.1).
+        text: a text file on which the cost of ablating the direction is measured too.
         prompts_per_split: use only so many prompts of each kind in select and report (for a quick look).
         seed: of everything that is drawn.
         score_dtype: precision of searches and replies: auto, float32 or bfloat16; traces run in float32.
@@ -55,6 +56,7 @@ class StudyConfig:
     n_fit: int = 128
     n_select: int = 32
     kl_threshold: float = 0.1
+    text: str | None = None
     prompts_per_split: int | None = None
     seed: int = 0
     score_dtype: str = "auto"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,31 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attacks.precision import fast_dtype
+from attacks.scorer import contiguous_head
+from suffix_analysis.candidate_table import DirectionConfig, rescore_leaders, score_candidates, select, status
 from suffix_analysis.chat import Chat
 from suffix_analysis.errors import UserError
-from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import batches, left_pad, pad_token
-from suffix_analysis.interventions import ablate, add
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, to_prompts
-from suffix_analysis.refusal import discover_refusal_tokens, kl_divergence, refusal_score, scores_of
+from suffix_analysis.refusal import discover_refusal_tokens, scores_of
 
-ZERO = 1e-6  # a candidate shorter than this share of the mean residual norm is "zero" and is never normalised
-
-
-@dataclass(frozen=True)
-class DirectionConfig:
-    """Settings of extraction and selection; defaults are the paper's."""
-
-    n_fit: int = 128
-    n_select: int = 32
-    kl_threshold: float = 0.1
-    induce_threshold: float = 0.0
-    layer_share: float = 0.8
-    alpha: float = 1.0
-    keep_by_score: bool = True
-    rescore: int = 8
-    seed: int = 0
+__all__ = ["Direction", "DirectionConfig", "chat_means", "find_direction", "select", "split_prompts"]
 
 
 @dataclass(frozen=True)
@@ -65,66 +49,6 @@ class Direction:
         return self.vector / self.vector.norm()
 
 
-def status(
-    row: Mapping[str, Any], *, n_layers: int, kl_threshold: float, induce_threshold: float, layer_share: float
-) -> str:
-    """Why a candidate is out (``not finite``, ``too late``, ``KL too high``, ``does not induce``), or ``kept``."""
-    scores = (row["refusal_score"], row["steering_score"], row["kl_div_score"])
-    if any(value is None or not math.isfinite(value) for value in scores):
-        return "not finite"
-    # the small term keeps products such as 0.8 · 35 from falling below the whole number they stand for
-    if row["layer"] >= math.floor(layer_share * n_layers + 1e-9):
-        return "too late"
-    if row["kl_div_score"] > kl_threshold:
-        return "KL too high"
-    if row["steering_score"] < induce_threshold:
-        return "does not induce"
-    return "kept"
-
-
-def select(
-    rows: Sequence[Mapping[str, Any]],
-    n_layers: int,
-    *,
-    kl_threshold: float = 0.1,
-    induce_threshold: float = 0.0,
-    layer_share: float = 0.8,
-) -> tuple[int, int]:
-    """The paper's choice from a candidate table: the smallest bypass score among the candidates that pass (§C).
-
-    Args:
-        rows: dicts with position, layer, refusal_score (bypass), steering_score (induce) and kl_div_score.
-        n_layers: blocks of the model; candidates at or beyond ``layer_share`` of them are out.
-
-    Returns:
-        (position, layer)
-
-    Raises:
-        UserError: no candidate passes; the nearest and what it missed are named.
-    """
-    rules = {"kl_threshold": kl_threshold, "induce_threshold": induce_threshold, "layer_share": layer_share}
-    told = [(row, status(row, n_layers=n_layers, **rules)) for row in rows if row.get("status") != "zero"]
-    kept = [row for row, why in told if why == "kept"]
-    if not kept:
-        finite = [(row, why) for row, why in told if why not in ("not finite", "too late")]
-        if not finite:
-            raise UserError(f"None of {len(rows)} candidate directions has finite scores in an allowed layer.")
-        row, why = min(
-            finite,
-            key=lambda pair: (
-                max(0.0, pair[0]["kl_div_score"] - kl_threshold)
-                + max(0.0, induce_threshold - pair[0]["steering_score"])
-            ),
-        )
-        raise UserError(
-            f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
-            f"{row['layer']}: {why} (bypass {row['refusal_score']:.2f}, induce {row['steering_score']:.2f}, KL "
-            f"{row['kl_div_score']:.3f}; allowed: KL ≤ {kl_threshold}, induce ≥ {induce_threshold})."
-        )
-    best = min(kept, key=lambda row: row["refusal_score"])
-    return int(best["position"]), int(best["layer"])
-
-
 @torch.no_grad()
 def chat_means(model: Model, chats: Sequence[Chat]) -> tuple[Float[Tensor, "layer chat d_model"], float]:
     """Mean residual at every chat position, of every block's input and after the last; in float64.
@@ -148,7 +72,7 @@ def chat_means(model: Model, chats: Sequence[Chat]) -> tuple[Float[Tensor, "laye
         seen[names[layer]] += 1
 
     groups = batches([len(chat.ids) for chat in chats], 4096)
-    with bridge.hooks(fwd_hooks=[(name, collect) for name in names]):
+    with contiguous_head(model.hf), bridge.hooks(fwd_hooks=[(name, collect) for name in names]):
         for group in groups:
             padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
             model.hf(**padded, logits_to_keep=1)
@@ -241,8 +165,8 @@ def find_direction(
     candidates = (means_bad - means_good)[:-1].float()
     rows = score_candidates(fast, candidates, scale, sets[2], sets[3], tokens, config, on_candidate)
     if fast is not model:
-        rows = _rescore(model, candidates, scale, rows, sets[2], sets[3], tokens, config)
-    rules = _rules(config)
+        rows = rescore_leaders(model, candidates, scale, rows, sets[2], sets[3], tokens, config)
+    rules = config.rules
     position, layer = select(rows, model.n_layers, **rules)
     rows = [_with_status(row, (position, layer), model.n_layers, rules) for row in rows]
     n_chat = candidates.shape[1]
@@ -258,10 +182,6 @@ def find_direction(
     )
 
 
-def _rules(config: DirectionConfig) -> dict[str, float]:
-    return {name: getattr(config, name) for name in ("kl_threshold", "induce_threshold", "layer_share")}
-
-
 def _search_dtype(model: Model) -> torch.dtype:
     own: torch.dtype = next(model.hf.parameters()).dtype
     return fast_dtype(model.hf.device) if own == torch.float32 else own
@@ -275,83 +195,6 @@ def _keep(model: Model, chats: list[Chat], tokens: list[int], refused: bool) -> 
         kind = "harmful prompts are refused" if refused else "harmless prompts are answered"
         raise UserError(f"Only {len(kept)} of {len(chats)} {kind}; the direction needs more of them.")
     return kept
-
-
-def score_candidates(
-    model: Model,
-    candidates: Float[Tensor, "layer chat d_model"],
-    scale: float,
-    harmful: Sequence[Chat],
-    harmless: Sequence[Chat],
-    tokens: Sequence[int],
-    config: DirectionConfig,
-    on_candidate: Callable[[int, int], None] | None = None,
-    only: Sequence[tuple[int, int]] | None = None,
-) -> list[dict[str, Any]]:
-    """The candidate table: bypass, induce and KL of every (position, layer), or of those in ``only``.
-
-    Bypass: mean refusal score on ``harmful`` with the direction ablated. Induce: on ``harmless`` with it added. KL:
-    from the unchanged to the ablated next-token distribution on ``harmless``.
-    """
-    n_layers, n_chat, _ = candidates.shape
-    bad, good = [chat.ids for chat in harmful], [chat.ids for chat in harmless]
-    baseline = last_logits(model.hf, model.tokenizer, good)
-    pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(n_layers)]
-    rows = []
-    for done, (position, layer) in enumerate(pairs, 1):
-        vector = candidates[layer, n_chat + position]
-        row: dict[str, Any] = {"position": position, "layer": layer, "norm": float(vector.norm())}
-        if row["norm"] < ZERO * scale:
-            row |= {"refusal_score": math.nan, "steering_score": math.nan, "kl_div_score": math.nan, "status": "zero"}
-        else:
-            with ablate(model, vector):
-                # one pass for both sets, so that the shared prefix runs once
-                logits = last_logits(model.hf, model.tokenizer, [*bad, *good])
-            with add(model, vector, layer, config.alpha):
-                added = last_logits(model.hf, model.tokenizer, good)
-            row |= {
-                "refusal_score": float(refusal_score(logits[: len(bad)], tokens).mean()),
-                "steering_score": float(refusal_score(added, tokens).mean()),
-                "kl_div_score": float(kl_divergence(baseline, logits[len(bad) :]).mean()),
-                "status": "",
-            }
-        rows.append(row)
-        if on_candidate is not None:
-            on_candidate(done, len(pairs))
-    return rows
-
-
-def _rescore(
-    model: Model,
-    candidates: Tensor,
-    scale: float,
-    rows: list[dict[str, Any]],
-    harmful: Sequence[Chat],
-    harmless: Sequence[Chat],
-    tokens: Sequence[int],
-    config: DirectionConfig,
-) -> list[dict[str, Any]]:
-    """Score the leaders again in the model's own precision, until the chosen one has been scored so."""
-    exact: dict[tuple[int, int], dict[str, Any]] = {}
-    # thresholds are widened a little, so that rounding in the search cannot keep a good candidate out
-    loose = {"kl_threshold": 1.5 * config.kl_threshold, "induce_threshold": config.induce_threshold - 0.5}
-    near = [
-        row
-        for row in rows
-        if row["status"] != "zero"
-        and status(row, n_layers=model.n_layers, layer_share=config.layer_share, **loose) == "kept"
-    ]
-    near.sort(key=lambda row: row["refusal_score"])
-    pairs = [(row["position"], row["layer"]) for row in near[: config.rescore]]
-    while True:
-        if pairs:
-            for row in score_candidates(model, candidates, scale, harmful, harmless, tokens, config, only=pairs):
-                exact[row["position"], row["layer"]] = row
-        merged = [exact.get((row["position"], row["layer"]), row) for row in rows]
-        choice = select(merged, model.n_layers, **_rules(config))
-        if choice in exact:
-            return merged
-        pairs = [choice]
 
 
 def _with_status(

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from attacks.scorer import contiguous_head
+
 TOKEN_BUDGET = 6144  # prompt tokens in one batch
 
 
@@ -73,15 +75,16 @@ def generate(
     for group in batches([len(row) for row in rows]):
         padded = left_pad([rows[i] for i in group], pad, hf.device)
         padded.pop("position_ids")  # generate() derives the same positions from the mask
-        out = hf.generate(
-            **padded,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad,
-        )
+        with contiguous_head(hf):
+            out = hf.generate(
+                **padded,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+            )
         texts = tokenizer.batch_decode(out[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(group, texts, strict=True):
             replies[i] = text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
-from suffix_analysis.interventions import ablate, add
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
@@ -142,35 +139,3 @@ def refusal_contrasts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for a, b in pairs
         if a in arms and b in arms
     ]
-
-
-def measure_interventions(
-    model: Model, direction: Direction, prompts: Sequence[Prompt], length: int, alpha: float = 1.0
-) -> list[dict[str, Any]]:
-    """The paper's §3 in one table: refusal of harmful prompts with r ablated, of harmless ones with r added."""
-    vector = direction.vector
-    plans: list[tuple[str, str, contextlib.AbstractContextManager[None]]] = [
-        ("none", "harmful", contextlib.nullcontext()),
-        ("ablated", "harmful", ablate(model, vector)),
-        ("none", "harmless", contextlib.nullcontext()),
-        ("added", "harmless", add(model, vector, direction.layer, alpha)),
-    ]
-    rows = []
-    for name, kind, context in plans:
-        some = [p for p in prompts if p.kind == kind and p.split == "report"]
-        with context:
-            replies = generate(model.hf, model.tokenizer, [model.chat(p.text).ids for p in some], length)
-        rate, lo, hi = rate_interval(np.array([float(is_refusal(reply)) for reply in replies]))
-        rows.append(
-            {
-                "intervention": name,
-                "kind": kind,
-                "split": "report",
-                "alpha": alpha if name == "added" else None,
-                "n_prompts": len(some),
-                "refusal_rate": rate,
-                "refusal_lo": lo,
-                "refusal_hi": hi,
-            }
-        )
-    return rows

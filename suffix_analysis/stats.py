@@ -114,3 +114,20 @@ def rate_interval(flags: Float[ndarray, " prompt"]) -> tuple[float, float, float
     hits, n = int(flags.sum()), len(flags)
     bounds = binomtest(hits, n).proportion_ci(0.95, method="exact")
     return hits / n, float(bounds.low), float(bounds.high)
+
+
+def auroc(positive: Float[ndarray, " a"], negative: Float[ndarray, " b"]) -> float:
+    """Share of (positive, negative) pairs in the right order, ties counted half (Mann–Whitney U / ab)."""
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
+
+
+def auroc_interval(
+    positive: Float[ndarray, " a"], negative: Float[ndarray, " b"], seed: int = 0, draws: int = 1000
+) -> tuple[float, float, float]:
+    """AUROC with its 95 % bootstrap interval; both classes are resampled."""
+    rng = np.random.default_rng(seed)
+    found = [auroc(rng.choice(positive, len(positive)), rng.choice(negative, len(negative))) for _ in range(draws)]
+    lo, hi = np.quantile(found, [0.025, 0.975])
+    return auroc(positive, negative), float(lo), float(hi)

@@ -17,9 +17,11 @@ from suffix_analysis import attacking, replies, runs
 from suffix_analysis.analysis import analyze
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
-from suffix_analysis.directions import Direction, DirectionConfig, find_direction
+from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model, load_model
+from suffix_analysis.oneness import measure_oneness
+from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, to_jsonl
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import discover_refusal_tokens
@@ -123,7 +125,10 @@ class Study:
             runs.write_suffixes(self.folder / "suffixes.jsonl", given_suffixes(Path(config.suffixes), self.model))
             return
         train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed)
-        for progress in attacking.run_attack(self.model, train, held_out, tokens, config, self.folder):
+        attack, told = attacking.build_attack(self.model, train, config)
+        for sentence in told:
+            self.narrator.say(sentence)
+        for progress in attacking.run_attack(attack, self.model, train, held_out, tokens, config, self.folder):
             self.narrator.progress(progress.step.step, config.steps, _attack_line(progress, config))
         rows = runs.read_jsonl(self.folder / "steps.jsonl")
         suffix = attacking.best_suffix(rows, train, config.seed)
@@ -143,30 +148,43 @@ class Study:
     def _direction(self) -> None:
         prompts = [p for p in self.prompts() if p.split in ("fit", "select")]
         tokens = self._refusal_tokens(prompts)
-        direction = find_direction(
-            self.model,
-            [p for p in prompts if p.kind == "harmful"],
-            [p for p in prompts if p.kind == "harmless"],
-            DirectionConfig(
-                n_fit=self.config.n_fit,
-                n_select=self.config.n_select,
-                kl_threshold=self.config.kl_threshold,
-                seed=self.config.seed,
-            ),
-            refusal_tokens=tokens,
-            on_candidate=lambda done, total: self.narrator.progress(done, total, "candidate directions"),
+        kinds = [[p for p in prompts if p.kind == kind] for kind in ("harmful", "harmless")]
+        config = self.config
+        settings = DirectionConfig(
+            n_fit=config.n_fit, n_select=config.n_select, kl_threshold=config.kl_threshold, seed=config.seed
         )
+        direction = find_direction(
+            self.model, kinds[0], kinds[1], settings, refusal_tokens=tokens,
+            on_candidate=lambda done, total: self.narrator.progress(done, total, "candidate directions"),
+        )  # fmt: skip
         save_direction(self.folder / "direction.safetensors", direction)
-        findings = self.folder / "findings"
         chat = self.model.chat(prompts[0].text)
         names = [self.model.tokenizer.decode([i]) for i in chat.ids[chat.regions["chat"]].tolist()]
         rows = [row | {"token": names[row["position"] + len(names)]} for row in direction.scores]
         rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
-        runs.write_table(
-            findings / "interventions.parquet",
-            replies.measure_interventions(self.fast, direction, self.prompts(), self.config.reply_tokens),
-        )
-        runs.write_table(findings / "candidates.parquet", rows)
+        table, answers = measure_interventions(
+            self.fast, direction, self.prompts(), config.reply_tokens,
+            seed=config.seed, on_line=lambda done, total: self.narrator.progress(done, total, "interventions"),
+        )  # fmt: skip
+        sets = [[self.model.chat(p.text) for p in part] for kind in kinds for part in split_prompts(kind, settings)]
+        tables = {
+            "interventions": table,
+            "intervention_replies": answers,
+            "cost": measure_cost(self.fast, direction, self.prompts(), self._text()),
+            **measure_oneness(self.fast, direction, (sets[0], sets[2]), (sets[1], sets[3]), config.seed),
+            "candidates": rows,
+        }
+        for name, found in tables.items():
+            runs.write_table(self.folder / "findings" / f"{name}.parquet", found)
+
+    def _text(self) -> str | None:
+        """The user's text for the cost of ablation."""
+        if self.config.text is None:
+            return None
+        try:
+            return Path(self.config.text).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The text file {self.config.text!r} cannot be read: {error}.") from error
 
     def direction(self) -> Direction:
         """The run's direction."""

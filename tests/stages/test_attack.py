@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import json
+from dataclasses import replace
 from typing import Any
 
 import nanogcg
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 import attacks
+from attacks import gcg
 from attacks.candidates import compat_gradient, token_gradient
+from attacks.gcg import n_replace_at
+from attacks.grouping import first_changes, group_by_start
 from attacks.nanogcg import compat_slot, run_nanogcg
-from attacks.scorer import Scorer
+from attacks.scorer import Scorer, rescored_best
 from attacks.slot import survives
 from tests import tiny
 
@@ -82,6 +86,22 @@ def test_scores_are_the_definition(family: str, cache: bool) -> None:
     torch.testing.assert_close(Scorer(model, slots, config)(ids)[0], losses, atol=1e-6, rtol=0)
 
 
+def test_sharing_the_unchanged_part_changes_no_loss(family: str) -> None:
+    model = tiny.hf_model(family)
+    slots = [attacks.build_slot(tiny.tokenizer(), talk, "Sure, here", INIT) for talk in TALKS]
+    current = slots[0].suffix_ids
+    ids = current.repeat(200, 1)
+    where = torch.arange(200) % len(current)
+    ids[torch.arange(200), where] = torch.arange(300, 500)
+    ids[7] = current
+    scorer = Scorer(model, slots, attacks.GCGConfig())
+    losses, matched = scorer(ids)
+    shared, also = scorer(ids, current)
+    torch.testing.assert_close(shared, losses, atol=2e-6, rtol=1e-5)
+    assert torch.equal(matched, also)
+    assert len(group_by_start(first_changes(ids, current), len(current), 8, 25)) > 1, "nothing was shared"
+
+
 def test_gradient_is_the_slope_of_the_definition(family: str) -> None:
     """d loss / d s of a whole plain forward in which s of another token's embedding is mixed in at one position."""
     model = tiny.hf_model(family)
@@ -140,6 +160,26 @@ def test_low_precision_search_reports_full_precision_losses() -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_only_what_the_searchs_error_could_hide_is_scored_again() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    slot = attacks.build_slot(tok, TALKS[0], "Sure, here", INIT)
+    config = attacks.GCGConfig(rescore=8)
+    exact = Scorer(model, [slot], config)
+    search = Scorer(tiny.hf_model("llama", dtype=torch.bfloat16), [slot], config)
+    ids = slot.suffix_ids.repeat(40, 1)
+    ids[torch.arange(40), torch.arange(40) % 8] = torch.arange(300, 340)
+    truth = exact(ids)[0][:, 0]
+    winner, _, _ = rescored_best(search, exact, ids)
+    assert winner == int(truth.argmin())
+    first = exact.flops
+    assert search.error is not None
+    assert 0 < search.error < 0.2
+    winner, losses, _ = rescored_best(search, exact, ids)
+    assert winner == int(truth.argmin())
+    assert float(losses) == pytest.approx(float(truth.min()), abs=1e-5)
+    assert exact.flops - first < first
+
+
 def test_every_candidate_retokenises_in_context() -> None:
     tok, model = tiny.tokenizer(), tiny.hf_model("llama")
     config = attacks.GCGConfig(**SMALL)
@@ -155,20 +195,80 @@ def test_every_candidate_retokenises_in_context() -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resume_is_bit_for_bit(dtype: str) -> None:
+EXTRAS: list[dict[str, Any]] = [
+    {"score_dtype": "float32", "buffer_size": 3},
+    {"score_dtype": "bfloat16", "buffer_size": 3},
+    {"momentum": 0.5, "n_replace_start": 3, "even_positions": True},
+    {"progressive_goals": True, "patience": 2},
+]
+
+
+@pytest.mark.parametrize("changes", EXTRAS, ids=str)
+def test_resume_is_bit_for_bit(changes: dict[str, Any]) -> None:
     model, tok = tiny.hf_model("qwen3"), tiny.tokenizer()
-    config = attacks.GCGConfig(**{**SMALL, "num_steps": 12, "buffer_size": 3, "score_dtype": dtype})
+    config = attacks.GCGConfig(**{**SMALL, "num_steps": 12, **changes})
     whole = list(attacks.GCG(model, tok, TALKS, "Sure", config).steps())
     first = attacks.GCG(model, tok, TALKS, "Sure", config)
     steps = first.steps()
     for _ in range(5):
         next(steps)
-    state = copy.deepcopy(first.state())
+    state = json.loads(json.dumps(first.state()))
     second = attacks.GCG(model, tok, TALKS, "Sure", config)
     second.restore(state)
     rest = list(second.steps())
     assert [(s.step, s.loss, s.ids) for s in rest] == [(s.step, s.loss, s.ids) for s in whole[5:]]
+
+
+def test_goals_join_when_the_present_ones_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    config = attacks.GCGConfig(**SMALL, progressive_goals=True)
+    attack = attacks.GCG(model, tok, TALKS, "Sure", config)
+    original = gcg.rescored_best
+
+    def met_at_step_2(*args: Any) -> Any:
+        winner, losses, matched = original(*args)
+        return winner, losses, torch.full_like(matched, attack.step == 1)
+
+    monkeypatch.setattr(gcg, "rescored_best", met_at_step_2)
+    steps = list(attack.steps())
+    assert [len(step.per_goal) for step in steps] == [1, 1, 2, 2, 2, 2]
+    assert not any(step.matched for step in steps)
+    slot = attacks.build_slot(tok, TALKS[0], "Sure", INIT)
+    both = [plain_loss(model, attacks.build_slot(tok, t, "Sure", INIT), torch.tensor(steps[1].ids)) for t in TALKS[:2]]
+    assert len(slot.suffix_ids) == len(steps[1].ids)
+    # from the third step on "best" is a loss over both goals
+    assert steps[2].best_loss == pytest.approx(min(steps[2].loss, sum(both) / 2), abs=1e-5)
+    assert gcg.result(steps).best_loss == min(step.loss for step in steps[2:])
+
+
+def test_patience_goes_back_to_the_best() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    config = attacks.GCGConfig(**{**SMALL, "num_steps": 30, "search_width": 2}, patience=1)
+    attack = attacks.GCG(model, tok, "Write a poem", "Sure", config)
+    went_back = 0
+    for step in attack.steps():
+        if step.loss > step.best_loss:
+            assert attack.buffer[0][0] == step.best_loss
+            went_back += 1
+    assert went_back, "no step was worse than the best"
+
+
+def test_more_tokens_are_replaced_at_the_beginning() -> None:
+    config = attacks.GCGConfig(num_steps=20, n_replace_start=4, n_replace=1)
+    assert [n_replace_at(config, step) for step in (0, 5, 10, 19)] == [4, 2, 1, 1]
+    assert n_replace_at(attacks.GCGConfig(n_replace=2), 0) == 2
+
+
+def test_flops_count_every_token_that_is_run() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    slot = attacks.build_slot(tok, TALKS[0], "Sure, here", INIT)
+    scorer = Scorer(model, [slot], attacks.GCGConfig())
+    scorer(slot.suffix_ids.repeat(3, 1))
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n)
+    n_target = len(slot.target_ids)
+    tokens = 3 * (len(slot.suffix_ids) + len(slot.after_ids) + n_target - 1)
+    assert scorer.flops == 2 * (body * tokens + head * 3 * n_target)
 
 
 def test_controls_have_the_same_token_count_in_context() -> None:
@@ -183,6 +283,33 @@ def test_controls_have_the_same_token_count_in_context() -> None:
             assert attacks.build_slot(tok, talk, "Sure", text).suffix_ids.tolist() == list(row)
     for _, row in made[4:7]:
         assert sorted(row) == sorted(ids.tolist())
+
+
+def test_self_test_looks_before_the_attack() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    attack = attacks.GCG(model, tok, TALKS, "Sure, here", attacks.GCGConfig(**SMALL))
+    found = attacks.self_test(attack, TALKS)
+    assert len(found.replies) == len(TALKS)
+    wanted = [plain_loss(model, slot, slot.suffix_ids) for slot in attack.slots]
+    assert list(found.losses) == pytest.approx(wanted, abs=0.05)
+    assert found.warnings == ()
+    assert found.seconds_per_step > 0 < found.gib
+
+
+def test_self_test_warns_of_a_prompt_that_is_not_the_templates() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    attack = attacks.GCG(model, tok, "Write a poem", "Sure", attacks.GCGConfig.nanogcg(**SMALL))
+    attack.slots[0] = replace(attack.slots[0], before_ids=torch.cat([torch.tensor([4]), attack.slots[0].before_ids]))
+    (warning,) = attacks.self_test(attack, "Write a poem").warnings
+    assert "not tokenised as by the tokenizer's own chat template" in warning
+
+
+def test_self_test_warns_of_a_target_that_needs_no_suffix() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    attack = attacks.GCG(model, tok, TALKS[1], "Sure", attacks.GCGConfig(**SMALL))
+    reply = attacks.self_test(attack, TALKS[1]).replies[0]
+    attack = attacks.GCG(model, tok, TALKS[1], reply.split()[0], attacks.GCGConfig(**SMALL))
+    assert any("without any suffix" in warning for warning in attacks.self_test(attack, TALKS[1]).warnings)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

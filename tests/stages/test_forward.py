@@ -11,7 +11,7 @@ from suffix_analysis.analysis import analyze
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.directions import chat_means, find_direction
 from suffix_analysis.errors import UserError
-from suffix_analysis.forward import last_logits
+from suffix_analysis.forward import added_logits, last_logits
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate, add, writes
 from suffix_analysis.prompts import Prompt
@@ -168,6 +168,18 @@ def test_a_norm_after_attention_is_refused_not_ignored(family: str) -> None:
         trace(tiny.model(family), TEXTS, unit(32))
 
 
+def test_skipping_the_blocks_below_an_addition_changes_nothing(family: str) -> None:
+    model = tiny.model(family)
+    rows = [model.chat(text).ids for text in ("Write a poem", "Name a very tall tree in the north", "Sing")]
+    run = added_logits(model, rows, 2.0)
+    for layer in range(model.n_layers):
+        vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(layer))
+        with add(model, vector, layer, 2.0):
+            wanted = last_logits(model.hf, model.tokenizer, rows)
+        torch.testing.assert_close(run(vector, layer), wanted, atol=1e-5, rtol=1e-5)
+    assert all("forward" not in block.__dict__ for block in model.bridge.blocks)
+
+
 def test_batch_size_and_padding_do_not_matter() -> None:
     model, vector = tiny.model("llama"), unit(32)
     together = trace(model, TEXTS, vector)
@@ -232,3 +244,17 @@ def test_analysis_tables_are_complete_and_say_what_is_descriptive() -> None:
     assert all(row["descriptive"] for row in found.tables["contrasts"])
     view = found.patterns[1]
     assert len(view["tokens"]) == len(view["regions"]) == len(view["attention"][0]) == len(view["contribution"][0])
+
+
+def test_no_reply_is_made_from_rows_that_are_not_contiguous() -> None:
+    """In bfloat16 they turn the vocabulary product into a batched one: three times the time, gigabytes of copies."""
+    model = tiny.model("llama", dtype=torch.bfloat16)
+    seen: list[bool] = []
+    head = model.hf.get_output_embeddings()
+    original = head.forward
+    head.forward = lambda x: (seen.append(x.is_contiguous()), original(x))[1]
+    rows = [model.chat(text).ids for text in TEXTS]
+    generate(model.hf, model.tokenizer, rows, 3)
+    last_logits(model.hf, model.tokenizer, rows)
+    assert seen
+    assert all(seen)

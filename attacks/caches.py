@@ -1,0 +1,66 @@
+"""Key-value caches of what stands before the tokens to be run, shared by many forwards."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def prefix_cache(model: Any, ids: Int[Tensor, " before"], before: Any = None) -> Any:
+    """Keys and values of ``ids``, which stand at the beginning or after ``before`` (None when there are none)."""
+    if len(ids) == 0:
+        return before
+    with torch.no_grad():
+        out = model(
+            input_ids=ids[None].to(model.device),
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_argument(model): fresh(before, 1)},
+        )
+    return out[cache_argument(model)]
+
+
+def cache_argument(model: Any) -> str:
+    """The forward's name for the key-value cache: transformers renamed ``past_key_values`` to ``cache`` in 5.2x."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def fresh(cache: Any, batch: int, drop: int = 0) -> Any:
+    """A copy of ``cache`` for ``batch`` sequences, without its last ``drop`` tokens.
+
+    A forward appends to the cache it is given, so never share one. Plain attention layers append by making new tensors,
+    so theirs are shared and expanded, not copied; other kinds of layers are copied.
+    """
+    if cache is None:
+        return None
+    if not _plain(cache):
+        copied = copy.deepcopy(cache)
+        if batch > 1:
+            copied.batch_repeat_interleave(batch)
+        return copied
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
+        if drop:
+            layer.crop(-drop)
+        if layer.is_initialized and batch > 1:
+            layer.keys, layer.values = (x.expand(batch, -1, -1, -1) for x in (layer.keys, layer.values))
+    return copied
+
+
+def croppable(cache: Any) -> bool:
+    """Whether tokens can be dropped from the cache's end: not from sliding windows that have lost their beginning."""
+    if cache is None or not _plain(cache):
+        return False
+    return all(not layer.is_sliding or layer.get_seq_length() < layer.sliding_window for layer in cache.layers)
+
+
+def _plain(cache: Any) -> bool:
+    from transformers.cache_utils import DynamicLayer
+
+    return all(isinstance(layer, DynamicLayer) for layer in cache.layers)

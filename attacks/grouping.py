@@ -1,0 +1,48 @@
+"""Candidates grouped by where they first differ from the current suffix, so that the part before runs only once."""
+
+from __future__ import annotations
+
+from jaxtyping import Int
+from torch import Tensor
+
+# what starting one more forward costs, in tokens that could be run instead: in float32 and in lower precisions, where
+# tokens are cheaper (`benchmarks/gcg.py overhead` measures it)
+OVERHEAD_TOKENS = {True: 25, False: 100}
+
+
+def first_changes(ids: Int[Tensor, "cand suffix"], current: Int[Tensor, " suffix"]) -> Int[Tensor, " cand"]:
+    """The first position at which each candidate differs from ``current`` (the last one where it does not)."""
+    differs = ids != current
+    differs[:, -1] = True
+    return differs.int().argmax(dim=1)
+
+
+def group_by_start(
+    starts: Int[Tensor, " cand"], n_suffix: int, n_after: int, overhead: int
+) -> list[tuple[int, list[int]]]:
+    """Groups of candidates as (position to run from, indices), with the fewest tokens run in all.
+
+    A group runs every candidate from the earliest start in it, ``n_suffix`` − start + ``n_after`` tokens each, and
+    costs ``overhead`` tokens. Exact, by dynamic programming over the distinct starts.
+    """
+    members: dict[int, list[int]] = {}
+    for i, start in enumerate(starts.tolist()):
+        members.setdefault(start, []).append(i)
+    values = sorted(members)
+    # best[k]: fewest tokens for the starts from the k-th on, and where the first group ends
+    best: list[tuple[float, int]] = [(0.0, 0)] * (len(values) + 1)
+    for k in range(len(values) - 1, -1, -1):
+        each = n_suffix - values[k] + n_after
+        options = []
+        count = 0
+        for end in range(k + 1, len(values) + 1):
+            count += len(members[values[end - 1]])
+            options.append((overhead + count * each + best[end][0], end))
+        best[k] = min(options)
+    groups = []
+    k = 0
+    while k < len(values):
+        end = best[k][1]
+        groups.append((values[k], [i for value in values[k:end] for i in members[value]]))
+        k = end
+    return groups

@@ -1,0 +1,135 @@
+"""What to look at before hours are spent: is the prompt the model's own, does it refuse, what will the attack cost?"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attacks.gcg import GCG, Conversations
+from attacks.slot import PLACEHOLDER, Messages, Slot
+
+PROBE = 8  # candidates that are scored to measure the speed
+REPLY_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What was found. ``replies`` are greedy, without a suffix; ``losses`` are the targets' (nats per token) with the
+    initial suffix; ``seconds_per_step`` and ``gib`` (beyond the model's weights) are estimates; ``warnings`` say what
+    to do about what looks wrong.
+    """
+
+    replies: tuple[str, ...]
+    losses: tuple[float, ...]
+    seconds_per_step: float
+    gib: float
+    warnings: tuple[str, ...]
+
+
+def self_test(attack: GCG, messages: Conversations) -> SelfTest:
+    """Check a constructed attack against the conversations it was made from.
+
+    Args:
+        attack: the attack, before its first step.
+        messages: the same conversations.
+    """
+    talks: list[Any] = list(messages) if _several(messages) else [messages]
+    config, model, tokenizer = attack.config, attack.model, attack.tokenizer
+    warnings = []
+    replies = []
+    for i, (talk, slot) in enumerate(zip(talks, attack.slots, strict=True)):
+        if not _is_templates_own(tokenizer, talk, slot, _first(config.optim_str_init)):
+            warnings.append(
+                f"Conversation {i} is not tokenised as by the tokenizer's own chat template; what is attacked is not "
+                "what the model will read."
+            )
+        replies.append(_reply(model, tokenizer, talk))
+        if replies[-1].strip().startswith(tokenizer.decode(slot.target_ids).strip()):
+            warnings.append(f"Conversation {i} gets its target without any suffix; there is nothing to attack.")
+    ids = attack.slots[0].suffix_ids
+    probe = ids.repeat(PROBE, 1)
+    attack.search(probe)  # the first forward allocates
+    started, flops = time.perf_counter(), attack.search.flops
+    losses, _ = attack.search(probe)
+    rate = (attack.search.flops - flops) / (time.perf_counter() - started)
+    per_candidate = sum(_candidate_flops(attack, slot) for slot in attack.slots)
+    seconds = config.search_width * per_candidate / rate + 3 * per_candidate / rate
+    if seconds * config.num_steps > 3600:
+        warnings.append(
+            f"{config.num_steps} steps may take {seconds * config.num_steps / 3600:.1f} h; a smaller search_width or "
+            "fewer conversations is quicker."
+        )
+    if float(losses.mean()) > 8:
+        warnings.append(
+            f"The target's loss is {float(losses.mean()):.1f} nats a token: the model would hardly ever say it; choose "
+            "words closer to how it begins its replies."
+        )
+    return SelfTest(tuple(replies), tuple(losses[0].tolist()), seconds, _gib(attack), tuple(warnings))
+
+
+def _several(messages: Conversations) -> bool:
+    return not isinstance(messages, str) and bool(messages) and not isinstance(messages[0], dict)
+
+
+def _first(init: str | tuple[str, ...]) -> str:
+    return init if isinstance(init, str) else init[0]
+
+
+def _turns(talk: Messages) -> list[dict[str, str]]:
+    return [{"role": "user", "content": talk}] if isinstance(talk, str) else [dict(turn) for turn in talk]
+
+
+def _with_suffix(talk: Messages, suffix: str) -> list[dict[str, str]]:
+    turns = _turns(talk)
+    if not any(PLACEHOLDER in turn["content"] for turn in turns):
+        turns[-1]["content"] += PLACEHOLDER
+    return [turn | {"content": turn["content"].replace(PLACEHOLDER, suffix)} for turn in turns]
+
+
+def _is_templates_own(tokenizer: Any, talk: Messages, slot: Slot, suffix: str) -> bool:
+    text = tokenizer.apply_chat_template(_with_suffix(talk, suffix), tokenize=False, add_generation_prompt=True)
+    own = tokenizer(text, add_special_tokens=False).input_ids
+    return bool(own == torch.cat([slot.before_ids, slot.suffix_ids, slot.after_ids]).tolist())
+
+
+@torch.no_grad()
+def _reply(model: Any, tokenizer: Any, talk: Messages) -> str:
+    turns = [turn | {"content": turn["content"].rstrip()} for turn in _with_suffix(talk, "")]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=REPLY_TOKENS,
+        do_sample=False,
+        pad_token_id=pad,
+    )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _candidate_flops(attack: GCG, slot: Slot) -> float:
+    n_run = len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids) - 1
+    return 2.0 * (attack.search.body_weights * n_run + attack.search.head_weights * len(slot.target_ids))
+
+
+def _gib(attack: GCG) -> float:
+    """Logits and keys and values of the largest batch, and the low-precision copy of the weights."""
+    search, slot = attack.search, max(attack.slots, key=lambda s: len(s.target_ids))
+    most = max(
+        len(chunk) for chunk in search._chunks(0, torch.arange(attack.config.search_width), len(slot.suffix_ids))
+    )
+    config = attack.model.config.get_text_config()
+    vocab = attack.model.get_output_embeddings().weight.shape[0]
+    logits = 2 * 4 * most * len(slot.target_ids) * vocab  # and their softmax
+    width = getattr(config, "num_key_value_heads", config.num_attention_heads) * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    n_tokens = len(slot.before_ids) + len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids)
+    size = search.model.dtype.itemsize
+    cache = 2 * size * most * n_tokens * width * config.num_hidden_layers
+    twin = 0 if attack.exact is None else size * (search.body_weights + search.head_weights)
+    return float(logits + cache + twin) / 2**30

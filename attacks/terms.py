@@ -1,0 +1,123 @@
+"""Further terms of the objective, for research on the mechanism: each is added to the target's loss with a weight.
+
+A term looks into the forward that scores the candidates, so it costs no forward of its own. To add one, write a class
+with ``weight`` and ``watch`` here or anywhere else and pass it to :class:`attacks.GCG`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attacks.config import AttackError
+from attacks.slot import Slot
+
+Read = Callable[[], Float[Tensor, " cand"]]
+
+
+@runtime_checkable
+class Term(Protocol):
+    """A quantity per candidate that the attack is to lower, times ``weight`` (negative: to raise)."""
+
+    @property
+    def weight(self) -> float:
+        """How much of it is added to the target's loss."""
+
+    def watch(self, model: Any, slot: Slot) -> contextlib.AbstractContextManager[Read]:
+        """While open, one forward may run; the yielded function then gives the quantity of every candidate.
+
+        The forward ends in ``slot.after_ids`` and all target tokens but the last.
+        """
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Projection of the residual stream at chat[-1], at the input of block ``layer``, on a direction (normalised here).
+
+    Lowering the refusal direction's projection suppresses refusal from within (Huang et al. 2025, "Stronger Universal
+    and Transferable Attacks by Suppressing Refusals"); the paper's §5 observes it in suffixes not made for it.
+    """
+
+    direction: Float[Tensor, " d_model"]
+    layer: int
+    weight: float = 1.0
+
+    @contextlib.contextmanager
+    def watch(self, model: Any, slot: Slot) -> Iterator[Read]:
+        """See :class:`Term`."""
+        blocks = decoder_layers(model)
+        if not 0 <= self.layer < len(blocks):
+            raise AttackError(f"layer {self.layer} does not exist; the model has {len(blocks)} blocks.")
+        unit = (self.direction / self.direction.norm()).to(model.device)
+        seen: list[Tensor] = []
+
+        def catch(module: Any, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            seen.append(x[:, -len(slot.target_ids)].float() @ unit)
+
+        handle = blocks[self.layer].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            yield lambda: seen[-1]
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class SuffixAttention:
+    """Attention that the template's tokens after the suffix pay to it, mean over those tokens and over all heads.
+
+    A negative weight makes the suffix draw attention (as in AttnGCG, Wang et al. 2024, arXiv 2410.09040), a positive
+    one forbids it to. ``layers`` limits it to some blocks.
+    """
+
+    layers: tuple[int, ...] | None = None
+    weight: float = -1.0
+
+    @contextlib.contextmanager
+    def watch(self, model: Any, slot: Slot) -> Iterator[Read]:
+        """See :class:`Term`. The model computes attention eagerly meanwhile: other kernels keep no attention rows."""
+        blocks = decoder_layers(model)
+        chosen = range(len(blocks)) if self.layers is None else self.layers
+        n_target, n_after, n_suffix = len(slot.target_ids), len(slot.after_ids), len(slot.suffix_ids)
+        last = n_target - 1  # tokens that stand behind chat[-1]
+        seen: list[Tensor] = []
+
+        def catch(module: Any, args: Any, out: Any) -> None:
+            pattern = out[1]
+            if pattern is None:
+                raise AttackError("The model gives no attention rows; its attention has no eager implementation.")
+            stop = pattern.shape[-1] - last - n_after
+            queries = slice(pattern.shape[-2] - last - n_after, pattern.shape[-2] - last)
+            seen.append(pattern[..., queries, stop - n_suffix : stop].float().sum(-1).mean(dim=(1, 2)))
+
+        before = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        handles = [blocks[i].self_attn.register_forward_hook(catch) for i in chosen]
+        try:
+            yield lambda: torch.stack(seen).mean(dim=0)
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.set_attn_implementation(before)
+
+
+def decoder_layers(model: Any) -> Any:
+    """The model's list of decoder blocks."""
+    return model.get_decoder().layers
+
+
+@contextlib.contextmanager
+def watched(terms: tuple[Term, ...], model: Any, slot: Slot) -> Iterator[Read | None]:
+    """All terms over one forward; the yielded function gives their weighted sum (None where there are no terms)."""
+    if not terms:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        reads = [(term.weight, stack.enter_context(term.watch(model, slot))) for term in terms]
+        yield lambda: torch.stack([weight * read() for weight, read in reads]).sum(dim=0)

@@ -1,0 +1,177 @@
+"""The table of candidate directions: what each does when ablated and when added, and the paper's choice (§2.3, §C)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from suffix_analysis.chat import Chat
+from suffix_analysis.errors import UserError
+from suffix_analysis.forward import added_logits, last_logits
+from suffix_analysis.interventions import ablate
+from suffix_analysis.models import Model
+from suffix_analysis.refusal import kl_divergence, refusal_score
+
+ZERO = 1e-6  # a candidate shorter than this share of the mean residual norm is "zero" and is never normalised
+
+
+@dataclass(frozen=True)
+class DirectionConfig:
+    """Settings of extraction and selection; defaults are the paper's."""
+
+    n_fit: int = 128
+    n_select: int = 32
+    kl_threshold: float = 0.1
+    induce_threshold: float = 0.0
+    layer_share: float = 0.8
+    alpha: float = 1.0
+    keep_by_score: bool = True
+    rescore: int = 8
+    seed: int = 0
+
+    @property
+    def rules(self) -> dict[str, float]:
+        """The keyword arguments of :func:`select`."""
+        return {name: getattr(self, name) for name in ("kl_threshold", "induce_threshold", "layer_share")}
+
+
+def status(
+    row: Mapping[str, Any], *, n_layers: int, kl_threshold: float, induce_threshold: float, layer_share: float
+) -> str:
+    """Why a candidate is out (``not finite``, ``too late``, ``KL too high``, ``does not induce``), or ``kept``."""
+    scores = (row["refusal_score"], row["steering_score"], row["kl_div_score"])
+    if any(value is None or not math.isfinite(value) for value in scores):
+        return "not finite"
+    # the small term keeps products such as 0.8 · 35 from falling below the whole number they stand for
+    if row["layer"] >= math.floor(layer_share * n_layers + 1e-9):
+        return "too late"
+    if row["kl_div_score"] > kl_threshold:
+        return "KL too high"
+    if row["steering_score"] < induce_threshold:
+        return "does not induce"
+    return "kept"
+
+
+def select(
+    rows: Sequence[Mapping[str, Any]],
+    n_layers: int,
+    *,
+    kl_threshold: float = 0.1,
+    induce_threshold: float = 0.0,
+    layer_share: float = 0.8,
+) -> tuple[int, int]:
+    """The paper's choice from a candidate table: the smallest bypass score among the candidates that pass (§C).
+
+    Args:
+        rows: dicts with position, layer, refusal_score (bypass), steering_score (induce) and kl_div_score.
+        n_layers: blocks of the model; candidates at or beyond ``layer_share`` of them are out.
+
+    Returns:
+        (position, layer)
+
+    Raises:
+        UserError: no candidate passes; the nearest and what it missed are named.
+    """
+    rules = {"kl_threshold": kl_threshold, "induce_threshold": induce_threshold, "layer_share": layer_share}
+    told = [(row, status(row, n_layers=n_layers, **rules)) for row in rows if row.get("status") != "zero"]
+    kept = [row for row, why in told if why == "kept"]
+    if not kept:
+        finite = [(row, why) for row, why in told if why not in ("not finite", "too late")]
+        if not finite:
+            raise UserError(f"None of {len(rows)} candidate directions has finite scores in an allowed layer.")
+        row, why = min(
+            finite,
+            key=lambda pair: (
+                max(0.0, pair[0]["kl_div_score"] - kl_threshold)
+                + max(0.0, induce_threshold - pair[0]["steering_score"])
+            ),
+        )
+        raise UserError(
+            f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
+            f"{row['layer']}: {why} (bypass {row['refusal_score']:.2f}, induce {row['steering_score']:.2f}, KL "
+            f"{row['kl_div_score']:.3f}; allowed: KL ≤ {kl_threshold}, induce ≥ {induce_threshold})."
+        )
+    best = min(kept, key=lambda row: row["refusal_score"])
+    return int(best["position"]), int(best["layer"])
+
+
+def score_candidates(
+    model: Model,
+    candidates: Float[Tensor, "layer chat d_model"],
+    scale: float,
+    harmful: Sequence[Chat],
+    harmless: Sequence[Chat],
+    tokens: Sequence[int],
+    config: DirectionConfig,
+    on_candidate: Callable[[int, int], None] | None = None,
+    only: Sequence[tuple[int, int]] | None = None,
+) -> list[dict[str, Any]]:
+    """The candidate table: bypass, induce and KL of every (position, layer), or of those in ``only``.
+
+    Bypass: mean refusal score on ``harmful`` with the direction ablated. Induce: on ``harmless`` with it added. KL:
+    from the unchanged to the ablated next-token distribution on ``harmless``.
+    """
+    n_layers, n_chat, _ = candidates.shape
+    bad, good = [chat.ids for chat in harmful], [chat.ids for chat in harmless]
+    baseline = last_logits(model.hf, model.tokenizer, good)
+    run_added = added_logits(model, good, config.alpha)
+    pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(n_layers)]
+    rows = []
+    for done, (position, layer) in enumerate(pairs, 1):
+        vector = candidates[layer, n_chat + position]
+        row: dict[str, Any] = {"position": position, "layer": layer, "norm": float(vector.norm())}
+        if row["norm"] < ZERO * scale:
+            row |= {"refusal_score": math.nan, "steering_score": math.nan, "kl_div_score": math.nan, "status": "zero"}
+        else:
+            with ablate(model, vector):
+                # one pass for both sets, so that the shared prefix runs once
+                logits = last_logits(model.hf, model.tokenizer, [*bad, *good])
+            added = run_added(vector, layer)
+            row |= {
+                "refusal_score": float(refusal_score(logits[: len(bad)], tokens).mean()),
+                "steering_score": float(refusal_score(added, tokens).mean()),
+                "kl_div_score": float(kl_divergence(baseline, logits[len(bad) :]).mean()),
+                "status": "",
+            }
+        rows.append(row)
+        if on_candidate is not None:
+            on_candidate(done, len(pairs))
+    return rows
+
+
+def rescore_leaders(
+    model: Model,
+    candidates: Tensor,
+    scale: float,
+    rows: list[dict[str, Any]],
+    harmful: Sequence[Chat],
+    harmless: Sequence[Chat],
+    tokens: Sequence[int],
+    config: DirectionConfig,
+) -> list[dict[str, Any]]:
+    """Score the leaders again in the model's own precision, until the chosen one has been scored so."""
+    exact: dict[tuple[int, int], dict[str, Any]] = {}
+    # thresholds are widened a little, so that rounding in the search cannot keep a good candidate out
+    loose = {"kl_threshold": 1.5 * config.kl_threshold, "induce_threshold": config.induce_threshold - 0.5}
+    near = [
+        row
+        for row in rows
+        if row["status"] != "zero"
+        and status(row, n_layers=model.n_layers, layer_share=config.layer_share, **loose) == "kept"
+    ]
+    near.sort(key=lambda row: row["refusal_score"])
+    pairs = [(row["position"], row["layer"]) for row in near[: config.rescore]]
+    while True:
+        if pairs:
+            for row in score_candidates(model, candidates, scale, harmful, harmless, tokens, config, only=pairs):
+                exact[row["position"], row["layer"]] = row
+        merged = [exact.get((row["position"], row["layer"]), row) for row in rows]
+        choice = select(merged, model.n_layers, **config.rules)
+        if choice in exact:
+            return merged
+        pairs = [choice]

@@ -1,0 +1,209 @@
+"""Is refusal one direction in this model? Stability, separation, what is left without it, and harmfulness beside it.
+
+All directions are fitted on *fit* prompts and measured on *select* ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attacks.scorer import contiguous_head
+from suffix_analysis.chat import Chat
+from suffix_analysis.directions import Direction
+from suffix_analysis.forward import added_logits, last_logits
+from suffix_analysis.generate import batches, left_pad, pad_token
+from suffix_analysis.interventions import ablate
+from suffix_analysis.models import Model
+from suffix_analysis.refusal import refusal_score
+from suffix_analysis.stats import auroc, auroc_interval
+
+HALVES = 200  # random splits of the fit prompts
+CASCADE = 8  # directions taken out one after the other
+SHRINKAGE = 0.1  # of the mean variance, added to every direction's
+SEPARATES = 0.75  # held-out AUROC from which a direction counts as separating
+
+
+@torch.no_grad()
+def states_at(model: Model, chats: Sequence[Chat], places: int, keep: Callable[[int, list[int], Tensor], None]) -> None:
+    """Call ``keep(layer, prompts, states)`` for every block's input; states [prompt place d_model], the last ``places``
+    tokens of each prompt, place −1 being chat[-1].
+    """
+    for group in batches([len(chat.ids) for chat in chats], 4096):
+
+        def catch(x: Tensor, hook: Any, group: list[int] = group) -> None:
+            keep(int(hook.name.split(".")[1]), group, x[:, -places:].float().cpu())
+
+        names = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.n_layers)]
+        padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
+        with contiguous_head(model.hf), model.bridge.hooks(fwd_hooks=[(name, catch) for name in names]):
+            model.hf(**padded, logits_to_keep=1)
+
+
+def states_of(model: Model, chats: Sequence[Chat], layer: int, places: int) -> Float[Tensor, "prompt place d_model"]:
+    """One block's input at the last ``places`` tokens of every prompt."""
+    out = torch.zeros(len(chats), places, model.d_model)
+
+    def keep(at: int, group: list[int], states: Tensor) -> None:
+        if at == layer:
+            out[group] = states
+
+    states_at(model, chats, places, keep)
+    return out
+
+
+def separation(
+    model: Model, fit: tuple[Sequence[Chat], Sequence[Chat]], held_out: tuple[Sequence[Chat], Sequence[Chat]]
+) -> list[dict[str, Any]]:
+    """Held-out AUROC of the difference of means at every layer and position, the last instruction token included.
+
+    ``fit`` and ``held_out`` are (harmful, harmless). Position −1 is chat[-1]; the lowest one is instruction[-1], the
+    token before the template's first.
+    """
+    places = fit[0][0].n_chat + 1
+    means = []
+    for chats in fit:
+        total = torch.zeros(model.n_layers, places, model.d_model, dtype=torch.float64)
+
+        def add_up(layer: int, group: list[int], states: Tensor, total: Tensor = total) -> None:
+            total[layer] += states.double().sum(dim=0)
+
+        states_at(model, chats, places, add_up)
+        means.append(total / len(chats))
+    directions = (means[0] - means[1]).float()
+    scores = []
+    for chats in held_out:
+        table = torch.zeros(len(chats), model.n_layers, places)
+
+        def project(layer: int, group: list[int], states: Tensor, table: Tensor = table) -> None:
+            table[group, layer] = (states * directions[layer]).sum(dim=-1)
+
+        states_at(model, chats, places, project)
+        scores.append(table.numpy())
+    return [
+        {
+            "layer": layer,
+            "position": place - places,
+            "auroc": auroc(scores[0][:, layer, place], scores[1][:, layer, place]),
+        }
+        for place in range(places)
+        for layer in range(model.n_layers)
+    ]
+
+
+def split_half(
+    harmful: Float[Tensor, "a d_model"], harmless: Float[Tensor, "b d_model"], seed: int = 0
+) -> dict[str, float]:
+    """Cosine of the differences of means of random halves: how much of the direction is these prompts' own."""
+    rng = np.random.default_rng(seed)
+    cosines = []
+    for _ in range(HALVES):
+        bad, good = (rng.permutation(len(x)) for x in (harmful, harmless))
+        first, second = (harmful[bad[side::2]].mean(dim=0) - harmless[good[side::2]].mean(dim=0) for side in (0, 1))
+        cosines.append(float(torch.cosine_similarity(first, second, dim=0)))
+    lo, hi = np.quantile(cosines, [0.025, 0.975])
+    return {"value": float(np.mean(cosines)), "lo": float(lo), "hi": float(hi)}
+
+
+def cascade(
+    fit: tuple[Float[Tensor, "a d_model"], Float[Tensor, "b d_model"]],
+    held_out: tuple[Float[Tensor, "c d_model"], Float[Tensor, "d d_model"]],
+    count: int = CASCADE,
+) -> list[dict[str, float]]:
+    """What still separates when the best direction is gone: fit one, take it out, fit the next (nullspace projection).
+
+    Each is a linear discriminant (difference of means over the shrunk covariance within classes): without the
+    difference of means itself the means are equal and say nothing more. The number of leading directions that separate
+    held-out prompts (AUROC ≥ 0.75) is the effective rank of the difference at this place.
+    """
+    parts = [x.double().clone() for x in (*fit, *held_out)]
+    rows: list[dict[str, float]] = []
+    for k in range(count):
+        unit = _discriminant(parts[0], parts[1])
+        value, lo, hi = auroc_interval((parts[2] @ unit).numpy(), (parts[3] @ unit).numpy())
+        rows.append({"rank": float(k + 1), "auroc": value, "lo": lo, "hi": hi})
+        parts = [x - (x @ unit)[:, None] * unit for x in parts]
+    return rows
+
+
+def _discriminant(harmful: Tensor, harmless: Tensor) -> Tensor:
+    centred = torch.cat([harmful - harmful.mean(dim=0), harmless - harmless.mean(dim=0)])
+    covariance = centred.T @ centred / len(centred)
+    size = len(covariance)
+    ridge = SHRINKAGE * covariance.trace() / size * torch.eye(size, dtype=covariance.dtype)
+    vector = torch.linalg.solve(covariance + ridge, harmful.mean(dim=0) - harmless.mean(dim=0))
+    return vector / vector.norm()
+
+
+def effective_rank(rows: Sequence[dict[str, float]]) -> int:
+    """Leading directions of a cascade that separate held-out prompts."""
+    for row in rows:
+        if row["auroc"] < SEPARATES:
+            return int(row["rank"]) - 1
+    return len(rows)
+
+
+def harmfulness_and_refusal(
+    model: Model,
+    direction: Direction,
+    fit: tuple[Sequence[Chat], Sequence[Chat]],
+    held_out: tuple[Sequence[Chat], Sequence[Chat]],
+) -> list[dict[str, Any]]:
+    """Two directions at the refusal direction's layer: harmfulness (instruction[-1]) and refusal; cosine and effects.
+
+    Effects are mean refusal scores: of harmful prompts with a direction ablated, of harmless ones with it added. They
+    need not agree: a model may know that a request is harmful and yet not refuse it (Zhao et al. 2025, "LLMs Encode
+    Harmfulness and Refusal Separately").
+    """
+    places = fit[0][0].n_chat + 1
+    states = [states_of(model, chats, direction.layer, places)[:, 0] for chats in (*fit, *held_out)]
+    harmfulness = states[0].mean(dim=0) - states[1].mean(dim=0)
+    tokens = direction.refusal_tokens
+    bad, good = ([chat.ids for chat in chats] for chats in held_out)
+    run_added = added_logits(model, good)
+    plain = [float(refusal_score(last_logits(model.hf, model.tokenizer, rows), tokens).mean()) for rows in (bad, good)]
+    rows = []
+    for name, vector in (("harmfulness", harmfulness), ("refusal", direction.vector)):
+        with ablate(model, vector):
+            ablated = float(refusal_score(last_logits(model.hf, model.tokenizer, bad), tokens).mean())
+        added = float(refusal_score(run_added(vector, direction.layer), tokens).mean())
+        rows.append(
+            {
+                "direction": name,
+                "cosine_with_refusal": float(torch.cosine_similarity(vector, direction.vector, dim=0)),
+                "harmful": plain[0],
+                "harmful_ablated": ablated,
+                "harmless": plain[1],
+                "harmless_added": added,
+            }
+        )
+    return rows
+
+
+def measure_oneness(
+    model: Model,
+    direction: Direction,
+    fit: tuple[Sequence[Chat], Sequence[Chat]],
+    held_out: tuple[Sequence[Chat], Sequence[Chat]],
+    seed: int = 0,
+) -> dict[str, list[dict[str, Any]]]:
+    """Everything above at the direction's own layer and position, as tables."""
+    n_chat = fit[0][0].n_chat
+    at = [
+        states_of(model, chats, direction.layer, n_chat)[:, n_chat + direction.position] for chats in (*fit, *held_out)
+    ]
+    ranks = cascade((at[0], at[1]), (at[2], at[3]))
+    return {
+        "separation": separation(model, fit, held_out),
+        "cascade": ranks,
+        "stability": [
+            {"measure": "split-half cosine", **split_half(at[0], at[1], seed)},
+            {"measure": "effective rank", "value": float(effective_rank(ranks)), "lo": None, "hi": None},
+        ],
+        "two_directions": harmfulness_and_refusal(model, direction, fit, held_out),
+    }

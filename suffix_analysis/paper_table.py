@@ -1,0 +1,175 @@
+"""The paper's tables for one's own model (§3, §4): what interventions on the direction do, and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from suffix_analysis.directions import Direction
+from suffix_analysis.generate import batches, generate, left_pad, pad_token
+from suffix_analysis.interventions import ablate, add
+from suffix_analysis.judges import is_refusal, judge
+from suffix_analysis.models import Model
+from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.stats import rate_interval
+
+COST_TOKENS = 48  # of a harmless reply
+WINDOW = 512  # tokens of text that are read at once
+Context = contextlib.AbstractContextManager[None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One line of the table: what is done, on prompts of which kind, and the control's number (None: no control)."""
+
+    name: str
+    kind: str
+    context: Callable[[], Context]
+    alpha: float | None = None
+    control: int | None = None
+
+
+def random_directions(vector: Float[Tensor, " d_model"], count: int, seed: int) -> list[Float[Tensor, " d_model"]]:
+    """Random directions orthogonal to ``vector`` and as long: what any direction of that length would do."""
+    generator = torch.Generator().manual_seed(seed)
+    unit = vector / vector.norm()
+    made = []
+    for _ in range(count):
+        noise = torch.randn(len(vector), generator=generator).to(vector)
+        noise = noise - (noise @ unit) * unit
+        made.append(noise / noise.norm() * vector.norm())
+    return made
+
+
+def plans(model: Model, direction: Direction, alpha: float, n_controls: int, seed: int) -> list[Plan]:
+    """The table's lines: interventions on harmful and on harmless prompts, then the same with random directions."""
+    vector, layer = direction.vector, direction.layer
+    lines = [
+        Plan("none", "harmful", contextlib.nullcontext),
+        Plan("ablated", "harmful", lambda: ablate(model, vector)),
+        Plan("orthogonalised", "harmful", lambda: orthogonalised(model, vector)),
+        Plan("none", "harmless", contextlib.nullcontext),
+        Plan("added", "harmless", lambda: add(model, vector, layer, alpha), alpha),
+    ]
+    for i, other in enumerate(random_directions(vector, n_controls, seed), 1):
+        lines += [
+            Plan("random direction ablated", "harmful", lambda r=other: ablate(model, r), None, i),  # type: ignore[misc]
+            Plan("random direction added", "harmless", lambda r=other: add(model, r, layer, alpha), alpha, i),  # type: ignore[misc]
+        ]
+    return lines
+
+
+def measure_interventions(
+    model: Model,
+    direction: Direction,
+    prompts: Sequence[Prompt],
+    length: int,
+    *,
+    alpha: float = 1.0,
+    n_controls: int = 1,
+    seed: int = 0,
+    on_line: Callable[[int, int], None] | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Refusals and verdicts on report prompts under every plan, with exact intervals; and all replies.
+
+    A plan that the model does not allow (orthogonalisation with post-norms) has rates of None and says why.
+
+    Args:
+        model: the model, in the precision that replies are to be made in.
+        direction: its refusal direction.
+        prompts: those of the report split are used.
+        length: tokens of a reply.
+        alpha: strength of addition.
+        n_controls: random directions.
+        seed: of the random directions.
+        on_line: called with (done, total).
+    """
+    rows, replies = [], []
+    lines = plans(model, direction, alpha, n_controls, seed)
+    for done, plan in enumerate(lines, 1):
+        some = [p for p in prompts if p.kind == plan.kind and p.split == "report"]
+        row: dict[str, Any] = {
+            "intervention": plan.name, "kind": plan.kind, "split": "report", "alpha": plan.alpha,
+            "control": plan.control, "n_prompts": len(some), "note": None,
+        }  # fmt: skip
+        values: dict[str, Any] = {"refusal": None, "complied": None}
+        try:
+            with plan.context():
+                texts = generate(model.hf, model.tokenizer, [model.chat(p.text).ids for p in some], length)
+        except NotAvailable as reason:
+            row["note"] = str(reason)
+        else:
+            verdicts = [judge(p.text, reply) for p, reply in zip(some, texts, strict=True)]
+            values["refusal"] = np.array([float(is_refusal(reply)) for reply in texts])
+            values["complied"] = np.array([float(verdict == "complied") for verdict in verdicts])
+            replies += [
+                {"intervention": plan.name, "kind": plan.kind, "control": plan.control, "prompt_id": p.id,
+                 "refused": is_refusal(reply), "verdict": verdict, "reply": reply}
+                for p, reply, verdict in zip(some, texts, verdicts, strict=True)
+            ]  # fmt: skip
+        for name, found in values.items():
+            rate, lo, hi = (None, None, None) if found is None else rate_interval(found)
+            row |= {f"{name}_rate": rate, f"{name}_lo": lo, f"{name}_hi": hi}
+        rows.append(row)
+        if on_line is not None:
+            on_line(done, len(lines))
+    return rows, replies
+
+
+@torch.no_grad()
+def cross_entropy(hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Mean cross-entropy (nats per token) of the second part of each pair after the first; no part may be empty."""
+    total, count = 0.0, 0
+    whole = [torch.cat(pair) for pair in pairs]
+    for group in batches([len(row) for row in whole], 2048):
+        logits = hf(**left_pad([whole[i] for i in group], pad_token(tokenizer), hf.device)).logits
+        for row, i in enumerate(group):
+            part = pairs[i][1]
+            scores = logits[row, -len(part) - 1 : -1].float()
+            total += float(torch.nn.functional.cross_entropy(scores, part.to(scores.device), reduction="sum"))
+            count += len(part)
+    return total / count
+
+
+def reply_pairs(model: Model, prompts: Sequence[Prompt], length: int = COST_TOKENS) -> list[tuple[Tensor, Tensor]]:
+    """Prompts with the model's own greedy replies, as ids."""
+    ids = [model.chat(p.text).ids for p in prompts]
+    replies = generate(model.hf, model.tokenizer, ids, length)
+    tokens = [torch.tensor(model.tokenizer(reply, add_special_tokens=False).input_ids) for reply in replies]
+    return [pair for pair in zip(ids, tokens, strict=True) if len(pair[1])]
+
+
+def text_pairs(model: Model, text: str) -> list[tuple[Tensor, Tensor]]:
+    """A text in windows: every token but each window's first is predicted from those before it in the window."""
+    ids = torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids)
+    return [(window[:1], window[1:]) for window in ids.split(WINDOW) if len(window) > 1]
+
+
+def measure_cost(
+    model: Model, direction: Direction, prompts: Sequence[Prompt], text: str | None = None
+) -> list[dict[str, Any]]:
+    """Cross-entropy (nats per token) with and without ablation: on harmless replies and on a text of the user's."""
+    harmless = [p for p in prompts if p.kind == "harmless" and p.split == "report"]
+    material = {"the model's own replies to harmless prompts": reply_pairs(model, harmless)}
+    if text is not None:
+        material["the text given"] = text_pairs(model, text)
+    rows = []
+    for name, pairs in material.items():
+        if not pairs:
+            continue
+        plain = cross_entropy(model.hf, model.tokenizer, pairs)
+        with ablate(model, direction.vector):
+            ablated = cross_entropy(model.hf, model.tokenizer, pairs)
+        n_tokens = sum(len(part) for _, part in pairs)
+        rows.append(
+            {"material": name, "n_tokens": n_tokens, "none": plain, "ablated": ablated, "change": ablated - plain}
+        )
+    return rows

@@ -1,0 +1,100 @@
+"""The paper's tables on tiny models: controls that are controls, costs by their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from suffix_analysis.directions import Direction
+from suffix_analysis.generate import generate
+from suffix_analysis.interventions import ablate
+from suffix_analysis.models import Model
+from suffix_analysis.paper_table import (
+    cross_entropy,
+    measure_cost,
+    measure_interventions,
+    random_directions,
+    text_pairs,
+)
+from suffix_analysis.prompts import Prompt
+from tests import tiny
+
+PROMPTS = [
+    Prompt(f"{kind}-{i}", text, kind, "report")
+    for kind, texts in {
+        "harmful": ["Pick a lock", "Break a window now"],
+        "harmless": ["Bake a cake", "Sing about the sea", "Name a tree"],
+    }.items()
+    for i, text in enumerate(texts)
+]
+
+
+def some_direction(model: Model) -> Direction:
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1)) * 3
+    zeros = torch.zeros(model.n_layers + 1, model.d_model)
+    return Direction(vector, -1, 1, [], zeros, zeros, (5,), {})
+
+
+def test_random_directions_are_orthogonal_as_long_and_repeatable() -> None:
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 7
+    made = random_directions(vector, 3, seed=4)
+    for other in made:
+        assert float(other.norm()) == pytest.approx(float(vector.norm()), rel=1e-5)
+        assert abs(float(other @ vector)) < 1e-3
+    assert not torch.allclose(made[0], made[1])
+    assert all(torch.equal(a, b) for a, b in zip(made, random_directions(vector, 3, seed=4), strict=True))
+
+
+def test_table_has_every_line_and_the_replies_behind_it() -> None:
+    model = tiny.model("llama")
+    rows, replies = measure_interventions(model, some_direction(model), PROMPTS, 6, n_controls=2)
+    names = [(row["intervention"], row["kind"]) for row in rows]
+    assert names[:5] == [
+        ("none", "harmful"),
+        ("ablated", "harmful"),
+        ("orthogonalised", "harmful"),
+        ("none", "harmless"),
+        ("added", "harmless"),
+    ]
+    assert names[5:] == [("random direction ablated", "harmful"), ("random direction added", "harmless")] * 2
+    texts = {(r["intervention"], r["prompt_id"], r["control"]): r["reply"] for r in replies}
+    assert len(texts) == len(replies) == 3 * 2 + 2 * 3 + 2 * (2 + 3)
+    # the same edit in two ways gives the same words
+    for i in range(2):
+        assert texts["ablated", f"harmful-{i}", None] == texts["orthogonalised", f"harmful-{i}", None]
+    with ablate(model, some_direction(model).vector):
+        wanted = generate(model.hf, model.tokenizer, [model.chat("Pick a lock").ids], 6)
+    assert texts["ablated", "harmful-0", None] == wanted[0]
+
+
+def test_what_a_model_does_not_allow_is_said_in_its_line() -> None:
+    model = tiny.model("gemma2")
+    rows, _ = measure_interventions(model, some_direction(model), PROMPTS, 4)
+    row = next(row for row in rows if row["intervention"] == "orthogonalised")
+    assert row["refusal_rate"] is None
+    assert "not available" in row["note"]
+
+
+def test_cross_entropy_is_the_definition() -> None:
+    model = tiny.model("qwen3")
+    chats = [model.chat("Bake a cake").ids, model.chat("Name a very tall tree").ids]
+    pairs = [(chats[0], torch.tensor([7, 8, 9])), (chats[1], torch.tensor([10]))]
+    losses = []
+    for before, after in pairs:
+        with torch.no_grad():
+            logits = model.hf(input_ids=torch.cat([before, after])[None]).logits[0]
+        losses += torch.nn.functional.cross_entropy(logits[len(before) - 1 : -1], after, reduction="none").tolist()
+    assert cross_entropy(model.hf, model.tokenizer, pairs) == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+def test_text_is_cut_into_windows_and_its_cost_reported() -> None:
+    model = tiny.model("llama")
+    text = "The sea is wide and the trees are tall. " * 40
+    pairs = text_pairs(model, text)
+    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+    assert sum(len(a) + len(b) for a, b in pairs) == len(ids)
+    rows = measure_cost(model, some_direction(model), PROMPTS, text)
+    assert [row["material"] for row in rows] == ["the model's own replies to harmless prompts", "the text given"]
+    assert rows[1]["n_tokens"] == len(ids) - len(pairs)
+    assert rows[1]["change"] == pytest.approx(rows[1]["ablated"] - rows[1]["none"])
+    assert rows[1]["change"] != 0

@@ -1,0 +1,43 @@
+"""Grouping of candidates by their first change."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from attacks.grouping import first_changes, group_by_start
+
+
+def test_first_change_is_found_and_an_equal_row_counts_as_changed_last() -> None:
+    current = torch.tensor([1, 2, 3])
+    ids = torch.tensor([[9, 2, 3], [1, 9, 9], [1, 2, 9], [1, 2, 3]])
+    assert first_changes(ids, current).tolist() == [0, 1, 2, 2]
+
+
+def tokens(groups: list[tuple[int, list[int]]], n_suffix: int, n_after: int, overhead: int) -> int:
+    return sum(overhead + len(members) * (n_suffix - start + n_after) for start, members in groups)
+
+
+@pytest.mark.parametrize("overhead", [0, 5, 40, 10_000])
+def test_groups_are_complete_and_no_other_grouping_runs_fewer_tokens(overhead: int) -> None:
+    starts = torch.tensor([0, 3, 3, 1, 5, 5, 5, 2, 0, 4])
+    groups = group_by_start(starts, 6, 4, overhead)
+    assert sorted(i for _, members in groups for i in members) == list(range(len(starts)))
+    assert all(starts[i] >= start for start, members in groups for i in members)
+    values = sorted(set(starts.tolist()))
+    best = min(
+        tokens(
+            [
+                (part[0], [i for i, s in enumerate(starts.tolist()) if s in part])
+                for part in (values[a:b] for a, b in itertools.pairwise([0, *cut, len(values)]))
+            ],
+            6,
+            4,
+            overhead,
+        )
+        for n in range(len(values))
+        for cut in itertools.combinations(range(1, len(values)), n)
+    )
+    assert tokens(groups, 6, 4, overhead) == best
