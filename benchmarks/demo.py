@@ -24,8 +24,9 @@ def draw_seconds(page: Path) -> float | None:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
         tab.goto(page.resolve().as_uri())
-        tab.wait_for_function("document.documentElement.dataset.drawn !== undefined", timeout=60_000)
-        seconds = float(tab.evaluate("Number(document.documentElement.dataset.drawn)")) / 1000
+        # an attribute, because the page's content security policy forbids evaluating strings
+        tab.wait_for_selector("html[data-drawn-ms]", state="attached", timeout=60_000)
+        seconds = float(tab.locator("html").get_attribute("data-drawn-ms") or "nan") / 1000
         browser.close()
     return seconds
 
@@ -35,8 +36,7 @@ def figures(run: Path) -> dict[str, Any]:
     status = read_json(run / "status.json")
     refusal = {row["arm"]: row for row in read_table(run / "findings" / "refusal.parquet")}
     interventions = {
-        (row["intervention"], row["kind"]): row["refusal_rate"]
-        for row in read_table(run / "findings" / "interventions.parquet")
+        row["intervention"]: row["refusal_rate"] for row in read_table(run / "findings" / "interventions.parquet")
     }
     none = refusal["none"]["refusal_rate"]
     out: dict[str, Any] = {f"seconds, {name}": stage["seconds"] for name, stage in status["stages"].items()}
@@ -48,8 +48,11 @@ def figures(run: Path) -> dict[str, Any]:
         out[f"refusal phrase rate, {arm}"] = round(row["refusal_rate"], 3)
     for arm in ("adversarial", "random", "shuffled", "benign"):
         out[f"points lower than none, {arm}"] = round(100 * (none - refusal[arm]["refusal_rate"]), 1)
-    out["refused with the direction ablated (harmful)"] = round(interventions["ablated", "harmful"], 3)
-    out["refused with the direction added (harmless)"] = round(interventions["added", "harmless"], 3)
+    for name, rate in interventions.items():
+        if name != "none":
+            out[f"refused, {name}"] = "not available" if rate is None else round(rate, 3)
+    for row in read_table(run / "findings" / "cost.parquet"):
+        out[f"nats by ablation, {row['material'][:24]}"] = round(row["change"], 3)
     return out
 
 

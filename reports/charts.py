@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +135,11 @@ def projection_profile(data: RunData) -> Figure | None:
     direction = data.summary.direction
     say = "Projection at chat[-1] on the refusal direction by layer, one line per arm, with 95 % bands."
     views = []
+    small = _small_gaps(rows)
     for measure, (label, title) in names.items():
         mine = [dict(row) for row in rows if row["measure"] == measure and row["mean"] is not None]
+        if measure == "normalised":
+            mine = [row for row in mine if row["layer"] not in small]
         if mine:
             chart = _profile_chart(mine, title, None if direction is None else direction.layer)
             views.append(View(label, finish(chart, mine, 250, say)))
@@ -144,6 +148,11 @@ def projection_profile(data: RunData) -> Figure | None:
     caption = (
         "At chat[-1], input of each layer; bands: 95 % CI. The dashed rule marks the layer of the chosen direction."
     )
+    if small:
+        caption += (
+            f" Normalised: {count(len(small), 'layer', 'layers')} left out where the means of harmful and harmless "
+            "prompts are closer than a tenth of their largest distance."
+        )
     columns = (
         ("arm", "arm"),
         ("layer", "layer"),
@@ -153,6 +162,17 @@ def projection_profile(data: RunData) -> Figure | None:
         ("n_prompts", "prompts"),
     )
     return Figure("profile", "Projection by layer", caption, say, columns, tuple(views))
+
+
+def _small_gaps(rows: Sequence[Row]) -> set[int]:
+    """Return the layers at which harmful and harmless prompts hardly differ: normalised values explode there."""
+    raw = {
+        arm: {row["layer"]: row["mean"] for row in rows if row["measure"] == "projection" and row["arm"] == arm}
+        for arm in ("none", "harmless")
+    }
+    gaps = {layer: abs(raw["none"][layer] - mean) for layer, mean in raw["harmless"].items() if layer in raw["none"]}
+    largest = max(gaps.values(), default=0.0)
+    return {layer for layer, gap in gaps.items() if gap < 0.1 * largest}
 
 
 def _profile_chart(rows: list[Row], title: str, layer: int | None) -> Any:
@@ -268,7 +288,11 @@ def interventions(data: RunData) -> Figure | None:
     rows = [row for row in data.table("interventions") if row["refusal_rate"] is not None and row["split"] == "report"]
     if not rows:
         return None
-    words = {"none": "left alone", "ablated": "ablated", "added": "added"}
+    words = {
+        "none": "left alone",
+        "random direction ablated": "random ablated",
+        "random direction added": "random added",
+    }
     shown = [{**row, "what": f"{row['kind']}: {words.get(row['intervention'], row['intervention'])}"} for row in rows]
     shown.sort(key=lambda row: (row["kind"], row["intervention"] != "none"))
     order = list(dict.fromkeys(row["what"] for row in shown))
@@ -293,7 +317,10 @@ def interventions(data: RunData) -> Figure | None:
     say = "Refusal phrase rate without a suffix: " + ", ".join(
         f"{row['what']} {100 * row['refusal_rate']:.0f} %" for row in shown
     )
-    caption = "No suffix: the refusal direction left alone, ablated at every layer, or added at its own layer."
+    caption = (
+        "No suffix: the refusal direction left alone, ablated at every layer, taken out of the weights "
+        "(orthogonalised), or added at its own layer; and a random direction of the same length as a control."
+    )
     columns = (
         ("kind", "prompts"),
         ("intervention", "direction"),

@@ -178,11 +178,15 @@ class _Console:
             TextColumn("{task.fields[text]}", markup=False), console=self.console, transient=True,
         )  # fmt: skip
         self.task: Any = None
-        self.started, self.last = time.monotonic(), 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.started = self.last_call = time.monotonic()
+        self.last, self.total, self.before = 0.0, 0, 0
 
     def stage(self, name: str, skipped: bool) -> None:
         self._close()
-        self.started, self.last = time.monotonic(), 0.0
+        self._reset()
         if skipped:
             _err(f"{name}: done before")
             return
@@ -199,9 +203,12 @@ class _Console:
             self.bar.update(self.task, completed=done, total=total, text=text)
             return
         now = time.monotonic()
+        if total != self.total:  # another part of the same stage begins
+            self.total, self.started, self.before = total, self.last_call, done - 1
+        self.last_call = now
         if done == total or now - self.last >= 10:
             self.last = now
-            left = (now - self.started) / max(1, done) * (total - done)
+            left = (now - self.started) / max(1, done - self.before) * (total - done)
             _err(f"  {done}/{total} {text} (about {left:.0f} s left)")
 
     def _close(self) -> None:

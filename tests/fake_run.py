@@ -210,6 +210,8 @@ def _findings(
         [
             intervention("none", "harmful", 0.962, n, None),
             intervention("ablated", "harmful", 0.008, n, None),
+            intervention("orthogonalised", "harmful", 0.008, n, None),
+            intervention("random direction ablated", "harmful", 0.96, n, None),
             intervention("none", "harmless", 0.016, n, None),
             intervention("added", "harmless", 0.985, n, 1.0),
         ],

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reports import ReportError, build, build_report
+from reports import ReportError, build, build_report, charts
 from reports.data import MISSING_MEANS, read_run
 from reports.numbers import percent, plain
 from reports.text import adversarial_count, checked, headline, not_checked
@@ -286,3 +286,13 @@ def test_reports_imports_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_layers_where_the_classes_hardly_differ_are_left_out_of_the_normalised_profile() -> None:
+    rows = [
+        {"arm": arm, "layer": layer, "measure": "projection", "mean": mean}
+        for arm, means in {"none": (1.0, 3.0, 50.0), "harmless": (0.9, -3.0, -10.0)}.items()
+        for layer, mean in enumerate(means)
+    ]
+    assert charts._small_gaps(rows) == {0}
+    assert charts._small_gaps([]) == set()
