@@ -49,8 +49,8 @@ class Recipe:
     learning_rate: float = 8e-4
     batch_size: int = 24
     epochs: int = 2
-    variants: tuple[int, int] = (2, 2)
-    reply_tokens: int = 8
+    variants: tuple[int, int] = (2, 1)
+    reply_tokens: int = 12
     rest_weight: float = 0.3
     base_rest_weight: float = 1.0
     warmup: int = 20
@@ -62,7 +62,7 @@ class Recipe:
     refresh: int = 25
     n_measure: int = 48
     harmful_shares: tuple[float, float, float] = (0.65, 0.35, 0.0)
-    harmless_shares: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    harmless_shares: tuple[float, float, float] = (0.6, 0.2, 0.2)
     seed: int = 0
 
 
