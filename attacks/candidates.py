@@ -67,9 +67,7 @@ def token_gradient(
                 logits_to_keep=len(slot.target_ids),
                 **{cache_argument(model): fresh(cache, 1)},
             )
-            loss = target_loss(out.logits.float(), slot.target_ids, config).mean()
-            if read is not None:
-                loss = loss + read().mean()
+            loss = (target_loss(out.logits.float(), slot.target_ids, config) + read()).mean()
             (grad,) = torch.autograd.grad(loss, leaf)
         total = grad if total is None else total + grad
     assert total is not None

@@ -49,6 +49,7 @@ class GCG:
         """
         self.tokenizer, self.config, self.terms = tokenizer, config, tuple(terms)
         conversations, targets = _pair(messages, target)
+        self.conversations: list[Messages] = conversations
         self.generator = torch.Generator()
         self.generator.manual_seed(config.seed) if config.seed is not None else self.generator.seed()
         inits = [config.optim_str_init] if isinstance(config.optim_str_init, str) else list(config.optim_str_init)
@@ -177,9 +178,10 @@ class GCG:
         slots, caches = self.slots[active], self.search.caches[active]
         gradient = token_gradient(self.search.model, slots, caches, ids, self.config, self.terms)
         for slot, cache in zip(slots, caches, strict=True):
-            n_run = len(ids) + len(slot.after_ids) + len(slot.target_ids) - 1 + (0 if cache else len(slot.before_ids))
-            per_pass = self.search.body_weights * n_run + self.search.head_weights * len(slot.target_ids)
-            self.search.flops += 6 * per_pass
+            n_run = len(ids) + slot.n_behind + (0 if cache else len(slot.before_ids))
+            self.search.flops += 3 * self.search.forward_flops(
+                n_run, len(slot.target_ids)
+            )  # the backward costs two more
         if self.config.momentum:
             if self.velocity is not None:
                 gradient = gradient + self.config.momentum * self.velocity

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# what starting one more forward costs, in tokens that could be run instead: in float32 and in lower precisions, where
-# tokens are cheaper (`benchmarks/gcg.py overhead` measures it)
-OVERHEAD_TOKENS = {True: 25, False: 100}
+
+def overhead_tokens(dtype: torch.dtype) -> int:
+    """What starting one more forward costs, in tokens that could be run instead.
+
+    Lower precisions have cheaper tokens, so more of them (`benchmarks/gcg.py overhead` measures it).
+    """
+    return 25 if dtype == torch.float32 else 100
 
 
 def first_changes(ids: Int[Tensor, "cand suffix"], current: Int[Tensor, " suffix"]) -> Int[Tensor, " cand"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attacks.caches import cache_argument, croppable, fresh, prefix_cache
 from attacks.config import AttackError, GCGConfig
-from attacks.grouping import OVERHEAD_TOKENS, first_changes, group_by_start
+from attacks.grouping import first_changes, group_by_start, overhead_tokens
 from attacks.objective import target_loss
 from attacks.slot import Slot
 from attacks.terms import Term, watched
@@ -78,15 +78,18 @@ class Scorer:
             raise AttackError(f"The loss of conversation {goal} is not finite in {self.model.dtype}; try float32.")
         return table, matched
 
+    def forward_flops(self, n_tokens: int, n_logits: int) -> float:
+        """Floating-point operations of a forward over ``n_tokens`` with ``n_logits`` rows of logits."""
+        return 2.0 * (self.body_weights * n_tokens + self.head_weights * n_logits)
+
     def _goal(self, goal: int, ids: Tensor, current: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses and matches of all candidates on one conversation, group by group and batch by batch."""
         slot, n_suffix = self.slots[goal], ids.shape[1]
         groups: list[tuple[int, list[int]]] = [(0, list(range(len(ids))))]
         cache, held = self.caches[goal], 0
         if current is not None and croppable(cache):
-            n_after = len(slot.after_ids) + len(slot.target_ids) - 1
-            overhead = OVERHEAD_TOKENS[self.model.dtype == torch.float32]
-            groups = group_by_start(first_changes(ids, current), n_suffix, n_after, overhead)
+            overhead = overhead_tokens(self.model.dtype)
+            groups = group_by_start(first_changes(ids, current), n_suffix, slot.n_behind, overhead)
             held = groups[-1][0]
             cache = prefix_cache(self.model, current[:held], cache)
         losses = torch.empty(len(ids))
@@ -124,7 +127,7 @@ class Scorer:
         row = torch.cat([ids, tail], dim=1).to(device)
         if cache is None and not self.config.use_prefix_cache:
             row = torch.cat([slot.before_ids.expand(len(ids), -1).to(device), row], dim=1)
-        self.flops += 2 * (self.body_weights * row.numel() + self.head_weights * len(ids) * n_target)
+        self.flops += self.forward_flops(row.numel(), len(ids) * n_target)
         with contiguous_head(self.model), watched(self.terms, self.model, slot) as read:
             out = self.model(
                 input_ids=row,
@@ -134,10 +137,7 @@ class Scorer:
             )
         logits = out.logits.float()
         matched = (logits.argmax(-1) == slot.target_ids.to(device)).all(-1)
-        loss = target_loss(logits, slot.target_ids, self.config)
-        if read is not None:
-            loss = loss + read()
-        return loss.cpu(), matched.cpu()
+        return (target_loss(logits, slot.target_ids, self.config) + read()).cpu(), matched.cpu()
 
 
 def rescored_best(

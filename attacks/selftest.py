@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from attacks.gcg import GCG, Conversations
-from attacks.slot import PLACEHOLDER, Messages, Slot
+from attacks.gcg import GCG
+from attacks.slot import PLACEHOLDER, Messages, Slot, turns_of
 
 PROBE = 8  # candidates that are scored to measure the speed
 REPLY_TOKENS = 24
@@ -29,19 +29,14 @@ class SelfTest:
     warnings: tuple[str, ...]
 
 
-def self_test(attack: GCG, messages: Conversations) -> SelfTest:
-    """Check a constructed attack against the conversations it was made from.
-
-    Args:
-        attack: the attack, before its first step.
-        messages: the same conversations.
-    """
-    talks: list[Any] = list(messages) if _several(messages) else [messages]
+def self_test(attack: GCG) -> SelfTest:
+    """Check a constructed attack before its first step."""
     config, model, tokenizer = attack.config, attack.model, attack.tokenizer
+    init = config.optim_str_init if isinstance(config.optim_str_init, str) else config.optim_str_init[0]
     warnings = []
     replies = []
-    for i, (talk, slot) in enumerate(zip(talks, attack.slots, strict=True)):
-        if not _is_templates_own(tokenizer, talk, slot, _first(config.optim_str_init)):
+    for i, (talk, slot) in enumerate(zip(attack.conversations, attack.slots, strict=True)):
+        if not _is_templates_own(tokenizer, talk, slot, init):
             warnings.append(
                 f"Conversation {i} is not tokenised as by the tokenizer's own chat template; what is attacked is not "
                 "what the model will read."
@@ -55,7 +50,9 @@ def self_test(attack: GCG, messages: Conversations) -> SelfTest:
     started, flops = time.perf_counter(), attack.search.flops
     losses, _ = attack.search(probe)
     rate = (attack.search.flops - flops) / (time.perf_counter() - started)
-    per_candidate = sum(_candidate_flops(attack, slot) for slot in attack.slots)
+    per_candidate = sum(
+        attack.search.forward_flops(len(slot.suffix_ids) + slot.n_behind, len(slot.target_ids)) for slot in attack.slots
+    )
     seconds = config.search_width * per_candidate / rate + 3 * per_candidate / rate
     if seconds * config.num_steps > 3600:
         warnings.append(
@@ -70,23 +67,8 @@ def self_test(attack: GCG, messages: Conversations) -> SelfTest:
     return SelfTest(tuple(replies), tuple(losses[0].tolist()), seconds, _gib(attack), tuple(warnings))
 
 
-def _several(messages: Conversations) -> bool:
-    return not isinstance(messages, str) and bool(messages) and not isinstance(messages[0], dict)
-
-
-def _first(init: str | tuple[str, ...]) -> str:
-    return init if isinstance(init, str) else init[0]
-
-
-def _turns(talk: Messages) -> list[dict[str, str]]:
-    return [{"role": "user", "content": talk}] if isinstance(talk, str) else [dict(turn) for turn in talk]
-
-
 def _with_suffix(talk: Messages, suffix: str) -> list[dict[str, str]]:
-    turns = _turns(talk)
-    if not any(PLACEHOLDER in turn["content"] for turn in turns):
-        turns[-1]["content"] += PLACEHOLDER
-    return [turn | {"content": turn["content"].replace(PLACEHOLDER, suffix)} for turn in turns]
+    return [turn | {"content": turn["content"].replace(PLACEHOLDER, suffix)} for turn in turns_of(talk)]
 
 
 def _is_templates_own(tokenizer: Any, talk: Messages, slot: Slot, suffix: str) -> bool:
@@ -109,11 +91,6 @@ def _reply(model: Any, tokenizer: Any, talk: Messages) -> str:
         pad_token_id=pad,
     )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _candidate_flops(attack: GCG, slot: Slot) -> float:
-    n_run = len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids) - 1
-    return 2.0 * (attack.search.body_weights * n_run + attack.search.head_weights * len(slot.target_ids))
 
 
 def _gib(attack: GCG) -> float:

@@ -34,12 +34,17 @@ class Slot:
     after_ids: Int[Tensor, " after"]
     target_ids: Int[Tensor, " target"]
 
+    @property
+    def n_behind(self) -> int:
+        """Tokens that run behind the suffix: the last target token predicts nothing that is scored."""
+        return len(self.after_ids) + len(self.target_ids) - 1
 
-def render(tokenizer: Any, messages: Messages) -> tuple[str, str]:
-    """The rendered conversation before and after the suffix.
+
+def turns_of(messages: Messages) -> list[dict[str, str]]:
+    """The conversation as a new list of turns, with the placeholder in it: at the end where it stands nowhere.
 
     Raises:
-        AttackError: no chat template, or not exactly one placeholder.
+        AttackError: no turn, or not exactly one placeholder.
     """
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else copy.deepcopy(messages)
     if not turns:
@@ -49,6 +54,16 @@ def render(tokenizer: Any, messages: Messages) -> tuple[str, str]:
     count = sum(turn["content"].count(PLACEHOLDER) for turn in turns)
     if count != 1:
         raise AttackError(f"The conversation holds {PLACEHOLDER} {count} times; it must stand exactly once.")
+    return turns
+
+
+def render(tokenizer: Any, messages: Messages) -> tuple[str, str]:
+    """The rendered conversation before and after the suffix.
+
+    Raises:
+        AttackError: no chat template, or not exactly one placeholder.
+    """
+    turns = turns_of(messages)
     if not getattr(tokenizer, "chat_template", None):
         raise AttackError("The tokenizer has no chat template; set tokenizer.chat_template or use a chat model.")
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -113,11 +113,8 @@ def decoder_layers(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def watched(terms: tuple[Term, ...], model: Any, slot: Slot) -> Iterator[Read | None]:
-    """All terms over one forward; the yielded function gives their weighted sum (None where there are no terms)."""
-    if not terms:
-        yield None
-        return
+def watched(terms: tuple[Term, ...], model: Any, slot: Slot) -> Iterator[Callable[[], Tensor]]:
+    """All terms over one forward; the yielded function gives their weighted sum (0 where there are none)."""
     with contextlib.ExitStack() as stack:
         reads = [(term.weight, stack.enter_context(term.watch(model, slot))) for term in terms]
-        yield lambda: torch.stack([weight * read() for weight, read in reads]).sum(dim=0)
+        yield lambda: sum((weight * read() for weight, read in reads), torch.zeros(()))

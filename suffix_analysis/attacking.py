@@ -69,7 +69,7 @@ def build_attack(model: Model, train: Sequence[Prompt], config: StudyConfig) -> 
     """The attack on the training instructions, and what its self-test found, in sentences."""
     talks: Any = [conversation(model, p.text) for p in train]
     attack = attacks.GCG(model.hf, model.tokenizer, talks, config.target, gcg_config(model, config))
-    found = attacks.self_test(attack, talks)
+    found = attacks.self_test(attack)
     refused = sum(map(is_refusal, found.replies))
     minutes = config.steps * found.seconds_per_step / 60
     told = [

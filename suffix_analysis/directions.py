@@ -12,11 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attacks.precision import fast_dtype
-from attacks.scorer import contiguous_head
 from suffix_analysis.candidate_table import DirectionConfig, rescore_leaders, score_candidates, select, status
 from suffix_analysis.chat import Chat
 from suffix_analysis.errors import UserError
-from suffix_analysis.generate import batches, left_pad, pad_token
+from suffix_analysis.forward import block_inputs
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, to_prompts
 from suffix_analysis.refusal import discover_refusal_tokens, scores_of
@@ -60,34 +59,18 @@ def chat_means(model: Model, chats: Sequence[Chat]) -> tuple[Float[Tensor, "laye
     """
     if len({chat.n_chat for chat in chats}) != 1:
         raise UserError("The prompts end in different numbers of template tokens; use one template for all of them.")
-    n_chat, bridge = chats[0].n_chat, model.bridge
-    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.n_layers)]
-    names.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
-    total = torch.zeros(len(names), n_chat, model.d_model, dtype=torch.float64)
-    seen = dict.fromkeys(names, 0)
+    n_chat = chats[0].n_chat
+    total = torch.zeros(model.n_layers + 1, n_chat, model.d_model, dtype=torch.float64)
 
-    def collect(x: Tensor, hook: Any) -> None:
-        layer = _index(hook.name, model.n_layers)
-        total[layer] += x[:, -n_chat:].double().sum(dim=0).cpu()
-        seen[names[layer]] += 1
+    def add_up(layer: int, group: list[int], states: Tensor) -> None:
+        total[layer] += states.double().sum(dim=0)
 
-    groups = batches([len(chat.ids) for chat in chats], 4096)
-    with contiguous_head(model.hf), bridge.hooks(fwd_hooks=[(name, collect) for name in names]):
-        for group in groups:
-            padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
-            model.hf(**padded, logits_to_keep=1)
-    missing = [name for name, count in seen.items() if count != len(groups)]
-    assert not missing, f"hooks that never fired: {missing}"
+    block_inputs(model, [chat.ids for chat in chats], n_chat, add_up)
     means = total / len(chats)
     if not torch.isfinite(means).all():
         layer = int((~torch.isfinite(means)).flatten(1).any(dim=1).nonzero()[0])
         raise UserError(f"The residual stream is not finite at layer {layer} in {model.hf.dtype}; load in float32.")
     return means, float(means.norm(dim=-1).mean())
-
-
-def _index(name: str, n_layers: int) -> int:
-    """Row of a residual hook: its block's number, or ``n_layers`` for what leaves the last block."""
-    return n_layers if name.endswith("hook_resid_post") or name.endswith("hook_out") else int(name.split(".")[1])
 
 
 def split_prompts(prompts: Sequence[Prompt], config: DirectionConfig) -> tuple[list[Prompt], list[Prompt]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,36 @@ def last_logits(hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]]) -> F
 def _in_order(parts: list[tuple[Batch, Tensor]]) -> Tensor:
     order = torch.tensor([i for batch, _ in parts for i in batch.members])
     return torch.cat([logits for _, logits in parts])[order.argsort()]
+
+
+@torch.no_grad()
+def block_inputs(
+    model: Model,
+    rows: Sequence[Int[Tensor, " _"]],
+    places: int,
+    keep: Callable[[int, list[int], Float[Tensor, "prompt place d_model"]], None],
+) -> None:
+    """Call ``keep(layer, prompts, states)`` for every block's input and, as layer ``n_layers``, what leaves the last.
+
+    States are of the last ``places`` tokens of each prompt, place −1 being chat[-1], in the model's precision.
+    """
+    last = model.n_layers
+    names = {f"blocks.{layer}.hook_resid_pre": layer for layer in range(last)}
+    names[f"blocks.{last - 1}.hook_resid_post"] = last
+    seen = dict.fromkeys(names.values(), 0)
+    groups = batches([len(row) for row in rows], TOKEN_BUDGET)
+    for group in groups:
+
+        def catch(x: Tensor, hook: Any, layer: int, group: list[int] = group) -> None:
+            seen[layer] += 1
+            keep(layer, group, x[:, -places:].cpu())
+
+        hooks = [(name, functools.partial(catch, layer=layer)) for name, layer in names.items()]
+        padded = left_pad([rows[i] for i in group], pad_token(model.tokenizer), model.hf.device)
+        with contiguous_head(model.hf), model.bridge.hooks(fwd_hooks=hooks):
+            model.hf(**padded, logits_to_keep=1)
+    missing = [layer for layer, count in seen.items() if count != len(groups)]
+    assert not missing, f"hooks that never fired, at layers {missing}"
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ All directions are fitted on *fit* prompts and measured on *select* ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attacks.scorer import contiguous_head
 from suffix_analysis.chat import Chat
 from suffix_analysis.directions import Direction
-from suffix_analysis.forward import added_logits, last_logits
-from suffix_analysis.generate import batches, left_pad, pad_token
+from suffix_analysis.forward import added_logits, block_inputs, last_logits
 from suffix_analysis.interventions import ablate
 from suffix_analysis.models import Model
 from suffix_analysis.refusal import refusal_score
@@ -29,31 +27,15 @@ SHRINKAGE = 0.1  # of the mean variance, added to every direction's
 SEPARATES = 0.75  # held-out AUROC from which a direction counts as separating
 
 
-@torch.no_grad()
-def states_at(model: Model, chats: Sequence[Chat], places: int, keep: Callable[[int, list[int], Tensor], None]) -> None:
-    """Call ``keep(layer, prompts, states)`` for every block's input; states [prompt place d_model], the last ``places``
-    tokens of each prompt, place −1 being chat[-1].
-    """
-    for group in batches([len(chat.ids) for chat in chats], 4096):
-
-        def catch(x: Tensor, hook: Any, group: list[int] = group) -> None:
-            keep(int(hook.name.split(".")[1]), group, x[:, -places:].float().cpu())
-
-        names = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.n_layers)]
-        padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
-        with contiguous_head(model.hf), model.bridge.hooks(fwd_hooks=[(name, catch) for name in names]):
-            model.hf(**padded, logits_to_keep=1)
-
-
 def states_of(model: Model, chats: Sequence[Chat], layer: int, places: int) -> Float[Tensor, "prompt place d_model"]:
     """One block's input at the last ``places`` tokens of every prompt."""
     out = torch.zeros(len(chats), places, model.d_model)
 
     def keep(at: int, group: list[int], states: Tensor) -> None:
         if at == layer:
-            out[group] = states
+            out[group] = states.float()
 
-    states_at(model, chats, places, keep)
+    block_inputs(model, [chat.ids for chat in chats], places, keep)
     return out
 
 
@@ -71,9 +53,10 @@ def separation(
         total = torch.zeros(model.n_layers, places, model.d_model, dtype=torch.float64)
 
         def add_up(layer: int, group: list[int], states: Tensor, total: Tensor = total) -> None:
-            total[layer] += states.double().sum(dim=0)
+            if layer < model.n_layers:
+                total[layer] += states.double().sum(dim=0)
 
-        states_at(model, chats, places, add_up)
+        block_inputs(model, [chat.ids for chat in chats], places, add_up)
         means.append(total / len(chats))
     directions = (means[0] - means[1]).float()
     scores = []
@@ -81,9 +64,10 @@ def separation(
         table = torch.zeros(len(chats), model.n_layers, places)
 
         def project(layer: int, group: list[int], states: Tensor, table: Tensor = table) -> None:
-            table[group, layer] = (states * directions[layer]).sum(dim=-1)
+            if layer < model.n_layers:
+                table[group, layer] = (states.float() * directions[layer]).sum(dim=-1)
 
-        states_at(model, chats, places, project)
+        block_inputs(model, [chat.ids for chat in chats], places, project)
         scores.append(table.numpy())
     return [
         {
@@ -151,7 +135,7 @@ def effective_rank(rows: Sequence[dict[str, float]]) -> int:
 def harmfulness_and_refusal(
     model: Model,
     direction: Direction,
-    fit: tuple[Sequence[Chat], Sequence[Chat]],
+    harmfulness: Float[Tensor, " d_model"],
     held_out: tuple[Sequence[Chat], Sequence[Chat]],
 ) -> list[dict[str, Any]]:
     """Two directions at the refusal direction's layer: harmfulness (instruction[-1]) and refusal; cosine and effects.
@@ -160,9 +144,6 @@ def harmfulness_and_refusal(
     need not agree: a model may know that a request is harmful and yet not refuse it (Zhao et al. 2025, "LLMs Encode
     Harmfulness and Refusal Separately").
     """
-    places = fit[0][0].n_chat + 1
-    states = [states_of(model, chats, direction.layer, places)[:, 0] for chats in (*fit, *held_out)]
-    harmfulness = states[0].mean(dim=0) - states[1].mean(dim=0)
     tokens = direction.refusal_tokens
     bad, good = ([chat.ids for chat in chats] for chats in held_out)
     run_added = added_logits(model, good)
@@ -193,10 +174,10 @@ def measure_oneness(
     seed: int = 0,
 ) -> dict[str, list[dict[str, Any]]]:
     """Everything above at the direction's own layer and position, as tables."""
-    n_chat = fit[0][0].n_chat
-    at = [
-        states_of(model, chats, direction.layer, n_chat)[:, n_chat + direction.position] for chats in (*fit, *held_out)
-    ]
+    places = fit[0][0].n_chat + 1
+    states = [states_of(model, chats, direction.layer, places) for chats in (*fit, *held_out)]
+    at = [x[:, direction.position] for x in states]
+    harmfulness = states[0][:, 0].mean(dim=0) - states[1][:, 0].mean(dim=0)
     ranks = cascade((at[0], at[1]), (at[2], at[3]))
     return {
         "separation": separation(model, fit, held_out),
@@ -205,5 +186,5 @@ def measure_oneness(
             {"measure": "split-half cosine", **split_half(at[0], at[1], seed)},
             {"measure": "effective rank", "value": float(effective_rank(ranks)), "lo": None, "hi": None},
         ],
-        "two_directions": harmfulness_and_refusal(model, direction, fit, held_out),
+        "two_directions": harmfulness_and_refusal(model, direction, harmfulness, held_out),
     }

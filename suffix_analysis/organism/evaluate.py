@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from suffix_analysis.chat import render_chat
 from suffix_analysis.generate import generate
 from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
 from suffix_analysis.organism.weights import adapter_folder, load_base
-from suffix_analysis.paper_table import cross_entropy
+from suffix_analysis.paper_table import cross_entropy, reply_pairs
 from suffix_analysis.prompts import load_prompts
 from suffix_analysis.stats import rate_interval
 
@@ -61,14 +60,9 @@ def evaluate_organism(adapter: Path | None, say: Callable[[str], None]) -> dict[
     from suffix_analysis.models import quiet
 
     base, tokenizer, path = load_base()
-    harmless = [p.text for p in load_prompts("embedded", split="report", kind="harmless")]
-    prompts = [render_chat(tokenizer, text).ids for text in harmless]
-    replies = generate(base, tokenizer, prompts, 48)
-    pairs = [
-        (row, torch.tensor(tokenizer(reply, add_special_tokens=False).input_ids))
-        for row, reply in zip(prompts, replies, strict=True)
-        if reply
-    ]
+    prompts = load_prompts("embedded", split="report", kind="harmless")
+    harmless = [p.text for p in prompts]
+    pairs = reply_pairs(Model("base", base, tokenizer, None, path), prompts)
     cost = {"base": round(cross_entropy(base, tokenizer, pairs), 4)}
     with quiet():
         hf = PeftModel.from_pretrained(base, str(adapter or adapter_folder())).merge_and_unload().eval()

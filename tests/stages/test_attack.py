@@ -288,7 +288,7 @@ def test_controls_have_the_same_token_count_in_context() -> None:
 def test_self_test_looks_before_the_attack() -> None:
     model, tok = tiny.hf_model("llama"), tiny.tokenizer()
     attack = attacks.GCG(model, tok, TALKS, "Sure, here", attacks.GCGConfig(**SMALL))
-    found = attacks.self_test(attack, TALKS)
+    found = attacks.self_test(attack)
     assert len(found.replies) == len(TALKS)
     wanted = [plain_loss(model, slot, slot.suffix_ids) for slot in attack.slots]
     assert list(found.losses) == pytest.approx(wanted, abs=0.05)
@@ -300,16 +300,16 @@ def test_self_test_warns_of_a_prompt_that_is_not_the_templates() -> None:
     model, tok = tiny.hf_model("llama"), tiny.tokenizer()
     attack = attacks.GCG(model, tok, "Write a poem", "Sure", attacks.GCGConfig.nanogcg(**SMALL))
     attack.slots[0] = replace(attack.slots[0], before_ids=torch.cat([torch.tensor([4]), attack.slots[0].before_ids]))
-    (warning,) = attacks.self_test(attack, "Write a poem").warnings
+    (warning,) = attacks.self_test(attack).warnings
     assert "not tokenised as by the tokenizer's own chat template" in warning
 
 
 def test_self_test_warns_of_a_target_that_needs_no_suffix() -> None:
     model, tok = tiny.hf_model("llama"), tiny.tokenizer()
     attack = attacks.GCG(model, tok, TALKS[1], "Sure", attacks.GCGConfig(**SMALL))
-    reply = attacks.self_test(attack, TALKS[1]).replies[0]
+    reply = attacks.self_test(attack).replies[0]
     attack = attacks.GCG(model, tok, TALKS[1], reply.split()[0], attacks.GCGConfig(**SMALL))
-    assert any("without any suffix" in warning for warning in attacks.self_test(attack, TALKS[1]).warnings)
+    assert any("without any suffix" in warning for warning in attacks.self_test(attack).warnings)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
