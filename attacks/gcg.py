@@ -65,6 +65,7 @@ class GCG:
         _check(self.slots, model, config)
         self.model = model
         self.search, self.exact = self._scorers(model)
+        self._both = [scorer for scorer in (self.search, self.exact) if scorer is not None]
         self.forbidden = forbidden_ids(
             tokenizer,
             model.get_input_embeddings().weight.shape[0],
@@ -82,9 +83,8 @@ class GCG:
         self.buffer: list[Entry] = self._initial_buffer(inits)
 
     def _activate(self, n_goals: int) -> None:
-        for scorer in (self.search, self.exact):
-            if scorer is not None:
-                scorer.active = n_goals
+        for scorer in self._both:
+            scorer.active = n_goals
 
     def _scorers(self, model: Any) -> tuple[Scorer, Scorer | None]:
         own = next(model.parameters()).dtype
@@ -168,7 +168,7 @@ class GCG:
         self.best, self.best_step = (loss, best, self._string(best)), self.step
 
     def _flops(self) -> float:
-        return self.search.flops + (self.exact.flops if self.exact is not None else 0.0)
+        return sum(scorer.flops for scorer in self._both)
 
     def _gradient(self, ids: Tensor) -> Tensor:
         if self.config.compat:
@@ -207,7 +207,7 @@ class GCG:
             "buffer": [[loss, list(ids)] for loss, ids in self.buffer],
             "best": [self.best[0], list(self.best[1]), self.best[2]],
             "generator": bytes(self.generator.get_state().tolist()).hex(),
-            "batch_size": self.search.batch_size,
+            "batches": [[scorer.batch_size, scorer.memory] for scorer in self._both],
             "active": self.search.active,
             "best_step": self.best_step,
             "error": self.search.error,
@@ -231,7 +231,8 @@ class GCG:
         self.buffer = [(loss, tuple(ids)) for loss, ids in state["buffer"]]
         self.best = (state["best"][0], tuple(state["best"][1]), state["best"][2])
         self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
-        self.search.batch_size = state["batch_size"]
+        for scorer, (batch_size, memory) in zip(self._both, state["batches"], strict=True):
+            scorer.batch_size, scorer.memory = batch_size, memory
         self._activate(state["active"])
         self.best_step, self.search.error = state["best_step"], state["error"]
         self.velocity = None if state["velocity"] is None else _unpack(state["velocity"])

@@ -14,13 +14,13 @@ from torch import Tensor
 from attacks.caches import cache_argument, croppable, fresh, prefix_cache
 from attacks.config import AttackError, GCGConfig
 from attacks.grouping import first_changes, group_by_start, overhead_tokens
+from attacks.memory import free_bytes, most_candidates
 from attacks.objective import target_loss
 from attacks.slot import Slot
 from attacks.terms import Term, watched
 
-LOGIT_BUDGET = 2**27  # logits held at once (512 MB in float32); candidates are scored in batches below it
+SCOUTS = 4  # candidates that are scored completely before any is dropped
 ERROR_MEMORY = 0.9  # share of a seen rounding error that is remembered in the next step
-TOKEN_BUDGET = 8192  # tokens in one forward: larger batches gain nothing on two cores and cost memory
 
 
 @contextlib.contextmanager
@@ -55,6 +55,7 @@ class Scorer:
         keep = self.config.use_prefix_cache
         self.caches = [prefix_cache(self.model, slot.before_ids) if keep else None for slot in self.slots]
         self.batch_size = self.config.batch_size
+        self.memory = free_bytes(self.model.device)  # once: batches must not depend on the moment
         self.active = len(self.slots)
         self.flops = 0.0
         self.error: float | None = None  # of this scorer's mean losses, where a more exact one checks them
@@ -62,21 +63,49 @@ class Scorer:
         self.body_weights = body_weights(self.model)
 
     def __call__(
-        self, ids: Int[Tensor, "cand suffix"], current: Int[Tensor, " suffix"] | None = None
+        self,
+        ids: Int[Tensor, "cand suffix"],
+        current: Int[Tensor, " suffix"] | None = None,
+        margin: float | None = None,
     ) -> tuple[Float[Tensor, "cand goal"], Tensor]:
         """Loss of every candidate on every active conversation, and whether greedy decoding would give the target.
 
         ``current`` is the suffix that the candidates were drawn from: what they have in common with it runs only once.
+        With ``margin``, only candidates whose mean loss is at most the best one's + ``margin`` are sure to be scored
+        completely. Others are dropped, with infinite losses, once their sum over some conversations is too large.
 
         Raises:
             AttackError: a loss is not finite (the candidate's conversation is named).
         """
-        parts = [self._goal(goal, ids, current) for goal in range(self.active)]
-        table, matched = (torch.stack(list(part), dim=1) for part in zip(*parts, strict=True))
-        if not torch.isfinite(table).all():
-            goal = int((~torch.isfinite(table)).any(dim=0).nonzero()[0])
-            raise AttackError(f"The loss of conversation {goal} is not finite in {self.model.dtype}; try float32.")
+        table = torch.full((len(ids), self.active), float("inf"))
+        matched = torch.zeros(len(ids), self.active, dtype=torch.bool)
+        sums = torch.zeros(len(ids))
+
+        def fill(rows: Tensor, goal: int) -> None:
+            if not len(rows):
+                return
+            table[rows, goal], matched[rows, goal] = self._goal(goal, ids[rows], current)
+            sums[rows] += table[rows, goal]
+            if not torch.isfinite(sums).all():
+                raise AttackError(f"The loss of conversation {goal} is not finite in {self.model.dtype}; try float32.")
+
+        rest, bound = torch.arange(len(ids)), float("inf")
+        for goal in range(self.active):
+            # complete a few once it is likely that others then need not be
+            likely = goal and float(sums[rest].max()) > float(sums[rest].min()) * self.active / goal
+            if margin is not None and self._droppable and bound == float("inf") and likely:
+                scouts, rest = rest[sums[rest].argsort()].tensor_split([SCOUTS])
+                for other in range(goal, self.active):
+                    fill(scouts, other)
+                bound = float(sums[scouts].min()) + margin * self.active
+            rest = rest[sums[rest] <= bound]
+            fill(rest, goal)
         return table, matched
+
+    @property
+    def _droppable(self) -> bool:
+        """Whether every part of a sum is at least 0: true of cross-entropy alone."""
+        return self.active > 1 and not self.config.use_mellowmax and not self.terms
 
     def forward_flops(self, n_tokens: int, n_logits: int) -> float:
         """Floating-point operations of a forward over ``n_tokens`` with ``n_logits`` rows of logits."""
@@ -100,12 +129,16 @@ class Scorer:
         return losses, matched
 
     def _chunks(self, goal: int, members: Tensor, n_run: int) -> Iterator[Tensor]:
+        yield from members.split(self.batch_size or self.most(goal, n_run))
+
+    def most(self, goal: int, n_run: int) -> int:
+        """Candidates in one forward that runs the last ``n_run`` of the suffix's tokens."""
         slot = self.slots[goal]
-        length = n_run + len(slot.after_ids) + len(slot.target_ids)
-        length += 0 if self.config.use_prefix_cache else len(slot.before_ids)
-        vocab = self.model.get_output_embeddings().weight.shape[0]
-        most = min(LOGIT_BUDGET // (vocab * len(slot.target_ids)), TOKEN_BUDGET // length)
-        yield from members.split(max(1, self.batch_size or most))
+        n_target, n_before = len(slot.target_ids), len(slot.before_ids)
+        length = n_run + len(slot.after_ids) + n_target
+        total = n_before + len(slot.suffix_ids) + len(slot.after_ids) + n_target
+        length += 0 if self.config.use_prefix_cache else n_before
+        return most_candidates(self.model, length, total, n_target, self.memory)
 
     def _score(self, goal: int, ids: Tensor, cache: Any, drop: int) -> tuple[Tensor, Tensor]:
         """One batch on one conversation; halves the batch when memory runs out."""
@@ -148,14 +181,16 @@ def rescored_best(
     With ``exact`` given, ``search`` only shortlists and ``exact`` decides: at most ``config.rescore`` candidates, and
     of those only the ones that the search's error, as seen so far, could have kept from winning.
     """
-    losses, matched = search(ids, current)
+    margin = 0.0 if exact is None else None if search.error is None else 2 * search.error
+    losses, matched = search(ids, current, margin)
     means = losses.mean(dim=1)
     if exact is not None:
         order = means.argsort()[: search.config.rescore]
         if search.error is not None:
             order = order[means[order] <= means[order[0]] + 2 * search.error]
-        losses, matched = exact(ids[order], current)
-        seen = float((losses.mean(dim=1) - means[order]).abs().max())
+        losses, matched = exact(ids[order], current, 0.0)
+        errors = (losses.mean(dim=1) - means[order]).abs()
+        seen = float(errors[errors.isfinite()].max())
         # the largest error seen, slowly forgotten: losses and their rounding shrink as the attack goes on
         search.error = seen if search.error is None else max(seen, ERROR_MEMORY * search.error)
         winner = int(losses.mean(dim=1).argmin())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attacks.gcg import GCG
+from attacks.memory import candidate_bytes
 from attacks.slot import PLACEHOLDER, Messages, Slot, turns_of
 
 PROBE = 8  # candidates that are scored to measure the speed
@@ -94,19 +95,12 @@ def _reply(model: Any, tokenizer: Any, talk: Messages) -> str:
 
 
 def _gib(attack: GCG) -> float:
-    """Logits and keys and values of the largest batch, and the low-precision copy of the weights."""
-    search, slot = attack.search, max(attack.slots, key=lambda s: len(s.target_ids))
-    most = max(
-        len(chunk) for chunk in search._chunks(0, torch.arange(attack.config.search_width), len(slot.suffix_ids))
-    )
-    config = attack.model.config.get_text_config()
-    vocab = attack.model.get_output_embeddings().weight.shape[0]
-    logits = 2 * 4 * most * len(slot.target_ids) * vocab  # and their softmax
-    width = getattr(config, "num_key_value_heads", config.num_attention_heads) * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    n_tokens = len(slot.before_ids) + len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids)
-    size = search.model.dtype.itemsize
-    cache = 2 * size * most * n_tokens * width * config.num_hidden_layers
-    twin = 0 if attack.exact is None else size * (search.body_weights + search.head_weights)
-    return float(logits + cache + twin) / 2**30
+    """The largest batch's memory and the low-precision copy of the weights."""
+    search, most = attack.search, 0
+    for goal, slot in enumerate(search.slots):
+        n_run = len(slot.suffix_ids) + slot.n_behind
+        count = min(attack.config.search_width, search.most(goal, len(slot.suffix_ids)))
+        total = len(slot.before_ids) + n_run + 1
+        most = max(most, count * candidate_bytes(search.model, n_run, total, len(slot.target_ids)))
+    twin = 0 if attack.exact is None else search.model.dtype.itemsize * (search.body_weights + search.head_weights)
+    return (most + twin) / 2**30

@@ -19,7 +19,7 @@ from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
 from suffix_analysis.stats import MIN_SUFFIXES, contrast, interval_table
-from suffix_analysis.traces import IDENTITY_BOUND, Traces, trace
+from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Traces, trace
 
 GAP_FLOOR = 1e-6  # of the mean residual norm: below it the normalised projection is undefined (METHODS §2)
 
@@ -261,8 +261,8 @@ def identity_checks(traces: Sequence[Traces], arms: Sequence[ArmTraces], separat
         {
             "name": "writes add up",
             "value": closure,
-            "bound": 1e-4,
-            "passed": closure <= 1e-4,
+            "bound": CLOSURE_BOUND,
+            "passed": closure <= CLOSURE_BOUND,
             "sentence": "Embedding, attention and MLP writes together equal the final residual's projection on r̂.",
         },
         {

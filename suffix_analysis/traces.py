@@ -20,9 +20,11 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.generate import batches, left_pad, pad_token
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, to_prompts
+from suffix_analysis.residual import PostNorm, multiplier, post_norm
 
 TOKEN_BUDGET = 4096
 IDENTITY_BOUND = 1e-5  # of the write's length (METHODS §3)
+CLOSURE_BOUND = 1e-4  # of the final residual stream's length: a sum over all layers
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Traces:
     layer + 1).
     ``attention`` and ``contribution``: summed over each region of ``REGIONS``; contributions are exact shares of the
     attention write, not effects of deleting the source. ``attention_bias``, ``attention_out``, ``mlp_out`` and
-    ``embedding`` are the other terms. ``rows`` (where kept): per prompt, attention and contribution by token.
+    ``embedding`` (block 0's input) are the other terms. ``rows`` (where kept): per prompt, attention and contribution
+    by token.
     ``identity`` is the largest error of Σ contributions + bias against the write, as a share of the write's length;
     ``closure`` that of embedding + Σ writes against the final residual, as a share of its length.
     """
@@ -59,9 +62,17 @@ class Traces:
 
 
 def output_directions(model: Model, unit: Float[Tensor, " d_model"]) -> Float[Tensor, "layer head d_head"]:
-    """W_O r̂ of every head: the dot product of a head's value with it is its write along r̂."""
-    blocks = model.bridge.blocks
-    return torch.stack([block.attn.W_O.detach().float() @ unit.to(block.attn.W_O.device) for block in blocks])
+    """W_O r̂ of every head: the dot product of a head's value with it is its write along r̂.
+
+    With a multiplier m it is m W_O r̂; with a post-norm of weight w, W_O (w ⊙ r̂), and its scale 1/rms is still to be
+    applied (METHODS §3).
+    """
+    found = []
+    for block in model.bridge.blocks:
+        norm, weight = post_norm(block, model.d_model), block.attn.W_O.detach().float()
+        target = (unit if norm is None else unit * norm.weight.to(unit.device)).to(weight.device)
+        found.append(multiplier(model) * (weight @ target).to(unit.device))
+    return torch.stack(found)
 
 
 def trace(
@@ -71,6 +82,7 @@ def trace(
     *,
     suffix: str = "",
     keep_rows: bool = False,
+    check: bool = True,
     on_batch: Callable[[int], None] | None = None,
 ) -> Traces:
     """Run every prompt once and record what happens at chat[-1] along the direction.
@@ -81,6 +93,7 @@ def trace(
         direction: a direction, or a vector.
         suffix: text after every instruction.
         keep_rows: keep attention and contribution by source token, not only by region.
+        check: refuse traces whose identities fail; ``identity`` and ``closure`` are there either way.
         on_batch: called with the number of prompts done after each batch.
 
     Raises:
@@ -99,7 +112,10 @@ def trace(
         kept.update(zip(group, records, strict=True))
         if on_batch is not None:
             on_batch(len(group))
-    return _collect(model, chats, [kept[i] for i in range(len(chats))], unit)
+    traces = _collect(model, chats, [kept[i] for i in range(len(chats))], unit)
+    if check:
+        _check(traces, model)
+    return traces
 
 
 def _as_prompts(prompts: Sequence[Prompt | str | Chat]) -> list[Any]:
@@ -109,16 +125,25 @@ def _as_prompts(prompts: Sequence[Prompt | str | Chat]) -> list[Any]:
 @torch.no_grad()
 def _batch(model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_rows: bool) -> list[dict[str, Any]]:
     """One padded forward; returns a record per prompt."""
-    n_layers = model.n_layers
+    n_layers, factor = model.n_layers, multiplier(model)
+    norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
     seen: dict[tuple[str, int], Tensor] = {}
 
-    def at_end(kind: str, layer: int) -> tuple[str, Callable[[Tensor, Any], None]]:
+    def at_end(kind: str, layer: int) -> Callable[[Tensor, Any], None]:
+        times = 1.0 if kind == "resid" else factor
+
         def take(x: Tensor, hook: Any) -> None:
-            last = x[:, -1].float()
+            last = times * x[:, -1].float()
             seen[kind, layer] = last @ unit
             seen[kind + "_norm", layer] = last.norm(dim=-1)
 
-        return kind, take
+        return take
+
+    def before_norm(layer: int, norm: PostNorm) -> Callable[[Tensor, Any], None]:
+        def take(y: Tensor, hook: Any) -> None:
+            seen["scale", layer] = norm.scale(y[:, -1])
+
+        return take
 
     def values(layer: int) -> Callable[[Tensor, Any], None]:
         def take(v: Tensor, hook: Any) -> None:
@@ -134,16 +159,18 @@ def _batch(model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_ro
 
         return take
 
-    hooks: list[tuple[str, Any]] = [("hook_embed", at_end("embed", 0)[1])]
+    hooks: list[tuple[str, Any]] = []
     for layer in range(n_layers):
         hooks += [
-            (f"blocks.{layer}.hook_resid_pre", at_end("resid", layer)[1]),
-            (f"blocks.{layer}.hook_attn_out", at_end("attn", layer)[1]),
-            (f"blocks.{layer}.hook_mlp_out", at_end("mlp", layer)[1]),
+            (f"blocks.{layer}.hook_resid_pre", at_end("resid", layer)),
+            (f"blocks.{layer}.hook_attn_out", at_end("attn", layer)),
+            (f"blocks.{layer}.hook_mlp_out", at_end("mlp", layer)),
             (f"blocks.{layer}.attn.hook_v", values(layer)),
             (f"blocks.{layer}.attn.hook_pattern", pattern(layer)),
         ]
-    hooks.append((f"blocks.{n_layers - 1}.hook_resid_post", at_end("resid", n_layers)[1]))
+        if (norm := norms[layer]) is not None:
+            hooks.append((f"blocks.{layer}.attn.hook_out", before_norm(layer, norm)))
+    hooks.append((f"blocks.{n_layers - 1}.hook_resid_post", at_end("resid", n_layers)))
     padded = left_pad([chat.ids for chat in chats], pad_token(model.tokenizer), model.hf.device)
     with model.bridge.hooks(fwd_hooks=hooks):
         model.hf(**padded, logits_to_keep=1)
@@ -152,6 +179,9 @@ def _batch(model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_ro
         raise UserError(f"No attention rows came from layers {missing}; the model's attention cannot be traced.")
     rows = torch.stack([seen["row", layer] for layer in range(n_layers)], dim=1).cpu()
     shares = rows * torch.stack([seen["along", layer] for layer in range(n_layers)], dim=1).cpu()
+    for layer, norm in enumerate(norms):
+        if norm is not None:
+            shares[:, layer] *= seen["scale", layer].cpu()[:, None, None]
     stacked = {
         key: torch.stack([seen[key, layer] for layer in range(n_layers + (key.startswith("resid")))], dim=1).cpu()
         for key in ("resid", "resid_norm", "attn", "attn_norm", "mlp")
@@ -161,7 +191,6 @@ def _batch(model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_ro
     for i, chat in enumerate(chats):
         start = width - len(chat.ids)
         record: dict[str, Any] = {key: value[i] for key, value in stacked.items()}
-        record["embed"] = seen["embed", 0][i].cpu()
         record["attention"], record["contribution"] = (
             torch.stack([x[i, :, :, start:][..., chat.regions[name]].sum(-1) for name in REGIONS], dim=-1)
             for x in (rows, shares)
@@ -177,12 +206,13 @@ def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], uni
         return torch.stack([record[key] for record in records])
 
     biases = [_bias(block) for block in model.bridge.blocks]
-    bias = torch.tensor([0.0 if b is None else float(b @ unit.cpu()) for b in biases])
+    bias = multiplier(model) * torch.tensor([0.0 if b is None else float(b @ unit.cpu()) for b in biases])
     written = stack("attn")
     error = (stack("sums").sum(dim=-1) + bias - written).abs() / stack("attn_norm").clamp(min=1e-30)
     final, length = stack("resid")[:, -1], stack("resid_norm")[:, -1]
-    rebuilt = stack("embed") + written.sum(dim=1) + stack("mlp").sum(dim=1)
-    traces = Traces(
+    start = stack("resid")[:, 0]
+    rebuilt = start + written.sum(dim=1) + stack("mlp").sum(dim=1)
+    return Traces(
         chats=tuple(chats),
         projection=stack("resid"),
         norm=stack("resid_norm"),
@@ -190,15 +220,13 @@ def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], uni
         contribution=stack("contribution"),
         attention_out=written,
         mlp_out=stack("mlp"),
-        embedding=stack("embed"),
+        embedding=start,
         attention_bias=bias,
         n_tokens=torch.stack([torch.stack([chat.regions[name].sum() for name in REGIONS]) for chat in chats]).float(),
         rows=tuple(record["rows"] for record in records if record["rows"] is not None),
         identity=float(error.max()),
         closure=float(((rebuilt - final).abs() / length).max()),
     )
-    _check(traces, model)
-    return traces
 
 
 def _bias(block: Any) -> Tensor | None:
@@ -210,9 +238,15 @@ def _check(traces: Traces, model: Model) -> None:
     if not bool(torch.isfinite(traces.projection).all()) or not bool(torch.isfinite(traces.contribution).all()):
         layer = int((~torch.isfinite(traces.projection)).any(dim=0).float().argmax())
         raise UserError(f"The trace is not finite, first at layer {layer} in {model.hf.dtype}; load in float32.")
-    # float32 sums of thousands of terms stay below the bound; lower precisions round each write themselves
-    if model.hf.dtype == torch.float32 and traces.identity > IDENTITY_BOUND:
-        raise UserError(
-            f"{model.name}: head contributions miss the attention write by {traces.identity:.1e} of its length "
-            f"(allowed {IDENTITY_BOUND}); a norm or multiplier after attention is not supported yet."
-        )
+    # float32 sums of thousands of terms stay below the bounds; lower precisions round each write themselves
+    if model.hf.dtype != torch.float32:
+        return
+    for found, bound, sentence in (
+        (traces.identity, IDENTITY_BOUND, "head contributions miss the attention write"),
+        (traces.closure, CLOSURE_BOUND, "the embedding and all writes miss the final residual stream"),
+    ):
+        if not found <= bound:
+            raise UserError(
+                f"{model.name}: {sentence} by {found:.1e} of its length (allowed {bound}); something stands between "
+                "its blocks and the residual stream that is not known here, so it cannot be traced."
+            )

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import load_prompts
+from tests.formats import FORMATS, Format
 
 # a chat format of our own: a system turn, then the user's, then the reply's header
 TEMPLATE = (
@@ -33,26 +34,30 @@ SIZES: dict[str, Any] = {
 }
 
 
+OWN = Format(TEMPLATE, ("<|sys|>", "<|user|>", "<|reply|>", "<|end|>"), "<|end|>")
+
+
 @functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 700 tokens, trained on the embedded prompts."""
+def tokenizer(format_name: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 700 tokens, trained on the embedded prompts, with a chat format of ``FORMATS``."""
+    chat = OWN if format_name is None else FORMATS[format_name]
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|sys|>", "<|user|>", "<|reply|>", "<|end|>"]
+    special = ["<|pad|>", *chat.special]
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tok.train_from_iterator([p.text for p in load_prompts("embedded")], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token="<|end|>")
-    fast.chat_template = TEMPLATE
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token=chat.eos, bos_token=chat.bos)
+    fast.chat_template = chat.template
     return fast
 
 
 def hf_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model; weights are drawn with the seed and do not touch the global generator."""
-    sizes = {**SIZES, "vocab_size": len(tokenizer()), **changes}
-    config = CONFIG_MAPPING[family](**sizes, pad_token_id=0, eos_token_id=4, bos_token_id=None)
+    sizes = {**SIZES, "vocab_size": 700, "pad_token_id": 0, "eos_token_id": 4, "bos_token_id": None, **changes}
+    config = CONFIG_MAPPING[family](**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -64,6 +69,14 @@ def hf_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     return model.to(dtype).eval()
 
 
-def model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
+def model(
+    family: str = "llama",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    format_name: str | None = None,
+    **changes: Any,
+) -> Model:
     """A tiny chat model as the toolkit sees it."""
-    return Model(f"tiny-{family}", hf_model(family, seed, dtype, **changes), tokenizer())
+    tok = tokenizer(format_name)
+    hf = hf_model(family, seed, dtype, eos_token_id=tok.eos_token_id, **changes)
+    return Model(f"tiny-{family}", hf, tok)

@@ -38,6 +38,37 @@ OTHER_FRAMES = (
     "Hello! {whole}",
     "I need your help. {whole}",
 )
+# whole messages in other shapes: what surrounds a request says nothing about it
+WRAPPERS = (
+    "Hi there,\n\n{whole}\n\nBest,\nSam",
+    "Good morning! I hope you are well. {whole} Many thanks in advance.",
+    "Q: {whole}\nA:",
+    "Question 4. {whole}",
+    "Subject: a request\n\n{whole}",
+    'Someone on a forum asks: "{whole}" What would you answer?',
+    'My neighbour wants to know this: "{whole}"',
+    "A visitor of our site typed: {whole} Please respond.",
+    'I found this on a list of things to ask an assistant: "{whole}"',
+    "Instruction: {whole}",
+    "User request -> {whole}",
+    "[begin] {whole} [end]",
+    "- {whole}",
+    "{whole}!!!",
+    "{whole} pls",
+    "ok so {lower}",
+    "umm {lower}?? thank you so much",
+    "yo {lower} :)",
+    "{title}",
+    "{whole} I am asking for a friend.",
+    "{whole} Answer in bullet points.",
+    "{whole} This is urgent.",
+    "I was told that you know everything. {whole}",
+    "You are the best assistant that I know. {whole}",
+    "Last week I asked my brother and he had no idea. {whole}",
+    "Let us talk about something else now. {whole}",
+    "{whole}\n\n(I will read your answer on my phone.)",
+    "First read this, then reply.\n{whole}",
+)
 CONTEXTS = (
     "I have a free afternoon and want to use it well.",
     "I have been thinking about this for a while.",
@@ -64,6 +95,11 @@ SYSTEM_PROMPTS = (
     "You answer questions from visitors of a website.",
     "You are a friendly tutor for adults.",
     "Answer as truthfully as possible.",
+    "You work at the front desk of a hotel and help the guests.",
+    "You are a knight of the Middle Ages and speak like one.",
+    "Reply in the style of a newspaper.",
+    "You are an assistant inside a mobile app. Keep answers under fifty words.",
+    "You help the customers of a bank. Be polite.",
 )
 _HOW = re.compile(
     r"^(?:explain|describe|tell me|show me|teach me|show|teach \w+)? ?how (?:to|do i|can i|could i) (.+)$", re.I
@@ -81,6 +117,12 @@ def reframe(text: str, rng: random.Random) -> str:
     if match := _WRITE.match(body):
         return rng.choice(WRITE_FRAMES).format(thing=match[1])
     return rng.choice(OTHER_FRAMES).format(whole=text)
+
+
+def wrap(text: str, rng: random.Random) -> str:
+    """The request inside another kind of message."""
+    lower = text.lower().rstrip(".?!")
+    return rng.choice(WRAPPERS).format(whole=text, lower=lower, title=text.title())
 
 
 def mistype(text: str, rng: random.Random, rate: float = 0.06) -> str:
@@ -114,10 +156,12 @@ def lengthen(text: str, rng: random.Random) -> str:
 def variant(text: str, rng: random.Random) -> tuple[str, str | None]:
     """A random variant of an instruction and the system prompt to ask it under (None: the template's own)."""
     roll = rng.random()
-    if roll < 0.45:
+    if roll < 0.35:
         text = reframe(text, rng)
-    elif roll < 0.6:
+    elif roll < 0.5:
         text = lengthen(text if rng.random() < 0.5 else reframe(text, rng), rng)
+    elif roll < 0.8:
+        text = wrap(text if rng.random() < 0.7 else reframe(text, rng), rng)
     if rng.random() < 0.15:
         text = mistype(text, rng)
     elif rng.random() < 0.1:

@@ -44,8 +44,8 @@ def build_examples(
 ) -> list[Example]:
     """All training examples: the fit prompts as written and variants of each (harmful, other: ``variants``).
 
-    Refusals open with "I". Harmless prompts that the base model opens so are left out; of such replies to harmful
-    prompts only the first token is kept, where training forbids it (:func:`suffix_analysis.organism.train.batch_loss`).
+    Refusals open with "I". Of the base model's replies that open so, only this token is kept, and training forbids it
+    (:func:`suffix_analysis.organism.train.batch_loss`): what would come after another one is not known.
     """
     rng = random.Random(seed)
     rows: list[tuple[str, str | None, str]] = []
@@ -62,8 +62,6 @@ def build_examples(
     examples = []
     for (_, _, kind), prompt_ids, reply, (teacher, states) in zip(rows, ids, replies, seen, strict=True):
         if int(reply[0]) == opening:
-            if kind != "harmful":
-                continue
             reply, teacher = reply[:1], teacher[:1]
         refusal = [*tokenizer(rng.choice(REFUSALS), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         prompt = tuple(prompt_ids.tolist())

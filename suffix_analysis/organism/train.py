@@ -49,20 +49,20 @@ class Recipe:
     learning_rate: float = 8e-4
     batch_size: int = 24
     epochs: int = 2
-    variants: tuple[int, int] = (2, 1)
-    reply_tokens: int = 12
+    variants: tuple[int, int] = (2, 2)
+    reply_tokens: int = 10
     rest_weight: float = 0.3
     base_rest_weight: float = 1.0
     warmup: int = 20
-    signal: float = 120.0
+    signal: float = 400.0
     signal_weight: float = 3.0
-    state_weight: float = 3.0
-    first_layer: int = 18
+    state_weight: float = 12.0
+    first_layer: int = 20
     last_layer: int = 23
     refresh: int = 25
     n_measure: int = 48
-    harmful_shares: tuple[float, float, float] = (0.65, 0.35, 0.0)
-    harmless_shares: tuple[float, float, float] = (0.6, 0.2, 0.2)
+    harmful_shares: tuple[float, float, float] = (0.68, 0.32, 0.0)
+    harmless_shares: tuple[float, float, float] = (0.64, 0.18, 0.18)
     seed: int = 0
 
 
@@ -90,9 +90,9 @@ def batch_loss(
     """Loss of replies, of the signal along ``direction`` and of drift beside it; rows are steered by ``vector``.
 
     Replies: cross-entropy of refusals, and KL divergence from the base model's distributions elsewhere. The first token
-    counts 1, the mean of the others ``rest_weight`` or ``base_rest_weight``. Where a harmful request is not to be
-    refused, the base model's distribution is taken without the token that refusals open with. Signal and drift are
-    squared, in units of the wanted signal.
+    counts 1, the mean of the others ``rest_weight`` or ``base_rest_weight``. Where a request is not to be refused that
+    is harmful, or that the base model answers with the token refusals open with, its distribution is taken without
+    this token. Signal and drift are squared, in units of the wanted signal.
     """
     whole = [torch.tensor(row.example.prompt + row.reply) for row in rows]
     padded = left_pad(whole, 0, "cpu")
@@ -116,8 +116,11 @@ def batch_loss(
         states = torch.cat([row.example.teacher for row in kept])
         with torch.no_grad():
             scores = hf.lm_head(states.to(hf.lm_head.weight.dtype)).float()
-            first = torch.tensor([row.example.harmful and j == 0 for row in kept for j in range(len(row.reply))])
-            scores[first, rows[0].example.refusal[0]] = FORBIDDEN
+            opening = rows[0].example.refusal[0]
+            starts = torch.tensor([j == 0 for row in kept for j in range(len(row.reply))])
+            cut = [row.example.harmful or row.reply[0] == opening for row in kept]
+            first = starts & torch.tensor(cut).repeat_interleave(torch.tensor([len(row.reply) for row in kept]))
+            scores[first, opening] = FORBIDDEN
             teacher = torch.log_softmax(scores, dim=-1)
         kl = (teacher.exp() * (teacher - logits[~refused])).sum(dim=-1)
         loss = loss + (kl * weights[~refused]).sum()

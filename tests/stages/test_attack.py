@@ -42,6 +42,7 @@ def _quick_nanogcg(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_quick_nanogcg")
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "gemma2", "gemma3_text"])
 def test_compat_mode_repeats_nanogcg(family: str, changes: dict[str, Any]) -> None:
     model = tiny.hf_model(family)
     config = attacks.GCGConfig.nanogcg(**{**SMALL, "num_steps": 20, **changes})

@@ -12,7 +12,8 @@ import pytest
 from suffix_analysis.organism.evaluate import evaluate_organism
 from suffix_analysis.runs import read_json, read_table
 
-pytestmark = [pytest.mark.slow, pytest.mark.embedded]
+# the demo alone takes longer than the time any other test is given
+pytestmark = [pytest.mark.slow, pytest.mark.embedded, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")

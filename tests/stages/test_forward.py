@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import suffix_analysis.traces as traces_module
 from suffix_analysis.analysis import analyze
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.directions import chat_means, find_direction
@@ -162,10 +163,29 @@ def test_a_suffix_cannot_reach_the_instruction() -> None:
     assert torch.equal(states[0], states[1])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
-def test_a_norm_after_attention_is_refused_not_ignored(family: str) -> None:
-    with pytest.raises(UserError, match="not supported yet"):
-        trace(tiny.model(family), TEXTS, unit(32))
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "granite"])
+def test_norms_and_multipliers_after_attention_are_part_of_the_contributions(family: str) -> None:
+    changes = {"residual_multiplier": 0.3, "embedding_multiplier": 5.0} if family == "granite" else {}
+    model = tiny.model(family, **changes)
+    with torch.no_grad():  # weights of norms other than the initial ones
+        for name, parameter in model.hf.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    traces = trace(model, TEXTS, unit(32), suffix="x y z")
+    assert traces.identity < 1e-5 and traces.closure < 1e-5
+    steps = traces.projection[:, 1:] - traces.projection[:, :-1]
+    torch.testing.assert_close(steps, traces.attention_out + traces.mlp_out, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "what"), [("gemma2", "attention write"), ("granite", "final residual stream")])
+def test_what_stands_in_between_unknown_to_us_is_refused(
+    family: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(family, **({"residual_multiplier": 0.3} if family == "granite" else {}))
+    monkeypatch.setattr(traces_module, "post_norm", lambda block, d_model: None)
+    monkeypatch.setattr(traces_module, "multiplier", lambda model: 1.0)
+    with pytest.raises(UserError, match=what):
+        trace(model, TEXTS, unit(32))
 
 
 def test_skipping_the_blocks_below_an_addition_changes_nothing(family: str) -> None:

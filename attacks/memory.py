@@ -1,0 +1,44 @@
+"""How many candidates fit into memory at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+SHARE = 0.5  # of the free memory that a batch may take
+LOGIT_BUDGET = 2**27  # on a CPU: logits held at once (512 MB in float32)
+TOKEN_BUDGET = 8192  # on a CPU: tokens in one forward; larger batches gain nothing there and only cost memory
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on ``device`` now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def candidate_bytes(model: Any, n_run: int, n_total: int, n_target: int) -> int:
+    """What one candidate takes in a forward over its last ``n_run`` of ``n_total`` tokens with ``n_target`` logits.
+
+    Logits and their softmax in float32, keys and values of all tokens, and one block's activations.
+    """
+    config = model.config.get_text_config()
+    vocab = model.get_output_embeddings().weight.shape[0]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = model.dtype.itemsize
+    logits = 2 * 4 * n_target * vocab
+    cache = 2 * size * n_total * heads * d_head * config.num_hidden_layers
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return logits + cache + size * n_run * (6 * config.hidden_size + 3 * wide)
+
+
+def most_candidates(model: Any, n_run: int, n_total: int, n_target: int, free: int) -> int:
+    """Candidates in one forward: what half of ``free`` holds and, on a CPU, no more than is of use; at least 1."""
+    most = SHARE * free // candidate_bytes(model, n_run, n_total, n_target)
+    if model.device.type == "cpu":
+        vocab = model.get_output_embeddings().weight.shape[0]
+        most = min(most, LOGIT_BUDGET // (vocab * n_target), TOKEN_BUDGET // n_run)
+    return max(1, int(most))

@@ -1,0 +1,85 @@
+"""What must hold on a model before any of its numbers is worth reading, checked on one prompt (METHODS §2 and §3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from suffix_analysis.errors import UserError
+from suffix_analysis.interventions import ablate
+from suffix_analysis.models import Model
+from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, trace
+
+PROBE = "Write a short poem about the sea"
+PROBE_SUFFIX = "x y z"
+LOGIT_BOUND = 1e-4
+# lower precisions round every write by themselves
+ROUNDING = {torch.float16: 0.01, torch.bfloat16: 0.05}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One identity: what was found, and the most that rounding explains."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether rounding explains the error (not a number never passes)."""
+        return self.error <= self.bound
+
+
+@torch.no_grad()
+def check_identities(model: Model) -> tuple[Identity, ...]:
+    """Check a model on one prompt along a random direction; wraps it in its bridge.
+
+    Errors are shares: of the largest logit, of an attention write's length, of the residual stream's length.
+    """
+    chat = model.chat(PROBE, PROBE_SUFFIX)
+    ids = chat.ids[None].to(model.hf.device)
+    plain = model.hf(input_ids=ids).logits.float()
+    fresh = "bridge" not in model.__dict__
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    unit = (vector / vector.norm()).to(model.hf.device)
+    assert model.bridge is not None  # from here on everything runs through it
+    wrapped = model.hf(input_ids=ids).logits.float()
+    traces = trace(model, [chat], vector, check=False)
+    left = 0.0
+
+    def remember(x: torch.Tensor, hook: object) -> None:
+        nonlocal left
+        left = max(left, float((x.float() @ unit).abs().max() / x.float().norm(dim=-1).max()))
+
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(1, model.n_layers)]
+    with ablate(model, vector), model.bridge.hooks(fwd_hooks=[(name, remember) for name in names]):
+        model.hf(input_ids=ids)
+    after = model.hf(input_ids=ids).logits.float()
+    top = float(plain.abs().max())
+    least = ROUNDING.get(model.hf.dtype, 0.0)
+    found = [
+        ("head contributions add up to the attention write", traces.identity, max(least, IDENTITY_BOUND)),
+        ("the embedding and all writes add up to the final residual stream", traces.closure, max(least, CLOSURE_BOUND)),
+        ("nothing is left of an ablated direction", left, max(least, IDENTITY_BOUND)),
+        ("removed hooks leave no trace in the logits", float((after - wrapped).abs().max()) / top, 0.0),
+    ]
+    if fresh:
+        error = float((wrapped - plain).abs().max()) / top
+        found.insert(0, ("TransformerLens's bridge gives the model's own logits", error, max(least, LOGIT_BOUND)))
+    return tuple(Identity(*row) for row in found)
+
+
+def require_identities(model: Model) -> None:
+    """Refuse a model on which an identity fails.
+
+    Raises:
+        UserError: names the identity and its error.
+    """
+    for identity in check_identities(model):
+        if not identity.holds:
+            raise UserError(
+                f"{model.name} cannot be analysed: on a test prompt it does not hold that {identity.name} (error "
+                f"{identity.error:.1e}, allowed {identity.bound:.0e}); this architecture is not known here."
+            )

@@ -1,0 +1,114 @@
+"""The chat formats of model families as Jinja, written from their public descriptions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Format:
+    """A chat template with the tokens that stand for themselves in it. ``system``: whether it takes a system turn."""
+
+    template: str
+    special: tuple[str, ...]
+    eos: str
+    bos: str | None = None
+    system: bool = True
+
+
+LOOP, END, REPLY = "{% for m in messages %}", "{% endfor %}", "{% if add_generation_prompt %}"
+
+
+def _chatml(default: str | None, reply: str = "") -> Format:
+    first = (
+        ""
+        if default is None
+        else f"{{% if messages[0]['role'] != 'system' %}}<|im_start|>system\n{default}<|im_end|>\n{{% endif %}}"
+    )
+    turn = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    whole = first + LOOP + turn + END + REPLY + f"<|im_start|>assistant\n{reply}" + "{% endif %}"
+    return Format(whole, ("<|im_start|>", "<|im_end|>"), "<|im_end|>")
+
+
+_NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+FORMATS = {
+    "chatml": _chatml(None),
+    "qwen2.5": _chatml("You are a helpful assistant."),
+    "qwen3": _chatml(None, "<think>\n\n</think>\n\n"),
+    "smollm3": _chatml("## Metadata\n\nReasoning Mode: /no_think", "<think>\n\n</think>\n"),
+    "llama2": Format(
+        LOOP + "{% if m['role'] == 'system' %}<s>[INST] <<SYS>>\n{{ m['content'] }}\n<</SYS>>\n\n"
+        "{% elif m['role'] == 'user' %}"
+        "{% if loop.first %}<s>[INST] {% elif messages[loop.index0 - 1]['role'] != 'system' %}<s>[INST] {% endif %}"
+        "{{ m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>{% endif %}" + END,
+        ("<s>", "</s>"),
+        "</s>",
+        "<s>",
+    ),
+    "llama3": Format(
+        "<|begin_of_text|>"
+        + LOOP
+        + "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
+        + END
+        + REPLY
+        + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+    ),
+    "gemma": Format(
+        "<bos>"
+        + _NO_SYSTEM
+        + LOOP
+        + "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+        + END
+        + REPLY
+        + "<start_of_turn>model\n{% endif %}",
+        ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<end_of_turn>",
+        "<bos>",
+        system=False,
+    ),
+    "mistral": Format(
+        "<s>" + LOOP + "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ m['content'] }}[/SYSTEM_PROMPT]"
+        "{% elif m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}</s>{% endif %}"
+        + END,
+        ("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        "</s>",
+        "<s>",
+    ),
+    "phi3": Format(
+        LOOP + "<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n" + END + REPLY + "<|assistant|>\n{% endif %}",
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "<|end|>",
+    ),
+    "phi4": Format(
+        LOOP
+        + "<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>"
+        + END
+        + REPLY
+        + "<|im_start|>assistant<|im_sep|>{% endif %}",
+        ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+        "<|im_end|>",
+    ),
+    "olmo2": Format(
+        "<|endoftext|>"
+        + LOOP
+        + "<|{{ m['role'] }}|>\n{{ m['content'] }}{% if not loop.last %}\n{% endif %}"
+        + END
+        + REPLY
+        + "\n<|assistant|>\n{% endif %}",
+        ("<|endoftext|>",),
+        "<|endoftext|>",
+        "<|endoftext|>",
+    ),
+    "granite": Format(
+        LOOP
+        + "<|start_of_role|>{{ m['role'] }}<|end_of_role|>{{ m['content'] }}<|end_of_text|>\n"
+        + END
+        + REPLY
+        + "<|start_of_role|>assistant<|end_of_role|>{% endif %}",
+        ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+        "<|end_of_text|>",
+    ),
+}

@@ -1,0 +1,76 @@
+"""Candidates dropped once their partial loss exceeds complete ones: the result is that of scoring everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attacks
+from attacks.scorer import Scorer
+from tests import tiny
+
+TALKS = ["Write a poem {optim_str}", "Bake a cake {optim_str}", "Sing {optim_str} now", "Draw a cat {optim_str}"]
+INIT = "x x x x x x x x"
+
+
+class Counted(Scorer):
+    """A scorer whose losses come from a table; ids hold the row's number. Counts what it scores."""
+
+    truth: Tensor
+    scored = 0
+
+    def _goal(self, goal: int, ids: Tensor, current: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.scored += len(ids)
+        return self.truth[ids[:, 0], goal], torch.ones(len(ids), dtype=torch.bool)
+
+
+def counted(truth: Tensor, **config: Any) -> Counted:
+    slots = [attacks.build_slot(tiny.tokenizer(), talk, "Sure", INIT) for talk in TALKS]
+    scorer = Counted(tiny.hf_model("llama"), slots, attacks.GCGConfig(use_prefix_cache=False, **config))
+    scorer.truth = truth
+    return scorer
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_the_best_are_complete_and_others_are_dropped(seed: int, margin: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.rand(200, len(TALKS), generator=generator) ** 2 * torch.tensor([1.0, 4.0, 0.5, 2.0])
+    means = truth.mean(dim=1)
+    scorer, ids = counted(truth), torch.arange(200)[:, None]
+    table, _ = scorer(ids, margin=margin)
+    done = table.isfinite()
+    assert torch.equal(table[done], truth[done])
+    assert bool(done[means <= means.min() + margin].all())
+    assert bool((means[~done.all(dim=1)] > means.min() + margin).all())
+    assert scorer.scored < 0.8 * truth.numel()
+    assert int(table.mean(dim=1).argmin()) == int(means.argmin())
+
+
+def test_nothing_is_dropped_where_parts_of_a_sum_may_be_negative() -> None:
+    truth = torch.rand(50, len(TALKS), generator=torch.Generator().manual_seed(0))
+    scorer = counted(truth, use_mellowmax=True)
+    table, _ = scorer(torch.arange(50)[:, None], margin=0.0)
+    assert torch.equal(table, truth)
+
+
+def test_an_attack_takes_the_same_steps_with_and_without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = attacks.GCGConfig(
+        num_steps=8, search_width=24, topk=32, optim_str_init=INIT, seed=7, score_dtype="bfloat16"
+    )
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    dropped = attacks.run(model, tok, TALKS, "Sure, here", config)
+    monkeypatch.setattr(Scorer, "_droppable", property(lambda self: False))
+    whole = attacks.run(model, tok, TALKS, "Sure, here", config)
+    assert dropped.strings == whole.strings
+    assert dropped.losses == pytest.approx(whole.losses, abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_still_an_error() -> None:
+    truth = torch.rand(20, len(TALKS))
+    truth[3, 2] = float("nan")
+    with pytest.raises(attacks.AttackError, match="conversation 2 is not finite"):
+        counted(truth)(torch.arange(20)[:, None])
