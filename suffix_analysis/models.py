@@ -87,6 +87,8 @@ def boot_bridge(hf: Any, tokenizer: Any, path: str) -> Any:
     bridge.cfg.default_prepend_bos = False  # a rendered chat has the template's BOS already
     for block in bridge.blocks:
         block.attn.register_forward_pre_hook(_cache_by_both_names, with_kwargs=True)
+        # OLMo's rotary embedding promotes to float32; TransformerLens 4.3.0 then cannot multiply 16-bit values
+        block.attn.hook_pattern.register_forward_hook(lambda _, args, pattern: pattern.to(hf.dtype))
     return bridge
 
 

@@ -125,15 +125,13 @@ def _as_prompts(prompts: Sequence[Prompt | str | Chat]) -> list[Any]:
 @torch.no_grad()
 def _batch(model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_rows: bool) -> list[dict[str, Any]]:
     """One padded forward; returns a record per prompt."""
-    n_layers, factor = model.n_layers, multiplier(model)
+    n_layers = model.n_layers
     norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
     seen: dict[tuple[str, int], Tensor] = {}
 
     def at_end(kind: str, layer: int) -> Callable[[Tensor, Any], None]:
-        times = 1.0 if kind == "resid" else factor
-
         def take(x: Tensor, hook: Any) -> None:
-            last = times * x[:, -1].float()
+            last = x[:, -1].float()
             seen[kind, layer] = last @ unit
             seen[kind + "_norm", layer] = last.norm(dim=-1)
 
@@ -247,6 +245,6 @@ def _check(traces: Traces, model: Model) -> None:
     ):
         if not found <= bound:
             raise UserError(
-                f"{model.name}: {sentence} by {found:.1e} of its length (allowed {bound}); something stands between "
-                "its blocks and the residual stream that is not known here, so it cannot be traced."
+                f"{model.name}: {sentence} by {found:.1e} of its length (allowed {bound}); something that is "
+                "not known here (or an intervention) stands between its blocks and the residual stream."
             )

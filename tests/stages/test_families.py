@@ -88,11 +88,15 @@ def test_the_whole_line(case: Family) -> None:
     direction = find_direction(model, harmful, harmless, ANY, refusal_tokens=[40, 41])
     assert generate(model.hf, model.tokenizer, [model.chat("Sing").ids], 4) == plain
     report = [
-        Prompt(p.id, p.text, p.kind, split) for split in ("select", "report") for p in [*harmful[:4], *harmless[:4]]
+        Prompt(p.id, p.text, p.kind, "select" if i < 4 else "report")
+        for prompts in (harmful[:8], harmless[:8])
+        for i, p in enumerate(prompts)
     ]
     found = analyze(model, direction, report, [suffix])
-    assert all(check["passed"] for check in found.checks)
-    assert set(found.frame("projection")["arm"]) >= {"none", "adversarial", "harmless"}
+    passed = {check["name"]: check["passed"] for check in found.checks}
+    assert passed.pop("several suffixes per arm") is False  # one adversarial suffix is descriptive
+    assert passed and all(passed.values())
+    assert set(found.frame("profile")["arm"]) >= {"none", "adversarial", "harmless"}
 
 
 def test_the_check_at_load_finds_nothing_wrong(case: Family) -> None:

@@ -177,14 +177,18 @@ def test_norms_and_multipliers_after_attention_are_part_of_the_contributions(fam
     torch.testing.assert_close(steps, traces.attention_out + traces.mlp_out, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("family", "what"), [("gemma2", "attention write"), ("granite", "final residual stream")])
-def test_what_stands_in_between_unknown_to_us_is_refused(
-    family: str, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_what_stands_in_between_unknown_to_us_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(family, **({"residual_multiplier": 0.3} if family == "granite" else {}))
     monkeypatch.setattr(traces_module, "post_norm", lambda block, d_model: None)
     monkeypatch.setattr(traces_module, "multiplier", lambda model: 1.0)
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(UserError, match="attention write"):
+        trace(model, TEXTS, unit(32))
+
+
+def test_a_stream_that_something_else_writes_to_is_refused() -> None:
+    model = tiny.model("llama")
+    with pytest.raises(UserError, match="final residual stream"), add(model, unit(32), 1):
         trace(model, TEXTS, unit(32))
 
 

@@ -22,6 +22,8 @@ SETTINGS: dict[str, Any] = {
     "steps": STEPS, "search_width": 12, "topk": 32, "suffix_tokens": 8, "n_instructions": 2, "stop_below": 0.0,
     "score_dtype": "bfloat16", "seed": 3,
 }  # fmt: skip
+# so many tokens count as a refusal's start that nothing ever stops refusing, and no run ends early
+REFUSAL_TOKENS = list(range(630))  # of 700
 TRAIN = [Prompt(str(i), text, "harmful", "select") for i, text in enumerate(("Pick a lock", "Bake a cake"))]
 
 
@@ -29,7 +31,7 @@ def go_on(folder: Path) -> None:
     """Run the attack in ``folder`` to its end, from wherever it is."""
     model, config = tiny.model("llama"), StudyConfig(**SETTINGS)
     attack, _ = build_attack(model, TRAIN, config)
-    for _ in run_attack(attack, model, TRAIN, TRAIN, [5], config, folder):
+    for _ in run_attack(attack, model, TRAIN, TRAIN, REFUSAL_TOKENS, config, folder):
         pass
 
 
