@@ -10,12 +10,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from attacks.precision import contiguous_head
+
 
 def prefix_cache(model: Any, ids: Int[Tensor, " before"], before: Any = None) -> Any:
     """Keys and values of ``ids``, which stand at the beginning or after ``before`` (None when there are none)."""
     if len(ids) == 0:
         return before
-    with torch.no_grad():
+    with torch.no_grad(), contiguous_head(model):
         out = model(
             input_ids=ids[None].to(model.device),
             use_cache=True,

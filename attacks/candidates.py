@@ -12,7 +12,7 @@ from torch import Tensor
 from attacks.caches import cache_argument, fresh
 from attacks.config import AttackError, GCGConfig
 from attacks.objective import target_loss
-from attacks.scorer import contiguous_head
+from attacks.precision import contiguous_head
 from attacks.slot import Slot
 from attacks.terms import Term, watched
 

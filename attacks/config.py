@@ -27,7 +27,9 @@ class GCGConfig:
     next whenever all present targets are met (as llm-attacks does). ``momentum`` adds that share of the last steps'
     gradients to the present one. ``n_replace_start`` replaces more tokens in the first steps, falling in a straight
     line to ``n_replace`` at half of ``num_steps``. ``even_positions`` spreads the candidates over the positions instead
-    of drawing positions at random. ``patience`` steps without a new best send the search back to the best suffix.
+    of drawing positions at random. ``halving`` scores the candidates of a universal attack on one conversation after
+    another, each time going on with the better half only. ``patience`` steps without a new best send the search back to
+    the best suffix.
     """
 
     num_steps: int = 250
@@ -51,6 +53,7 @@ class GCGConfig:
     momentum: float = 0.0
     n_replace_start: int | None = None
     even_positions: bool = False
+    halving: bool = True
     patience: int | None = None
     compat: bool = False
 

@@ -128,7 +128,8 @@ class GCG:
         gradient = self._gradient(ids)
         plan = replace(self.config, n_replace=n_replace_at(self.config, self.step))
         candidates, rejected = draw(ids, gradient, self.forbidden, plan, self.generator, self._keep())
-        winner, per_goal, matched = rescored_best(self.search, self.exact, candidates, ids)
+        first = self.step % self.search.active if self.config.halving else None
+        winner, per_goal, matched = rescored_best(self.search, self.exact, candidates, ids, first)
         loss, chosen = float(per_goal.mean()), tuple(candidates[winner].tolist())
         if self.config.buffer_size == 0 or loss < self.buffer[-1][0]:
             self.buffer = _push(self.buffer, self.config.buffer_size, (loss, chosen))

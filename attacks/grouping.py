@@ -28,9 +28,10 @@ def group_by_start(
     """Groups of candidates as (position to run from, indices), with the fewest tokens run in all.
 
     A group runs every candidate from the earliest start in it, ``n_suffix`` − start + ``n_after`` tokens each, and
-    costs ``overhead`` tokens. Exact, by dynamic programming over the distinct starts.
+    costs ``overhead`` tokens. What the last group leaves out is run once for all, unless that group starts at 0; so
+    few candidates are run from 0 although they start later. Exact, by dynamic programming over the distinct starts.
     """
-    members: dict[int, list[int]] = {}
+    members: dict[int, list[int]] = {0: []}
     for i, start in enumerate(starts.tolist()):
         members.setdefault(start, []).append(i)
     values = sorted(members)
@@ -38,11 +39,13 @@ def group_by_start(
     best: list[tuple[float, int]] = [(0.0, 0)] * (len(values) + 1)
     for k in range(len(values) - 1, -1, -1):
         each = n_suffix - values[k] + n_after
+        shared = overhead + values[k] if values[k] else 0
         options = []
         count = 0
         for end in range(k + 1, len(values) + 1):
             count += len(members[values[end - 1]])
-            options.append((overhead + count * each + best[end][0], end))
+            cost = overhead + count * each if count else 0
+            options.append((cost + (best[end][0] if end < len(values) else shared), end))
         best[k] = min(options)
     groups = []
     k = 0
@@ -50,4 +53,4 @@ def group_by_start(
         end = best[k][1]
         groups.append((values[k], [i for value in values[k:end] for i in members[value]]))
         k = end
-    return groups
+    return [group for group in groups if group[1]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +16,12 @@ from attacks.config import AttackError, GCGConfig
 from attacks.grouping import first_changes, group_by_start, overhead_tokens
 from attacks.memory import free_bytes, most_candidates
 from attacks.objective import target_loss
+from attacks.precision import contiguous_head
 from attacks.slot import Slot
 from attacks.terms import Term, watched
 
 SCOUTS = 4  # candidates that are scored completely before any is dropped
 ERROR_MEMORY = 0.9  # share of a seen rounding error that is remembered in the next step
-
-
-@contextlib.contextmanager
-def contiguous_head(model: Any) -> Iterator[None]:
-    """Make the vocabulary product see contiguous rows while it runs.
-
-    A bfloat16 product with a non-contiguous slice of hidden states becomes a batched one, about 100× slower.
-    """
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def body_weights(model: Any) -> int:
@@ -67,12 +55,15 @@ class Scorer:
         ids: Int[Tensor, "cand suffix"],
         current: Int[Tensor, " suffix"] | None = None,
         margin: float | None = None,
+        first: int | None = None,
     ) -> tuple[Float[Tensor, "cand goal"], Tensor]:
         """Loss of every candidate on every active conversation, and whether greedy decoding would give the target.
 
         ``current`` is the suffix that the candidates were drawn from: what they have in common with it runs only once.
         With ``margin``, only candidates whose mean loss is at most the best one's + ``margin`` are sure to be scored
         completely. Others are dropped, with infinite losses, once their sum over some conversations is too large.
+        With ``first``, conversations are gone through from that one on, each with the better half of the candidates
+        that the one before was scored with; at least ``config.rescore`` are scored completely.
 
         Raises:
             AttackError: a loss is not finite (the candidate's conversation is named).
@@ -90,12 +81,16 @@ class Scorer:
                 raise AttackError(f"The loss of conversation {goal} is not finite in {self.model.dtype}; try float32.")
 
         rest, bound = torch.arange(len(ids)), float("inf")
-        for goal in range(self.active):
+        order = [((first or 0) + i) % self.active for i in range(self.active)]
+        for n_done, goal in enumerate(order):
+            if first is not None and n_done:
+                n_kept = max(self.config.rescore, math.ceil(len(rest) / 2))
+                rest = rest[sums[rest].argsort()[:n_kept]]
             # complete a few once it is likely that others then need not be
-            likely = goal and float(sums[rest].max()) > float(sums[rest].min()) * self.active / goal
+            likely = n_done and float(sums[rest].max()) > float(sums[rest].min()) * self.active / n_done
             if margin is not None and self._droppable and bound == float("inf") and likely:
                 scouts, rest = rest[sums[rest].argsort()].tensor_split([SCOUTS])
-                for other in range(goal, self.active):
+                for other in order[n_done:]:
                     fill(scouts, other)
                 bound = float(sums[scouts].min()) + margin * self.active
             rest = rest[sums[rest] <= bound]
@@ -121,6 +116,7 @@ class Scorer:
             groups = group_by_start(first_changes(ids, current), n_suffix, slot.n_behind, overhead)
             held = groups[-1][0]
             cache = prefix_cache(self.model, current[:held], cache)
+            self.flops += self.forward_flops(held, min(held, 1))
         losses = torch.empty(len(ids))
         matched = torch.empty(len(ids), dtype=torch.bool)
         for start, members in groups:
@@ -174,15 +170,16 @@ class Scorer:
 
 
 def rescored_best(
-    search: Scorer, exact: Scorer | None, ids: Tensor, current: Tensor | None = None
+    search: Scorer, exact: Scorer | None, ids: Tensor, current: Tensor | None = None, first: int | None = None
 ) -> tuple[int, Tensor, Tensor]:
     """The best candidate's index, its loss per goal and whether each target is matched; drawn from ``current``.
 
     With ``exact`` given, ``search`` only shortlists and ``exact`` decides: at most ``config.rescore`` candidates, and
-    of those only the ones that the search's error, as seen so far, could have kept from winning.
+    of those only the ones that the search's error, as seen so far, could have kept from winning. ``first`` halves the
+    candidates from conversation to conversation (see :class:`Scorer`).
     """
     margin = 0.0 if exact is None else None if search.error is None else 2 * search.error
-    losses, matched = search(ids, current, margin)
+    losses, matched = search(ids, current, margin, first)
     means = losses.mean(dim=1)
     if exact is not None:
         order = means.argsort()[: search.config.rescore]

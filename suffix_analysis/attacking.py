@@ -60,6 +60,7 @@ def gcg_config(model: Model, config: StudyConfig) -> attacks.GCGConfig:
         optim_str_init=init,
         search_width=config.search_width,
         topk=config.topk,
+        even_positions=True,
         seed=config.seed,
         score_dtype=config.score_dtype,  # type: ignore[arg-type]
     )

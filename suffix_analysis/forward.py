@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attacks.caches import cache_argument, fresh, prefix_cache
-from attacks.scorer import contiguous_head
+from attacks.precision import contiguous_head
 from suffix_analysis.generate import batches, left_pad, pad_token
 from suffix_analysis.interventions import add
 from suffix_analysis.models import Model

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from attacks.scorer import contiguous_head
+from attacks.precision import contiguous_head
 
 TOKEN_BUDGET = 6144  # prompt tokens in one batch
 

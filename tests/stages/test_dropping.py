@@ -59,7 +59,7 @@ def test_nothing_is_dropped_where_parts_of_a_sum_may_be_negative() -> None:
 
 def test_an_attack_takes_the_same_steps_with_and_without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
     config = attacks.GCGConfig(
-        num_steps=8, search_width=24, topk=32, optim_str_init=INIT, seed=7, score_dtype="bfloat16"
+        num_steps=8, search_width=24, topk=32, optim_str_init=INIT, seed=7, score_dtype="bfloat16", halving=False
     )
     model, tok = tiny.hf_model("llama"), tiny.tokenizer()
     dropped = attacks.run(model, tok, TALKS, "Sure, here", config)
@@ -67,6 +67,31 @@ def test_an_attack_takes_the_same_steps_with_and_without_dropping(monkeypatch: p
     whole = attacks.run(model, tok, TALKS, "Sure, here", config)
     assert dropped.strings == whole.strings
     assert dropped.losses == pytest.approx(whole.losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_halving_goes_on_with_the_better_half(first: int) -> None:
+    truth = torch.rand(200, len(TALKS), generator=torch.Generator().manual_seed(0))
+    scorer = counted(truth, use_mellowmax=True)  # nothing is dropped for its loss
+    table, _ = scorer(torch.arange(200)[:, None], first=first)
+    assert scorer.scored == 200 + 100 + 50 + 25
+    order = [(first + i) % len(TALKS) for i in range(len(TALKS))]
+    kept = torch.arange(200)
+    for i, goal in enumerate(order[:-1]):
+        assert table[kept, goal].isfinite().all()
+        kept = kept[truth[kept][:, order[: i + 1]].sum(dim=1).argsort()[: len(kept) // 2]]
+    assert sorted(table.isfinite().all(dim=1).nonzero()[:, 0].tolist()) == sorted(kept.tolist())
+    assert torch.equal(table[kept], truth[kept])
+
+
+def test_halving_leaves_enough_to_rescore_and_changes_nothing_for_one_conversation() -> None:
+    truth = torch.rand(30, len(TALKS), generator=torch.Generator().manual_seed(0))
+    table, _ = counted(truth, rescore=20)(torch.arange(30)[:, None], first=1)
+    assert int(table.isfinite().all(dim=1).sum()) == 20
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    config = {"num_steps": 4, "search_width": 16, "topk": 32, "optim_str_init": INIT, "seed": 0}
+    runs = [attacks.run(model, tok, TALKS[0], "Sure", attacks.GCGConfig(halving=h, **config)) for h in (True, False)]
+    assert runs[0].losses == runs[1].losses and runs[0].strings == runs[1].strings
 
 
 def test_a_loss_that_is_not_finite_is_still_an_error() -> None:

@@ -1,0 +1,77 @@
+"""The model families that are known here: what differs in their mathematics, and which chat models they are.
+
+Nothing else in this package is written per family. ``tests/stages/test_families.py`` takes every row that is marked
+verified through the whole line; a model of an architecture that is not in the table is checked when it is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Chat models of one architecture and chat format.
+
+    Attributes:
+        name: the family's name, as its makers write it.
+        models: which of its chat models.
+        architecture: ``model_type`` of the Hugging Face configuration.
+        mathematics: what differs from a plain Llama block, in words.
+        orthogonalises: whether orthogonalised weights equal ablation (not where a norm follows attention).
+        verified: whether a tiny random model with this architecture and chat format satisfies every identity in tests.
+        note: what else to know.
+    """
+
+    name: str
+    models: str
+    architecture: str
+    mathematics: str = "plain"
+    orthogonalises: bool = True
+    verified: bool = True
+    note: str = ""
+
+
+POST = "norms after attention and MLP"
+
+FAMILIES = (
+    Family("Qwen Chat", "1.8B, 7B, 14B, 72B", "qwen", verified=False, note="needs remote code; use Qwen1.5"),
+    Family("Yi Chat", "6B, 34B", "llama"),
+    Family("Gemma it", "2B, 7B", "gemma", "embeddings × √d_model, norms weigh 1 + w"),
+    Family("Llama 2 Chat", "7B, 13B, 70B", "llama"),
+    Family("Llama 3 Instruct", "8B, 70B; 3.1, 3.2 (text), 3.3", "llama"),
+    Family("Qwen1.5, Qwen2.5", "all dense sizes", "qwen2", "biases on queries, keys, values"),
+    Family("Qwen3", "all dense sizes", "qwen3", "norms on queries and keys"),
+    Family("Gemma 2 it", "2B, 9B, 27B", "gemma2", f"{POST}; attention and logits capped", orthogonalises=False),
+    Family("Gemma 3 it", "270M, 1B", "gemma3_text", f"{POST}, queries, keys", orthogonalises=False),
+    Family("Mistral Instruct", "7B", "mistral", "sliding attention in v0.1"),
+    Family("Phi-3", "mini, medium", "phi3", "queries, keys, values in one matrix"),
+    Family("Phi-4", "14B, mini", "phi3", "queries, keys, values in one matrix"),
+    Family("OLMo 2 Instruct", "1B to 32B", "olmo2", f"only {POST}", orthogonalises=False),
+    Family("OLMo 3 Instruct", "7B, 32B", "olmo3", f"only {POST}; sliding attention", orthogonalises=False),
+    Family("SmolLM2 Instruct", "135M to 1.7B", "llama"),
+    Family("SmolLM3", "3B", "smollm3", "no rotation in every fourth layer"),
+    Family("Granite Instruct", "3.x dense", "granite", "writes × a multiplier; embeddings, logits, attention scaled"),
+)
+
+
+def known_architectures() -> frozenset[str]:
+    """Architectures whose identities are verified in tests; any other is checked when it is loaded."""
+    return frozenset(family.architecture for family in FAMILIES if family.verified)
+
+
+def support_table() -> str:
+    """The table as Markdown; README.md shows it."""
+    lines = [
+        "| family | chat models | architecture | what differs | orthogonalised weights | identities |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        weights = "yes" if family.orthogonalises else "not available"
+        state = "verified" if family.verified else f"not verified: {family.note}"
+        if not family.verified:
+            weights = "not verified"
+        lines.append(
+            f"| {family.name} | {family.models} | `{family.architecture}` | {family.mathematics} | {weights} | {state} |"
+        )
+    return "\n".join(lines)
