@@ -279,7 +279,8 @@ def loss_curve(data: RunData) -> Figure | None:
             )
         )
     caption = (
-        "Thin: the loss of each step's candidate. Thick: the best so far. Refusals on select are by refusal score."
+        "Thin: the loss of each step's candidate. Thick: the best so far. Refusals on select: replies that open with a "
+        "refusal token."
     )
     columns = (("step", "step"), ("loss", "loss"), ("best", "best so far"), ("refused", "still refused"))
     return Figure("loss", "The attack's loss", caption, say, columns, tuple(views))

@@ -18,7 +18,7 @@ from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
-from suffix_analysis.refusal import scores_of
+from suffix_analysis.refusal import opens_refusal
 from suffix_analysis.runs import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 
 EVAL_EVERY = 5
@@ -115,7 +115,7 @@ def run_attack(
         flipped = refused = None
         if step.step % EVAL_EVERY == 0 or step.step == config.steps:
             rows = [render_chat(model.tokenizer, p.text, step.string, model.system).ids for p in [*train, *held_out]]
-            kept = scores_of(watcher, rows, refusal_tokens) > 0
+            kept = opens_refusal(watcher, rows, refusal_tokens)
             flipped = int((~kept[: len(train)]).sum())
             refused = float(kept[len(train) :].float().mean())
         append_jsonl(steps_file, asdict(step) | {"select_refusal": refused, "flipped": flipped})

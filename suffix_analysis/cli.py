@@ -135,6 +135,25 @@ def report(run: Path, *, out: Annotated[Path | None, Parameter(help="Where to wr
 
 
 @app.command
+def models(name: str | None = None, *, as_json: AsJson = False) -> None:
+    """Without a NAME the families that are known; with one, how much memory that model needs here."""
+    from suffix_analysis.families import FAMILIES, support_table
+
+    if name is None:
+        _print_result([asdict(family) for family in FAMILIES], as_json, lambda: [support_table()])
+        return
+    from suffix_analysis.sizes import size_of, verdict
+
+    size = size_of(name)
+    told = [
+        f"{name}: {size.architecture}, {size.n_parameters / 1e6:.0f} million parameters",
+        f"weights: float32 {size.float32:.2f} GiB, bfloat16 {size.bfloat16:.2f} GiB",
+        verdict(size),
+    ]
+    _print_result(asdict(size) | {"verdict": told[-1]}, as_json, lambda: told)
+
+
+@app.command
 def env() -> None:
     """Print versions and machine: what a bug report needs."""
     from suffix_analysis.runs import environment

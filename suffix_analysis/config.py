@@ -22,7 +22,7 @@ class StudyConfig:
         steps: attack steps at most.
         search_width: candidates a step.
         topk: tokens per position that candidates are drawn from.
-        stop_below: stop the attack when at most this share of unseen select prompts is still refused.
+        stop_below: stop the attack when at most this share of unseen select prompts is still refused (first token).
         n_controls: strings in each control arm (random, shuffled, benign).
         n_traced: report prompts whose arms are traced.
         n_traced_controls: strings of each control arm that are traced.

@@ -67,11 +67,9 @@ def support_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for family in FAMILIES:
-        weights = "yes" if family.orthogonalises else "not available"
-        state = "verified" if family.verified else f"not verified: {family.note}"
+        known, weights, state = f"`{family.architecture}`", "yes" if family.orthogonalises else "not available", "hold"
         if not family.verified:
-            weights = "not verified"
-        lines.append(
-            f"| {family.name} | {family.models} | `{family.architecture}` | {family.mathematics} | {weights} | {state} |"
-        )
+            weights, state = "not verified", f"not verified: {family.note}"
+        cells = (family.name, family.models, known, family.mathematics, weights, state)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ import torch
 
 from suffix_analysis.chat import Chat, render_chat
 from suffix_analysis.errors import UserError
+from suffix_analysis.families import known_architectures
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def load_model(
         device: where to put it; by default the GPU when there is one.
 
     Raises:
-        UserError: nothing of that name, no weights, or no chat template.
+        UserError: nothing of that name, no weights, no chat template, or an architecture that is not in
+            :mod:`suffix_analysis.families` and does not satisfy the identities.
     """
     if name == "embedded":
         from suffix_analysis.organism.weights import load_embedded
@@ -149,30 +151,45 @@ def load_model(
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"The tokenizer of {name!r} has no chat template; use an instruction-tuned model.")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(name, hf.to(where).eval(), tokenizer, system, path)
+    model = Model(name, hf.to(where).eval(), tokenizer, system, path)
+    if hf.config.get_text_config().model_type not in known_architectures():
+        from suffix_analysis.identities import require_identities
+
+        require_identities(model)
+    return model
+
+
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds ``name``, with the keywords that it needs beside.
+
+    Raises:
+        UserError: no such folder or file, no weights in it, and not a hub id.
+    """
+    if name == "embedded":
+        from suffix_analysis.organism.weights import base_folder
+
+        return str(base_folder()), {}
+    local = Path(name).expanduser()
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise UserError(f"{name!r} is a file but not a .gguf one; give a model folder, a GGUF file or a hub id.")
+        return str(local.parent), {"gguf_file": local.name}
+    if local.is_dir():
+        if not any(local.glob("*.safetensors")):
+            raise UserError(f"The folder {name!r} holds no *.safetensors weights; point to a saved model.")
+        return str(local.resolve()), {}
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"There is no model {name!r}: not 'embedded', no such folder or file, and not a hub id (owner/name)."
+        )
+    source, _, revision = name.partition("@")
+    return source, {"revision": revision} if revision else {}
 
 
 def _load_hf(name: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    local = Path(name).expanduser()
-    kwargs: dict[str, Any] = {}
-    source = name
-    if local.is_file():
-        if local.suffix != ".gguf":
-            raise UserError(f"{name!r} is a file but not a .gguf one; give a model folder, a GGUF file or a hub id.")
-        source, kwargs = str(local.parent), {"gguf_file": local.name}
-    elif local.is_dir():
-        if not any(local.glob("*.safetensors")):
-            raise UserError(f"The folder {name!r} holds no *.safetensors weights; point to a saved model.")
-        source = str(local.resolve())
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"There is no model {name!r}: not 'embedded', no such folder or file, and not a hub id (owner/name)."
-        )
-    elif "@" in name:
-        source, revision = name.split("@", 1)
-        kwargs["revision"] = revision
+    source, kwargs = source_of(name)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)

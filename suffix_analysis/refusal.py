@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from suffix_analysis.chat import Chat
@@ -76,3 +76,11 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
 def scores_of(model: Model, rows: Sequence[Int[Tensor, " _"]], token_ids: Sequence[int]) -> Float[Tensor, " prompt"]:
     """Refusal score at chat[-1] of tokenised prompts."""
     return refusal_score(last_logits(model.hf, model.tokenizer, rows), token_ids)
+
+
+def opens_refusal(model: Model, rows: Sequence[Int[Tensor, " _"]], token_ids: Sequence[int]) -> Bool[Tensor, " prompt"]:
+    """Whether the greedy reply to each tokenised prompt begins with one of the refusal tokens.
+
+    A refusal score of 0 is half of the probability; greedy decoding refuses at less, where no other token has more.
+    """
+    return torch.isin(last_logits(model.hf, model.tokenizer, rows).argmax(dim=-1).cpu(), torch.tensor(list(token_ids)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,43 +13,29 @@ import attacks
 from suffix_analysis.analysis import analyze
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.directions import DirectionConfig, find_direction
+from suffix_analysis.errors import UserError
+from suffix_analysis.families import FAMILIES, Family, support_table
 from suffix_analysis.generate import generate
-from suffix_analysis.identities import check_identities
+from suffix_analysis.identities import check_identities, require_identities
 from suffix_analysis.interventions import ablate
-from suffix_analysis.models import Model
+from suffix_analysis.models import Model, load_model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
 from suffix_analysis.prompts import Prompt, load_prompts
 from suffix_analysis.traces import trace
 from tests import tiny
 
-
-@dataclass(frozen=True)
-class Family:
-    """An architecture with a chat format; whether orthogonalised weights can equal ablation."""
-
-    architecture: str
-    format: str
-    orthogonalises: bool = True
-    changes: tuple[tuple[str, Any], ...] = ()
-
-
-CASES = {
-    "Yi, SmolLM2": Family("llama", "chatml"),
-    "Qwen 1.5 and 2.5": Family("qwen2", "qwen2.5"),
-    "Qwen 3": Family("qwen3", "qwen3"),
-    "Llama 2": Family("llama", "llama2", changes=(("tie_word_embeddings", False),)),
-    "Llama 3": Family("llama", "llama3"),
-    "Mistral": Family("mistral", "mistral", changes=(("tie_word_embeddings", False),)),
-    "Gemma": Family("gemma", "gemma"),
-    "Gemma 2": Family("gemma2", "gemma", orthogonalises=False),
-    "Gemma 3": Family("gemma3_text", "gemma", orthogonalises=False),
-    "Phi-3": Family("phi3", "phi3", changes=(("tie_word_embeddings", False),)),
-    "Phi-4": Family("phi3", "phi4", changes=(("tie_word_embeddings", False),)),
-    "OLMo 2": Family("olmo2", "olmo2", orthogonalises=False),
-    "OLMo 3": Family("olmo3", "chatml", orthogonalises=False),
-    "SmolLM 3": Family("smollm3", "smollm3"),
-    "Granite": Family("granite", "granite", changes=(("residual_multiplier", 0.4), ("embedding_multiplier", 3.0))),
+FORMATS = {
+    "Yi Chat": "chatml", "Gemma it": "gemma", "Llama 2 Chat": "llama2", "Llama 3 Instruct": "llama3",
+    "Qwen1.5, Qwen2.5": "qwen2.5", "Qwen3": "qwen3", "Gemma 2 it": "gemma", "Gemma 3 it": "gemma",
+    "Mistral Instruct": "mistral", "Phi-3": "phi3", "Phi-4": "phi4", "OLMo 2 Instruct": "olmo2",
+    "OLMo 3 Instruct": "chatml", "SmolLM2 Instruct": "chatml", "SmolLM3": "smollm3", "Granite Instruct": "granite",
+}  # fmt: skip
+# what the tiny random models have in common with the real ones, beside the architecture
+CHANGES: dict[str, dict[str, Any]] = {
+    **{name: {"tie_word_embeddings": False} for name in ("Llama 2 Chat", "Mistral Instruct", "Phi-3", "Phi-4")},
+    "Granite Instruct": {"residual_multiplier": 0.4, "embedding_multiplier": 3.0},
 }
+CASES = {family.name: family for family in FAMILIES if family.verified}
 # random models do not refuse, so no filter may apply
 ANY = DirectionConfig(n_fit=10, n_select=4, kl_threshold=math.inf, induce_threshold=-math.inf, keep_by_score=False)
 SUFFIX = "x y z"
@@ -62,7 +48,7 @@ def case(request: pytest.FixtureRequest) -> Family:
 
 
 def make(case: Family) -> Model:
-    return tiny.model(case.architecture, format_name=case.format, **dict(case.changes))
+    return tiny.model(case.architecture, format_name=FORMATS[case.name], **CHANGES.get(case.name, {}))
 
 
 def some(kind: str, n: int) -> list[Prompt]:
@@ -129,3 +115,40 @@ def test_identities(case: Family) -> None:
             with pytest.raises(NotAvailable), orthogonalised(model, vector):
                 pass
         assert torch.equal(model.hf(input_ids=ids).logits, plain)
+
+
+def test_the_readme_shows_the_table() -> None:
+    assert support_table() in Path("README.md").read_text("utf-8")
+
+
+def test_an_architecture_that_is_not_in_the_table_is_checked_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr("suffix_analysis.identities.require_identities", lambda model: checked.append(model.name))
+    for architecture in ("llama", "stablelm"):
+        folder = tmp_path / architecture
+        tiny.hf_model(architecture).save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+        load_model(str(folder))
+    assert checked == [str(tmp_path / "stablelm")]
+
+
+@pytest.mark.parametrize("architecture", ["stablelm", "starcoder2"])
+def test_an_unknown_architecture_that_satisfies_the_identities_is_taken(architecture: str) -> None:
+    model = tiny.model(architecture)
+    before = [model.hf(input_ids=torch.tensor([[5, 6, 7]])).logits, "bridge" in model.__dict__]
+    require_identities(model)
+    assert torch.equal(model.hf(input_ids=torch.tensor([[5, 6, 7]])).logits, before[0])
+    assert "bridge" not in model.__dict__, "only the copy of the first blocks may be wrapped"
+
+
+def test_an_unknown_architecture_that_fails_an_identity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("suffix_analysis.traces.multiplier", lambda model: 1.0)
+    with pytest.raises(UserError, match=r"does not hold that head contributions add up .*granite"):
+        require_identities(tiny.model("granite", residual_multiplier=0.4))
+
+
+def test_an_architecture_that_the_bridge_does_not_know_is_refused_with_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"\(persimmon\) is not known here"):
+        require_identities(tiny.model("persimmon"))

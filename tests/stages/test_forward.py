@@ -16,6 +16,7 @@ from suffix_analysis.forward import added_logits, last_logits
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate, add, writes
 from suffix_analysis.prompts import Prompt
+from suffix_analysis.refusal import opens_refusal
 from suffix_analysis.traces import trace
 from tests import tiny
 
@@ -282,3 +283,12 @@ def test_no_reply_is_made_from_rows_that_are_not_contiguous() -> None:
     last_logits(model.hf, model.tokenizer, rows)
     assert seen
     assert all(seen)
+
+
+def test_a_reply_opens_a_refusal_where_greedy_decoding_does(family: str) -> None:
+    model = tiny.model(family)
+    rows = [model.chat(text).ids for text in ("Write a poem", "Name a very tall tree", "Sing", "Go away now")]
+    with torch.no_grad():
+        first = [int(model.hf(input_ids=row[None]).logits[0, -1].argmax()) for row in rows]
+    tokens = [first[0], first[2], 699]
+    assert opens_refusal(model, rows, tokens).tolist() == [token in tokens for token in first]

@@ -22,8 +22,8 @@ SETTINGS: dict[str, Any] = {
     "steps": STEPS, "search_width": 12, "topk": 32, "suffix_tokens": 8, "n_instructions": 2, "stop_below": 0.0,
     "score_dtype": "bfloat16", "seed": 3,
 }  # fmt: skip
-# so many tokens count as a refusal's start that nothing ever stops refusing, and no run ends early
-REFUSAL_TOKENS = list(range(630))  # of 700
+# every token counts as a refusal's start, so nothing ever stops refusing and no run ends early
+REFUSAL_TOKENS = list(range(700))  # all of them
 TRAIN = [Prompt(str(i), text, "harmful", "select") for i, text in enumerate(("Pick a lock", "Bake a cake"))]
 
 
