@@ -88,8 +88,8 @@ def boot_bridge(hf: Any, tokenizer: Any, path: str) -> Any:
     bridge.cfg.default_prepend_bos = False  # a rendered chat has the template's BOS already
     for block in bridge.blocks:
         block.attn.register_forward_pre_hook(_cache_by_both_names, with_kwargs=True)
-        # OLMo's rotary embedding promotes to float32; TransformerLens 4.3.0 then cannot multiply 16-bit values
-        block.attn.hook_pattern.register_forward_hook(lambda _, args, pattern: pattern.to(hf.dtype))
+        # a partial, not a closure: a copy of the model then asks the copy's weights
+        block.attn.hook_pattern.register_forward_hook(functools.partial(_in_precision_of, block.attn))
     return bridge
 
 
@@ -102,6 +102,15 @@ def _cache_by_both_names(module: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
         kwargs["past_key_values"] = kwargs["cache"]
     return args, kwargs
+
+
+def _in_precision_of(attention: Any, _: Any, args: tuple[Any, ...], pattern: torch.Tensor) -> torch.Tensor:
+    """The pattern in the precision of the attention's weights.
+
+    OLMo's rotary embedding promotes to float32; TransformerLens 4.3.0 then cannot multiply 16-bit values.
+    """
+    dtype = next((p.dtype for p in attention.parameters() if p.is_floating_point()), pattern.dtype)
+    return pattern.to(dtype)
 
 
 @contextlib.contextmanager
