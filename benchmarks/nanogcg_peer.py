@@ -1,4 +1,4 @@
-"""One side of `gcg.py peer`: nanoGCG's seconds a step in an environment of its own (needs only nanogcg).
+"""One side of `gcg_peer.py`: nanoGCG's seconds a step in an environment of its own (needs only nanogcg).
 
     python benchmarks/nanogcg_peer.py MODEL_FOLDER TASK.json
 

@@ -19,3 +19,8 @@ class PartlyDone(UserError):
     """Some stages finished and others did not (exit code 3)."""
 
     exit_code = 3
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says in its first line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

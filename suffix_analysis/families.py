@@ -35,7 +35,14 @@ class Family:
 POST = "norms after attention and MLP"
 
 FAMILIES = (
-    Family("Qwen Chat", "1.8B, 7B, 14B, 72B", "qwen", verified=False, note="needs remote code; use Qwen1.5"),
+    Family(
+        "Qwen Chat",
+        "1.8B, 7B, 14B, 72B",
+        "qwen",
+        "biases on queries, keys, values",
+        verified=False,
+        note="needs remote code",
+    ),
     Family("Yi Chat", "6B, 34B", "llama"),
     Family("Gemma it", "2B, 7B", "gemma", "embeddings × √d_model, norms weigh 1 + w"),
     Family("Llama 2 Chat", "7B, 13B, 70B", "llama"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from suffix_analysis.errors import UserError
+from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.interventions import ablate
 from suffix_analysis.models import Model
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, trace
@@ -99,10 +99,9 @@ def require_identities(model: Model) -> None:
     try:
         found = check_identities(first_blocks(model))
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{model.name} cannot be analysed: its architecture ({model.hf.config.model_type}) is not known here and "
-            f"its identities cannot be checked: {first}"
+            f"its identities cannot be checked: {first_line(error)}"
         ) from error
     for identity in found:
         if not identity.holds:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from suffix_analysis.chat import Chat, render_chat
-from suffix_analysis.errors import UserError
+from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.families import known_architectures
 
 
@@ -204,6 +204,5 @@ def _load_hf(name: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
             hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"The model {name!r} cannot be loaded: {first}") from error
+        raise UserError(f"The model {name!r} cannot be loaded: {first_line(error)}") from error
     return hf, tokenizer, source

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from attacks.memory import free_bytes
-from suffix_analysis.errors import UserError
+from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.models import quiet, source_of
 
 GIB = 2**30
@@ -50,8 +50,7 @@ def size_of(name: str) -> Size:
             config = AutoConfig.from_pretrained(source, **kwargs)
             hf = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"The configuration of {name!r} cannot be read: {first}") from error
+        raise UserError(f"The configuration of {name!r} cannot be read: {first_line(error)}") from error
     count = sum(p.numel() for p in hf.parameters())  # shared weights count once
     full, half = 4 * count / GIB, 2 * count / GIB
     cuda = torch.cuda.is_available()

@@ -61,18 +61,20 @@ class Traces:
         return self.contribution.sum(dim=-1)
 
 
-def output_directions(model: Model, unit: Float[Tensor, " d_model"]) -> Float[Tensor, "layer head d_head"]:
+def output_directions(
+    model: Model, unit: Float[Tensor, " d_model"], norms: Sequence[PostNorm | None]
+) -> Float[Tensor, "layer head d_head"]:
     """W_O r̂ of every head: the dot product of a head's value with it is its write along r̂.
 
     With a multiplier m it is m W_O r̂; with a post-norm of weight w, W_O (w ⊙ r̂), and its scale 1/rms is still to be
     applied (METHODS §3).
     """
     found = []
-    for block in model.bridge.blocks:
-        norm, weight = post_norm(block, model.d_model), block.attn.W_O.detach().float()
+    for block, norm in zip(model.bridge.blocks, norms, strict=True):
+        weight = block.attn.W_O.detach().float()
         target = (unit if norm is None else unit * norm.weight.to(unit.device)).to(weight.device)
-        found.append(multiplier(model) * (weight @ target).to(unit.device))
-    return torch.stack(found)
+        found.append((weight @ target).to(unit.device))
+    return multiplier(model) * torch.stack(found)
 
 
 def trace(
@@ -105,10 +107,11 @@ def trace(
         raise UserError("There are no prompts to trace; give at least one.")
     vector = direction.vector if isinstance(direction, Direction) else direction
     unit = (vector / vector.norm()).float().to(model.hf.device)
-    heads = output_directions(model, unit)
+    norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
+    heads = output_directions(model, unit, norms)
     kept: dict[int, dict[str, Any]] = {}
     for group in batches([len(chat.ids) for chat in chats], TOKEN_BUDGET):
-        records = _batch(model, [chats[i] for i in group], unit, heads, keep_rows)
+        records = _batch(model, [chats[i] for i in group], unit, heads, norms, keep_rows)
         kept.update(zip(group, records, strict=True))
         if on_batch is not None:
             on_batch(len(group))
@@ -123,10 +126,16 @@ def _as_prompts(prompts: Sequence[Prompt | str | Chat]) -> list[Any]:
 
 
 @torch.no_grad()
-def _batch(model: Model, chats: list[Chat], unit: Tensor, heads: Tensor, keep_rows: bool) -> list[dict[str, Any]]:
+def _batch(
+    model: Model,
+    chats: list[Chat],
+    unit: Tensor,
+    heads: Tensor,
+    norms: Sequence[PostNorm | None],
+    keep_rows: bool,
+) -> list[dict[str, Any]]:
     """One padded forward; returns a record per prompt."""
     n_layers = model.n_layers
-    norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
     seen: dict[tuple[str, int], Tensor] = {}
 
     def at_end(kind: str, layer: int) -> Callable[[Tensor, Any], None]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import suffix_analysis.traces as traces_module
+from attacks.caches import prefix_cache
 from suffix_analysis.analysis import analyze
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.directions import chat_means, find_direction
@@ -283,6 +284,18 @@ def test_no_reply_is_made_from_rows_that_are_not_contiguous() -> None:
     last_logits(model.hf, model.tokenizer, rows)
     assert seen
     assert all(seen)
+
+
+def test_a_single_row_reaches_the_head_with_the_strides_of_its_own_shape() -> None:
+    """A slice of one row calls itself contiguous, and its strides made the head copy its whole weight."""
+    model = tiny.model("llama", dtype=torch.bfloat16)
+    seen: list[tuple[tuple[int, ...], torch.Size]] = []
+    head = model.hf.get_output_embeddings()
+    original = head.forward
+    head.forward = lambda x: (seen.append((x.stride(), x.shape)), original(x))[1]
+    prefix_cache(model.hf, model.chat(TEXTS[0]).ids)
+    ((strides, shape),) = seen
+    assert strides == torch.empty(shape).stride()
 
 
 def test_a_reply_opens_a_refusal_where_greedy_decoding_does(family: str) -> None:
