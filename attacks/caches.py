@@ -7,22 +7,25 @@ import inspect
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attacks.precision import contiguous_head
 
 
-def prefix_cache(model: Any, ids: Int[Tensor, " before"], before: Any = None) -> Any:
-    """Keys and values of ``ids``, which stand at the beginning or after ``before`` (None when there are none)."""
+def prefix_cache(model: Any, ids: Int[Tensor, " before"], before: Any = None, rows: int = 1) -> Any:
+    """Keys and values of ``ids``, which stand at the beginning or after ``before`` (None when there are none).
+
+    Of ``rows`` equal sequences, for hooks that treat them differently.
+    """
     if len(ids) == 0:
         return before
     with torch.no_grad(), contiguous_head(model):
         out = model(
-            input_ids=ids[None].to(model.device),
+            input_ids=ids.expand(rows, -1).to(model.device),
             use_cache=True,
             logits_to_keep=1,
-            **{cache_argument(model): fresh(before, 1)},
+            **{cache_argument(model): fresh(before, rows)},
         )
     return out[cache_argument(model)]
 
@@ -35,6 +38,8 @@ def cache_argument(model: Any) -> str:
 def fresh(cache: Any, batch: int, drop: int = 0) -> Any:
     """A copy of ``cache`` for ``batch`` sequences, without its last ``drop`` tokens.
 
+    A cache of several sequences is repeated one by one: the first, as often as needed, then the second.
+
     A forward appends to the cache it is given, so never share one. Plain attention layers append by making new tensors,
     so theirs are shared and expanded, not copied; other kinds of layers are copied.
     """
@@ -42,17 +47,22 @@ def fresh(cache: Any, batch: int, drop: int = 0) -> Any:
         return None
     if not _plain(cache):
         copied = copy.deepcopy(cache)
-        if batch > 1:
-            copied.batch_repeat_interleave(batch)
+        times = batch // next(len(layer.keys) for layer in cache.layers if layer.is_initialized)
+        if times > 1:
+            copied.batch_repeat_interleave(times)
         return copied
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in copied.layers:
         if drop:
             layer.crop(-drop)
-        if layer.is_initialized and batch > 1:
-            layer.keys, layer.values = (x.expand(batch, -1, -1, -1) for x in (layer.keys, layer.values))
+        if layer.is_initialized and batch > len(layer.keys):
+            layer.keys, layer.values = (_repeated(x, batch) for x in (layer.keys, layer.values))
     return copied
+
+
+def _repeated(x: Float[Tensor, "row head token d_head"], batch: int) -> Float[Tensor, "batch head token d_head"]:
+    return x.expand(batch, -1, -1, -1) if len(x) == 1 else x.repeat_interleave(batch // len(x), dim=0)
 
 
 def croppable(cache: Any) -> bool:

@@ -26,7 +26,7 @@ from suffix_analysis.refusal import kl_divergence, refusal_score
 @torch.no_grad()
 def whole_forwards(model: Model, rows: Sequence[Tensor]) -> Tensor:
     """Last logits, one whole padded batch at a time, every position's logits computed."""
-    from suffix_analysis.generate import left_pad, pad_token
+    from suffix_analysis.batching import left_pad, pad_token
 
     padded = left_pad(rows, pad_token(model.tokenizer), model.hf.device)
     return model.hf(**padded).logits[:, -1].float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from jaxtyping import Float
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from suffix_analysis.chat import Chat
 from suffix_analysis.errors import UserError
-from suffix_analysis.forward import added_logits, last_logits
-from suffix_analysis.interventions import ablate
+from suffix_analysis.forward import ablated_logits, added_logits, last_logits
 from suffix_analysis.models import Model
 from suffix_analysis.refusal import kl_divergence, refusal_score
 
@@ -119,29 +119,32 @@ def score_candidates(
     n_layers, n_chat, _ = candidates.shape
     bad, good = [chat.ids for chat in harmful], [chat.ids for chat in harmless]
     baseline = last_logits(model.hf, model.tokenizer, good)
-    run_added = added_logits(model, good, config.alpha)
+    # one pass for both sets, so that the shared prefix runs once
+    run_ablated, run_added = ablated_logits(model, [*bad, *good]), added_logits(model, good, config.alpha)
     pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(n_layers)]
-    rows = []
-    for done, (position, layer) in enumerate(pairs, 1):
-        vector = candidates[layer, n_chat + position]
-        row: dict[str, Any] = {"position": position, "layer": layer, "norm": float(vector.norm())}
-        if row["norm"] < ZERO * scale:
-            row |= {"refusal_score": math.nan, "steering_score": math.nan, "kl_div_score": math.nan, "status": "zero"}
-        else:
-            with ablate(model, vector):
-                # one pass for both sets, so that the shared prefix runs once
-                logits = last_logits(model.hf, model.tokenizer, [*bad, *good])
-            added = run_added(vector, layer)
-            row |= {
-                "refusal_score": float(refusal_score(logits[: len(bad)], tokens).mean()),
-                "steering_score": float(refusal_score(added, tokens).mean()),
-                "kl_div_score": float(kl_divergence(baseline, logits[len(bad) :]).mean()),
-                "status": "",
-            }
-        rows.append(row)
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for layer in sorted({layer for _, layer in pairs}):  # one layer's candidates run together
+        positions = [position for position, at in pairs if at == layer]
+        vectors = candidates[layer, positions]
+        norms = vectors.norm(dim=-1)
+        usable = norms >= ZERO * scale
+        for position, norm in zip(positions, norms.tolist(), strict=True):
+            found[position, layer] = {
+                "position": position, "layer": layer, "norm": norm,
+                "refusal_score": math.nan, "steering_score": math.nan, "kl_div_score": math.nan, "status": "zero",
+            }  # fmt: skip
+        if usable.any():
+            ablated, added = run_ablated(vectors[usable]), run_added(vectors[usable], layer)
+            for position, after, with_it in zip(compress(positions, usable.tolist()), ablated, added, strict=True):
+                found[position, layer] |= {
+                    "refusal_score": float(refusal_score(after[: len(bad)], tokens).mean()),
+                    "steering_score": float(refusal_score(with_it, tokens).mean()),
+                    "kl_div_score": float(kl_divergence(baseline, after[len(bad) :]).mean()),
+                    "status": "",
+                }
         if on_candidate is not None:
-            on_candidate(done, len(pairs))
-    return rows
+            on_candidate(len(found), len(pairs))
+    return [found[pair] for pair in pairs]
 
 
 def rescore_leaders(

@@ -47,7 +47,7 @@ class StudyConfig:
     steps: int = 100
     search_width: int = 64
     topk: int = 256
-    stop_below: float = 0.1
+    stop_below: float = 0.2
     n_controls: int = 8
     n_traced: int = 64
     n_traced_controls: int = 2

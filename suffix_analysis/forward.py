@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,51 +13,16 @@ from torch import Tensor
 
 from attacks.caches import cache_argument, fresh, prefix_cache
 from attacks.precision import contiguous_head
-from suffix_analysis.generate import batches, left_pad, pad_token
-from suffix_analysis.interventions import add
+from suffix_analysis.batching import REPLY_BUDGET, TOKEN_BUDGET, Batch, batches, left_pad, pad_token, prefix_batches
+from suffix_analysis.interventions import ablate, add
 from suffix_analysis.models import Model
-
-TOKEN_BUDGET = 4096
-
-
-def shared_prefix(rows: Sequence[Int[Tensor, " _"]]) -> int:
-    """Number of leading tokens that all prompts have in common, leaving at least one token of each."""
-    shortest = min(len(row) for row in rows)
-    if len(rows) == 1:
-        return 0
-    stacked = torch.stack([row[: shortest - 1] for row in rows])
-    same = (stacked == stacked[0]).all(dim=0)
-    return int(same.long().cumprod(0).sum())
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts that run together: their places in the list, and the arguments of the forward (without the cache)."""
-
-    members: list[int]
-    arguments: dict[str, Tensor]
-
-
-def prefix_batches(hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]]) -> tuple[int, list[Batch]]:
-    """The length of the shared prefix, and batches of what follows it, padded on the left."""
-    n_prefix = shared_prefix(rows)
-    rests = [row[n_prefix:] for row in rows]
-    made = []
-    for group in batches([len(rest) + n_prefix for rest in rests], TOKEN_BUDGET):
-        padded = left_pad([rests[i] for i in group], pad_token(tokenizer), hf.device)
-        if n_prefix:
-            ones = torch.ones(len(group), n_prefix, dtype=torch.long, device=hf.device)
-            padded["attention_mask"] = torch.cat([ones, padded["attention_mask"]], dim=1)
-            padded["position_ids"] = padded["position_ids"] + n_prefix
-        made.append(Batch(group, padded))
-    return n_prefix, made
 
 
 def run_batch(hf: Any, batch: Batch, prefix: Any) -> Float[Tensor, "prompt vocab"]:
     """Next-token logits at the last position of every prompt of a batch, in float32."""
     extra: dict[str, Any] = {}
     if prefix is not None:
-        extra = {cache_argument(hf): fresh(prefix, len(batch.members)), "use_cache": True}
+        extra = {cache_argument(hf): fresh(prefix, len(batch.arguments["input_ids"])), "use_cache": True}
     with contiguous_head(hf):
         out = hf(**batch.arguments, **extra, logits_to_keep=1)
     logits: Tensor = out.logits[:, -1].float()
@@ -77,9 +41,9 @@ def last_logits(hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]]) -> F
     return _in_order([(batch, run_batch(hf, batch, prefix)) for batch in groups])
 
 
-def _in_order(parts: list[tuple[Batch, Tensor]]) -> Tensor:
+def _in_order(parts: list[tuple[Batch, Float[Tensor, "*vector _ vocab"]]]) -> Float[Tensor, "*vector prompt vocab"]:
     order = torch.tensor([i for batch, _ in parts for i in batch.members])
-    return torch.cat([logits for _, logits in parts])[order.argsort()]
+    return torch.cat([logits for _, logits in parts], dim=-2)[..., order.argsort(), :]
 
 
 @torch.no_grad()
@@ -97,7 +61,7 @@ def block_inputs(
     names = {f"blocks.{layer}.hook_resid_pre": layer for layer in range(last)}
     names[f"blocks.{last - 1}.hook_resid_post"] = last
     seen = dict.fromkeys(names.values(), 0)
-    groups = batches([len(row) for row in rows], TOKEN_BUDGET)
+    groups = batches([len(row) for row in rows])
     for group in groups:
 
         def catch(x: Tensor, hook: Any, layer: int, group: list[int] = group) -> None:
@@ -112,17 +76,53 @@ def block_inputs(
     assert not missing, f"hooks that never fired, at layers {missing}"
 
 
+def _times(batch: Batch, count: int) -> Batch:
+    """The batch's rows ``count`` times, one whole batch after the other."""
+    return Batch(batch.members, {name: x.repeat(count, 1) for name, x in batch.arguments.items()})
+
+
+def _at_once(n_prefix: int, groups: Sequence[Batch]) -> int:
+    """Vectors that run together: few, long forwards are cheaper than many short ones, as far as memory allows."""
+    run = max(batch.arguments["input_ids"].numel() for batch in groups)
+    held = max(len(batch.members) * n_prefix for batch in groups)
+    return max(1, min(TOKEN_BUDGET // run, REPLY_BUDGET // (run + held)))
+
+
+@torch.no_grad()
+def ablated_logits(
+    model: Model, rows: Sequence[Int[Tensor, " _"]]
+) -> Callable[[Float[Tensor, "vector d_model"]], Float[Tensor, "vector prompt vocab"]]:
+    """A function from vectors to the last logits of all prompts with each of the vectors ablated."""
+    n_prefix, groups = prefix_batches(model.hf, model.tokenizer, rows)
+
+    @torch.no_grad()
+    def run(vectors: Float[Tensor, "vector d_model"]) -> Float[Tensor, "vector prompt vocab"]:
+        out = []
+        for some in vectors.split(_at_once(n_prefix, groups)):
+            with ablate(model, some):
+                prefix = prefix_cache(model.hf, rows[0][:n_prefix], rows=len(some))
+            parts = []
+            for batch in groups:
+                with ablate(model, some.repeat_interleave(len(batch.members), dim=0)):
+                    logits = run_batch(model.hf, _times(batch, len(some)), prefix)
+                parts.append((batch, logits.unflatten(0, (len(some), -1))))
+            out.append(_in_order(parts))
+        return torch.cat(out)
+
+    return run
+
+
 @torch.no_grad()
 def added_logits(
     model: Model, rows: Sequence[Int[Tensor, " _"]], alpha: float = 1.0
-) -> Callable[[Float[Tensor, " d_model"], int], Float[Tensor, "prompt vocab"]]:
-    """A function from (vector, layer) to the last logits with α · vector added at that layer's input.
+) -> Callable[[Float[Tensor, "vector d_model"], int], Float[Tensor, "vector prompt vocab"]]:
+    """A function from (vectors, layer) to the last logits with α · each of the vectors added at that layer's input.
 
-    Nothing changes below the layer, so those blocks run once, here, and are skipped afterwards (the prefix, one row,
-    runs whole).
+    Nothing changes below the layer, so those blocks run once, here, and are skipped afterwards (the prefix, one row a
+    vector, runs whole).
     """
     n_prefix, groups = prefix_batches(model.hf, model.tokenizer, rows)
-    prefix = prefix_cache(model.hf, rows[0][:n_prefix])
+    plain = prefix_cache(model.hf, rows[0][:n_prefix])
     inputs: list[list[Tensor]] = []
 
     def keep(x: Tensor, hook: Any) -> None:
@@ -132,17 +132,23 @@ def added_logits(
     with model.bridge.hooks(fwd_hooks=[(name, keep) for name in names]):
         for batch in groups:
             inputs.append([])
-            run_batch(model.hf, batch, prefix)
+            run_batch(model.hf, batch, plain)
 
     @torch.no_grad()
-    def run(vector: Float[Tensor, " d_model"], layer: int) -> Float[Tensor, "prompt vocab"]:
-        parts = []
-        with add(model, vector, layer, alpha):
-            own_prefix = prefix_cache(model.hf, rows[0][:n_prefix])
+    def run(vectors: Float[Tensor, "vector d_model"], layer: int) -> Float[Tensor, "vector prompt vocab"]:
+        out = []
+        for some in vectors.split(_at_once(n_prefix, groups)):
+            with add(model, some, layer, alpha):
+                prefix = prefix_cache(model.hf, rows[0][:n_prefix], rows=len(some))
+            parts = []
             for batch, states in zip(groups, inputs, strict=True):
-                with _skipped(model, layer, states[layer]):
-                    parts.append((batch, run_batch(model.hf, batch, own_prefix)))
-        return _in_order(parts)
+                each = some.repeat_interleave(len(batch.members), dim=0)
+                state = states[layer].repeat(len(some), 1, 1)
+                with add(model, each, layer, alpha), _skipped(model, layer, state):
+                    logits = run_batch(model.hf, _times(batch, len(some)), prefix)
+                parts.append((batch, logits.unflatten(0, (len(some), -1))))
+            out.append(_in_order(parts))
+        return torch.cat(out)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Greedy replies for many prompts at once: left padding, exact position ids, sorted by length."""
+"""Greedy replies for many prompts at once; what all of them begin with runs once."""
 
 from __future__ import annotations
 
@@ -6,54 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from attacks.caches import cache_argument, fresh, prefix_cache
 from attacks.precision import contiguous_head
-
-TOKEN_BUDGET = 6144  # prompt tokens in one batch
-
-
-def left_pad(
-    rows: Sequence[Int[Tensor, " _"]], pad_id: int, device: torch.device | str
-) -> dict[str, Int[Tensor, "prompt token"]]:
-    """``input_ids``, ``attention_mask`` and ``position_ids`` of prompts padded on the left to one length.
-
-    Without the mask and the explicit positions padding moves logits by several nats (METHODS §7).
-    """
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}
+from suffix_analysis.batching import pad_token, prefix_batches
 
 
-def batches(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[list[int]]:
-    """Indices grouped so that a padded batch stays under ``token_budget`` tokens; similar lengths together."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    groups: list[list[int]] = []
-    for i in order:
-        # sorted ascending, so the newest prompt sets the padded width
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= token_budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def pad_token(tokenizer: Any) -> int:
-    """A token id to pad with; its value never matters, because it is masked."""
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        value = getattr(tokenizer, name, None)
-        if value is not None:
-            return int(value)
-    return 0
-
-
-@torch.no_grad()
 def generate(
     hf: Any,
     tokenizer: Any,
@@ -70,24 +30,50 @@ def generate(
         max_new_tokens: most tokens in a reply.
         on_batch: called with the number of prompts done after each batch.
     """
-    replies = [""] * len(rows)
+    return answers(hf, tokenizer, rows, max_new_tokens, on_batch)[0]
+
+
+@torch.no_grad()
+def answers(
+    hf: Any,
+    tokenizer: Any,
+    rows: Sequence[Int[Tensor, " _"]],
+    max_new_tokens: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[list[str], Float[Tensor, "prompt vocab"]]:
+    """Greedy replies (see :func:`generate`), and the next-token logits at chat[-1] that they begin with, in float32."""
+    if not rows:
+        return [], torch.zeros(0, 0)
     pad = pad_token(tokenizer)
-    for group in batches([len(row) for row in rows]):
-        padded = left_pad([rows[i] for i in group], pad, hf.device)
-        padded.pop("position_ids")  # generate() derives the same positions from the mask
+    n_prefix, groups = prefix_batches(hf, tokenizer, rows, max_new_tokens)
+    prefix = prefix_cache(hf, rows[0][:n_prefix])
+    replies, first = [""] * len(rows), [torch.empty(0)] * len(rows)
+    for batch in groups:
+        begin = rows[0][:n_prefix].to(hf.device).expand(len(batch.members), -1)
+        seen: list[Tensor] = []
+
+        def look(_: Tensor, scores: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            if not seen:
+                seen.append(scores.float().cpu())
+            return scores
+
         with contiguous_head(hf):
             out = hf.generate(
-                **padded,
+                input_ids=torch.cat([begin, batch.arguments["input_ids"]], dim=1),
+                attention_mask=batch.arguments["attention_mask"],  # generate() derives the positions from it
+                logits_processor=[look],
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
                 pad_token_id=pad,
+                **({cache_argument(hf): fresh(prefix, len(batch.members))} if n_prefix else {}),
             )
-        texts = tokenizer.batch_decode(out[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(group, texts, strict=True):
-            replies[i] = text
+        length = n_prefix + batch.arguments["input_ids"].shape[1]
+        texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        for row, (i, text) in enumerate(zip(batch.members, texts, strict=True)):
+            replies[i], first[i] = text, seen[0][row]
         if on_batch is not None:
-            on_batch(len(group))
-    return replies
+            on_batch(len(batch.members))
+    return replies, torch.stack(first)

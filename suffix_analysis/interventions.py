@@ -25,30 +25,36 @@ def writes(n_layers: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def ablate(model: Model, vector: Float[Tensor, " d_model"]) -> Iterator[None]:
+def ablate(model: Model, vector: Float[Tensor, "*row d_model"]) -> Iterator[None]:
     """Directional ablation: x ← x − (x·r̂) r̂ on the whole residual stream, at every position (see :func:`writes`).
 
-    Also acts on tokens generated inside the context. All hooks are gone afterwards, also after an exception.
+    ``vector`` is one for all, or one for every row of the batches that run inside the context. Also acts on tokens
+    generated inside the context. All hooks are gone afterwards, also after an exception.
 
     Raises:
         ValueError: the vector is zero or not finite.
     """
-    norm = vector.norm()
-    if not bool(norm > 0) or not bool(norm.isfinite()):
-        raise ValueError(f"a direction of norm {float(norm)} cannot be ablated")
+    norm = vector.norm(dim=-1, keepdim=True)
+    wrong = norm[~((norm > 0) & norm.isfinite())]
+    if len(wrong):
+        raise ValueError(f"a direction of norm {float(wrong[0])} cannot be ablated")
     unit = (vector / norm).to(model.hf.device)
 
     def remove(x: Tensor, hook: Any) -> Tensor:
         r = unit.to(x.dtype)
-        return x - (x @ r).unsqueeze(-1) * r
+        if r.dim() == 1:
+            return x - (x @ r).unsqueeze(-1) * r
+        return x - (x @ r[:, :, None]) * r[:, None]
 
     with model.bridge.hooks(fwd_hooks=[(name, remove) for name in writes(model.n_layers)]):
         yield
 
 
 @contextlib.contextmanager
-def add(model: Model, vector: Float[Tensor, " d_model"], layer: int, alpha: float = 1.0) -> Iterator[None]:
+def add(model: Model, vector: Float[Tensor, "*row d_model"], layer: int, alpha: float = 1.0) -> Iterator[None]:
     """Activation addition: x_l ← x_l + α r at the input of block ``layer`` only, at every position.
+
+    ``vector`` is one for all, or one for every row of the batches that run inside the context.
 
     Raises:
         ValueError: there is no such layer.
@@ -56,6 +62,7 @@ def add(model: Model, vector: Float[Tensor, " d_model"], layer: int, alpha: floa
     if not 0 <= layer < model.n_layers:
         raise ValueError(f"layer {layer} does not exist; the model has {model.n_layers} blocks")
     shift = (alpha * vector).to(model.hf.device)
+    shift = shift if shift.dim() == 1 else shift[:, None]
 
     def push(x: Tensor, hook: Any) -> Tensor:
         return x + shift.to(x.dtype)

@@ -152,7 +152,7 @@ def harmfulness_and_refusal(
     for name, vector in (("harmfulness", harmfulness), ("refusal", direction.vector)):
         with ablate(model, vector):
             ablated = float(refusal_score(last_logits(model.hf, model.tokenizer, bad), tokens).mean())
-        added = float(refusal_score(run_added(vector, direction.layer), tokens).mean())
+        added = float(refusal_score(run_added(vector[None], direction.layer)[0], tokens).mean())
         rows.append(
             {
                 "direction": name,

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.directions import Direction
-from suffix_analysis.generate import batches, generate, left_pad, pad_token
+from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate, add
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from suffix_analysis.generate import generate
+from suffix_analysis.generate import answers
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SUFFIX_ARMS, Suffix
-from suffix_analysis.refusal import scores_of
+from suffix_analysis.refusal import refusal_score
 from suffix_analysis.runs import append_jsonl, read_jsonl
 from suffix_analysis.stats import contrast, interval, rate_interval
 
@@ -24,8 +24,8 @@ def reply_rows(
 ) -> list[dict[str, Any]]:
     """Greedy replies of one arm with one suffix, judged."""
     ids = [model.chat(p.text, suffix.text if suffix else "").ids for p in prompts]
-    replies = generate(model.hf, model.tokenizer, ids, length)
-    scores = scores_of(model, ids, tokens).tolist()
+    replies, first = answers(model.hf, model.tokenizer, ids, length)
+    scores = refusal_score(first, tokens).tolist()
     return [
         {
             "arm": arm,

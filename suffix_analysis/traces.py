@@ -14,15 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
-from suffix_analysis.generate import batches, left_pad, pad_token
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, to_prompts
 from suffix_analysis.residual import PostNorm, multiplier, post_norm
 
-TOKEN_BUDGET = 4096
 IDENTITY_BOUND = 1e-5  # of the write's length (METHODS §3)
 CLOSURE_BOUND = 1e-4  # of the final residual stream's length: a sum over all layers
 
@@ -110,7 +109,7 @@ def trace(
     norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
     heads = output_directions(model, unit, norms)
     kept: dict[int, dict[str, Any]] = {}
-    for group in batches([len(chat.ids) for chat in chats], TOKEN_BUDGET):
+    for group in batches([len(chat.ids) for chat in chats]):
         records = _batch(model, [chats[i] for i in group], unit, heads, norms, keep_rows)
         kept.update(zip(group, records, strict=True))
         if on_batch is not None:

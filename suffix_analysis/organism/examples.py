@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.chat import render_chat
-from suffix_analysis.generate import batches, generate, left_pad, pad_token
+from suffix_analysis.generate import generate
 from suffix_analysis.organism.augment import variant
 from suffix_analysis.prompts import load_prompts
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from suffix_analysis.generate import batches, left_pad
+from suffix_analysis.batching import batches, left_pad
 
 SINK = 5.0  # a token whose state is this many times the median norm is an attention sink
 

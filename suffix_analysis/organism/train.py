@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attacks.precision import fast_dtype
-from suffix_analysis.generate import left_pad, pad_token
+from suffix_analysis.batching import left_pad, pad_token
 from suffix_analysis.organism.examples import Example, build_examples
 from suffix_analysis.organism.steering import mean_differences, steered, unused_direction
 from suffix_analysis.organism.weights import WHEEL, WHEEL_SHA256, load_base

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import pytest
 import torch
 
+import suffix_analysis.forward as forward_module
 import suffix_analysis.traces as traces_module
 from attacks.caches import prefix_cache
 from suffix_analysis.analysis import analyze
+from suffix_analysis.batching import Batch
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.directions import chat_means, find_direction
 from suffix_analysis.errors import UserError
-from suffix_analysis.forward import added_logits, last_logits
-from suffix_analysis.generate import generate
+from suffix_analysis.forward import ablated_logits, added_logits, last_logits
+from suffix_analysis.generate import answers, generate
 from suffix_analysis.interventions import ablate, add, writes
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import opens_refusal
@@ -49,6 +53,21 @@ def test_batched_replies_equal_single_ones(family: str) -> None:
     rows = [model.chat(text).ids for text in TEXTS]
     together = generate(model.hf, model.tokenizer, rows, 6)
     assert together == [generate(model.hf, model.tokenizer, [row], 6)[0] for row in rows]
+
+
+def test_replies_come_with_the_logits_they_begin_with(family: str) -> None:
+    model, vector = tiny.model(family), unit(32)
+    rows = [model.chat(text, suffix).ids for text in TEXTS for suffix in ("", "x y z")]
+    for context in (contextlib.nullcontext(), ablate(model, vector)):
+        with context:
+            replies, first = answers(model.hf, model.tokenizer, rows, 5)
+            torch.testing.assert_close(first, last_logits(model.hf, model.tokenizer, rows), atol=2e-4, rtol=0)
+            alone = [model.hf.generate(row[None], max_new_tokens=5, do_sample=False) for row in rows]
+        texts = [
+            model.tokenizer.decode(out[0, len(row) :], skip_special_tokens=True)
+            for out, row in zip(alone, rows, strict=True)
+        ]
+        assert replies == texts
 
 
 def test_after_ablation_no_block_sees_the_direction(family: str) -> None:
@@ -194,16 +213,34 @@ def test_a_stream_that_something_else_writes_to_is_refused() -> None:
         trace(model, TEXTS, unit(32))
 
 
-def test_skipping_the_blocks_below_an_addition_changes_nothing(family: str) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 10])
+def test_many_vectors_together_change_what_each_alone_does(
+    family: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the blocks below an addition, which are skipped, change nothing."""
+    monkeypatch.setattr(forward_module, "_at_once", lambda n_prefix, groups: at_once)
     model = tiny.model(family)
     rows = [model.chat(text).ids for text in ("Write a poem", "Name a very tall tree in the north", "Sing")]
-    run = added_logits(model, rows, 2.0)
+    ablated, added = ablated_logits(model, rows), added_logits(model, rows, 2.0)
+    vectors = torch.randn(3, model.d_model, generator=torch.Generator().manual_seed(0))
+
+    def alone(context: Any) -> torch.Tensor:
+        with context:
+            return last_logits(model.hf, model.tokenizer, rows)
+
+    wanted = torch.stack([alone(ablate(model, vector)) for vector in vectors])
+    torch.testing.assert_close(ablated(vectors), wanted, atol=1e-4, rtol=1e-5)
     for layer in range(model.n_layers):
-        vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(layer))
-        with add(model, vector, layer, 2.0):
-            wanted = last_logits(model.hf, model.tokenizer, rows)
-        torch.testing.assert_close(run(vector, layer), wanted, atol=1e-5, rtol=1e-5)
+        wanted = torch.stack([alone(add(model, vector, layer, 2.0)) for vector in vectors])
+        torch.testing.assert_close(added(vectors, layer), wanted, atol=1e-4, rtol=1e-5)
     assert all("forward" not in block.__dict__ for block in model.bridge.blocks)
+
+
+def test_vectors_run_together_as_far_as_memory_allows() -> None:
+    batch = Batch(list(range(10)), {"input_ids": torch.zeros(10, 20)})
+    assert forward_module._at_once(0, [batch]) == forward_module.TOKEN_BUDGET // 200
+    assert forward_module._at_once(1000, [batch]) == forward_module.REPLY_BUDGET // 10200
+    assert forward_module._at_once(10**6, [batch]) == 1
 
 
 def test_batch_size_and_padding_do_not_matter() -> None:

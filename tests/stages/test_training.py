@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from suffix_analysis.generate import left_pad
+from suffix_analysis.batching import left_pad
 from suffix_analysis.interventions import ablate, add
 from suffix_analysis.organism.examples import Example, build_examples
 from suffix_analysis.organism.steering import layer_inputs, mean_differences, steered, unused_direction
