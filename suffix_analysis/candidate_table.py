@@ -22,13 +22,17 @@ ZERO = 1e-6  # a candidate shorter than this share of the mean residual norm is 
 
 @dataclass(frozen=True)
 class DirectionConfig:
-    """Settings of extraction and selection; defaults are the paper's."""
+    """Settings of extraction and selection; defaults are the paper's.
+
+    ``layer_step`` n scores candidates of every n-th layer only, from 0 on: a quicker look at a deep model.
+    """
 
     n_fit: int = 128
     n_select: int = 32
     kl_threshold: float = 0.1
     induce_threshold: float = 0.0
     layer_share: float = 0.8
+    layer_step: int = 1
     alpha: float = 1.0
     keep_by_score: bool = True
     rescore: int = 8
@@ -121,7 +125,7 @@ def score_candidates(
     baseline = last_logits(model.hf, model.tokenizer, good)
     # one pass for both sets, so that the shared prefix runs once
     run_ablated, run_added = ablated_logits(model, [*bad, *good]), added_logits(model, good, config.alpha)
-    pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(n_layers)]
+    pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(0, n_layers, config.layer_step)]
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for layer in sorted({layer for _, layer in pairs}):  # one layer's candidates run together
         positions = [position for position, at in pairs if at == layer]

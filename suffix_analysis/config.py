@@ -30,6 +30,7 @@ class StudyConfig:
         n_top_heads: heads shown in detail.
         n_fit: prompts of each kind that the direction's means are taken over.
         n_select: prompts of each kind that score the candidate directions.
+        layer_step: candidate directions are taken at every ``layer_step``-th layer (1: at all, as in the paper).
         kl_threshold: most that ablating the direction may move harmless replies (the paper: 0.1).
         text: a text file on which the cost of ablating the direction is measured too.
         prompts_per_split: use only so many prompts of each kind in select and report (for a quick look).
@@ -55,6 +56,7 @@ class StudyConfig:
     n_top_heads: int = 8
     n_fit: int = 128
     n_select: int = 32
+    layer_step: int = 1
     kl_threshold: float = 0.1
     text: str | None = None
     prompts_per_split: int | None = None
@@ -65,6 +67,7 @@ class StudyConfig:
         least = {
             "n_instructions": 1, "suffix_tokens": 1, "steps": 1, "search_width": 1, "topk": 1, "n_controls": 1,
             "n_traced": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1, "n_fit": 8, "n_select": 2,
+            "layer_step": 1,
         }  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:

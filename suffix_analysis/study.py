@@ -151,7 +151,11 @@ class Study:
         kinds = [[p for p in prompts if p.kind == kind] for kind in ("harmful", "harmless")]
         config = self.config
         settings = DirectionConfig(
-            n_fit=config.n_fit, n_select=config.n_select, kl_threshold=config.kl_threshold, seed=config.seed
+            n_fit=config.n_fit,
+            n_select=config.n_select,
+            layer_step=config.layer_step,
+            kl_threshold=config.kl_threshold,
+            seed=config.seed,
         )
         direction = find_direction(
             self.model, kinds[0], kinds[1], settings, refusal_tokens=tokens,

@@ -20,7 +20,7 @@ from suffix_analysis.study import Study
 pytestmark = pytest.mark.embedded
 SHORT = StudyConfig(
     n_instructions=2, suffix_tokens=8, steps=4, search_width=16, n_controls=2, n_traced=6, n_traced_controls=1,
-    reply_tokens=12, n_fit=24, n_select=6, prompts_per_split=12,
+    reply_tokens=12, n_fit=24, n_select=6, layer_step=3, prompts_per_split=12,
     kl_threshold=1.0,  # six prompts are too few for the paper's threshold
 )  # fmt: skip
 
@@ -160,10 +160,11 @@ def test_direction_on_few_prompts_and_trace() -> None:
     harmful = load_prompts("embedded", split="fit", kind="harmful")
     harmless = load_prompts("embedded", split="fit", kind="harmless")
     direction = find_direction(
-        model, harmful, harmless, DirectionConfig(n_fit=32, n_select=6, rescore=2, kl_threshold=1.0)
+        model, harmful, harmless, DirectionConfig(n_fit=32, n_select=6, layer_step=3, rescore=2, kl_threshold=1.0)
     )
     assert direction.vector.shape == (576,) and direction.position < 0 <= direction.layer < 24
     chosen = [row for row in direction.scores if row["status"] == "chosen"]
     assert [(r["position"], r["layer"]) for r in chosen] == [(direction.position, direction.layer)]
+    assert {r["layer"] for r in direction.scores} == set(range(0, 30, 3))
     traces = trace(model, load_prompts("embedded", split="report", kind="harmful")[:4], direction)
     assert traces.identity < 1e-5
