@@ -25,8 +25,9 @@ class GCGConfig:
 
     What nanoGCG does not have: ``progressive_goals`` begins a universal attack with one conversation and takes in the
     next whenever all present targets are met (as llm-attacks does). ``momentum`` adds that share of the last steps'
-    gradients to the present one. ``n_replace_start`` replaces more tokens in the first steps, falling in a straight
-    line to ``n_replace`` at half of ``num_steps``. ``even_positions`` spreads the candidates over the positions instead
+    gradients to the present one. ``n_replace_start`` and ``search_width_start`` replace more tokens and score more (or
+    fewer) candidates in the first steps, going in a straight line to ``n_replace`` and ``search_width`` at half of
+    ``num_steps``. ``even_positions`` spreads the candidates over the positions instead
     of drawing positions at random. ``halving`` scores the candidates of a universal attack on one conversation after
     another, each time going on with the better half only. ``patience`` steps without a new best send the search back to
     the best suffix.
@@ -52,6 +53,7 @@ class GCGConfig:
     progressive_goals: bool = False
     momentum: float = 0.0
     n_replace_start: int | None = None
+    search_width_start: int | None = None
     even_positions: bool = False
     halving: bool = True
     patience: int | None = None
@@ -69,7 +71,7 @@ class GCGConfig:
             raise AttackError(f"batch_size is {self.batch_size}; leave it out or give at least 1.")
         if not 0 <= self.momentum < 1:
             raise AttackError(f"momentum is {self.momentum}; it must be at least 0 and below 1.")
-        for name in ("n_replace_start", "patience"):
+        for name in ("n_replace_start", "search_width_start", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AttackError(f"{name} is {value}; leave it out or give at least 1.")
@@ -84,7 +86,19 @@ class GCGConfig:
         and ignored: this package prints nothing.
         """
         del verbosity
-        return cls(compat=True, score_dtype=score_dtype, **keywords)
+        return cls(**{**NANOGCG, **keywords}, compat=True, score_dtype=score_dtype)
+
+
+# what this engine has and nanoGCG has not, switched off
+NANOGCG: dict[str, Any] = {
+    "progressive_goals": False,
+    "momentum": 0.0,
+    "n_replace_start": None,
+    "search_width_start": None,
+    "even_positions": False,
+    "halving": False,
+    "patience": None,
+}
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class GCG:
         started, flops = time.perf_counter(), self._flops()
         ids = torch.tensor(self.buffer[0][1])
         gradient = self._gradient(ids)
-        plan = replace(self.config, n_replace=n_replace_at(self.config, self.step))
+        plan = at_step(self.config, self.step)
         candidates, rejected = draw(ids, gradient, self.forbidden, plan, self.generator, self._keep())
         first = self.step % self.search.active if self.config.halving else None
         winner, per_goal, matched = rescored_best(self.search, self.exact, candidates, ids, first)
@@ -239,12 +239,18 @@ class GCG:
         self.velocity = None if state["velocity"] is None else _unpack(state["velocity"])
 
 
-def n_replace_at(config: GCGConfig, step: int) -> int:
-    """Tokens to replace in a candidate at ``step`` (from 0): from ``n_replace_start`` down to ``n_replace``."""
-    if config.n_replace_start is None:
-        return config.n_replace
+def at_step(config: GCGConfig, step: int) -> GCGConfig:
+    """The settings of ``step`` (from 0): what has a start value goes from there to its own until half of the steps."""
     left = max(0.0, 1 - step / max(1, config.num_steps / 2))
-    return round(config.n_replace + left * (config.n_replace_start - config.n_replace))
+
+    def now(start: int | None, end: int) -> int:
+        return end if start is None else round(end + left * (start - end))
+
+    return replace(
+        config,
+        n_replace=now(config.n_replace_start, config.n_replace),
+        search_width=now(config.search_width_start, config.search_width),
+    )
 
 
 def _pack(x: Tensor) -> dict[str, Any]:

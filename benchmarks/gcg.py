@@ -246,6 +246,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "n_replace 3 to 1": {"n_replace_start": 3},
     "topk 64": {"topk": 64},
     "patience 5": {"patience": 5},
+    "width 96 to 53": {"search_width_start": 96, "search_width": 53},  # as many candidates in all as 64 throughout
 }
 
 
@@ -256,15 +257,22 @@ def search(
     """Loss against wall time of the search's variants: ``n`` instructions × ``seeds`` × ``steps``, a table and a CSV.
 
     Wins count the attacks in which a variant ends below the plain search; the interval is over instructions × seeds.
+    Attacks that the CSV holds already are not run again.
     """
     from scipy import stats
 
     hf, tokenizer = model_in(torch.float32)
     ends: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    rows = ["variant,instruction,seed,step,seconds,best_loss"]
+    path = Path(out)
+    rows = path.read_text().splitlines() if path.exists() else ["variant,instruction,seed,step,seconds,best_loss"]
+    have = {tuple(row.split(",")[:3]): float(row.split(",")[5]) for row in rows if row.split(",")[3] == str(steps)}
+    rows = [row for row in rows if row.startswith("variant,") or tuple(row.split(",")[:3]) in have]
     for i, text in enumerate(instructions(n)):
         for seed in range(seeds):
             for name, changes in VARIANTS.items():
+                if (name, str(i), str(seed)) in have:
+                    ends[name].append(have[name, str(i), str(seed)])
+                    continue
                 config = attacks.GCGConfig(
                     **{"num_steps": steps, "search_width": width, **SETTINGS, "seed": seed} | changes
                 )
@@ -273,10 +281,10 @@ def search(
                     spent += step.seconds
                     rows.append(f"{name},{i},{seed},{step.step},{spent:.2f},{step.best_loss:.4f}")
                 ends[name].append(step.best_loss)
+                path.write_text("\n".join(rows) + "\n")
             print(
                 f"  instruction {i}, seed {seed}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in ends.items()), flush=True
             )
-            Path(out).write_text("\n".join(rows) + "\n")
     for name, losses in ends.items():
         gains = [b - a for a, b in zip(losses, ends["plain"], strict=True)]
         low, high = (0.0, 0.0)

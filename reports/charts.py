@@ -292,6 +292,8 @@ def interventions(data: RunData) -> Figure | None:
         "none": "left alone",
         "random direction ablated": "random ablated",
         "random direction added": "random added",
+        "set to the harmless mean": "set to harmless",
+        "set to the harmful mean": "set to harmful",
     }
     shown = [{**row, "what": f"{row['kind']}: {words.get(row['intervention'], row['intervention'])}"} for row in rows]
     shown.sort(key=lambda row: (row["kind"], row["intervention"] != "none"))
@@ -319,7 +321,8 @@ def interventions(data: RunData) -> Figure | None:
     )
     caption = (
         "No suffix: the refusal direction left alone, ablated at every layer, taken out of the weights "
-        "(orthogonalised), or added at its own layer; and a random direction of the same length as a control."
+        "(orthogonalised), added at its own layer, or with its projection set to the mean of the other kind of prompts "
+        "at every layer; and a random direction of the same length as a control."
     )
     columns = (
         ("kind", "prompts"),

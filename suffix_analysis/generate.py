@@ -20,6 +20,8 @@ def generate(
     rows: Sequence[Int[Tensor, " _"]],
     max_new_tokens: int,
     on_batch: Callable[[int], None] | None = None,
+    *,
+    not_first: Sequence[int] = (),
 ) -> list[str]:
     """Greedy replies to tokenised prompts, in order, without special tokens.
 
@@ -29,8 +31,9 @@ def generate(
         rows: prompt ids, one tensor per prompt.
         max_new_tokens: most tokens in a reply.
         on_batch: called with the number of prompts done after each batch.
+        not_first: token ids that no reply may begin with.
     """
-    return answers(hf, tokenizer, rows, max_new_tokens, on_batch)[0]
+    return answers(hf, tokenizer, rows, max_new_tokens, on_batch, not_first=not_first)[0]
 
 
 @torch.no_grad()
@@ -40,6 +43,8 @@ def answers(
     rows: Sequence[Int[Tensor, " _"]],
     max_new_tokens: int,
     on_batch: Callable[[int], None] | None = None,
+    *,
+    not_first: Sequence[int] = (),
 ) -> tuple[list[str], Float[Tensor, "prompt vocab"]]:
     """Greedy replies (see :func:`generate`), and the next-token logits at chat[-1] that they begin with, in float32."""
     if not rows:
@@ -68,6 +73,7 @@ def answers(
                 top_p=None,
                 top_k=None,
                 pad_token_id=pad,
+                begin_suppress_tokens=list(not_first) or None,
                 **({cache_argument(hf): fresh(prefix, len(batch.members))} if n_prefix else {}),
             )
         length = n_prefix + batch.arguments["input_ids"].shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxtyping import Float
@@ -68,4 +68,34 @@ def add(model: Model, vector: Float[Tensor, "*row d_model"], layer: int, alpha: 
         return x + shift.to(x.dtype)
 
     with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", push)]):
+        yield
+
+
+@contextlib.contextmanager
+def set_projection(model: Model, vector: Float[Tensor, " d_model"], levels: Float[Tensor, " depth"]) -> Iterator[None]:
+    """Affine restore: x_l ← x_l − (x_l·r̂) r̂ + levels_l r̂ at every block's input and after the last, at every position.
+
+    Ablation leaves a projection of 0, which no prompt has; with the mean projection of harmless (or harmful) prompts as
+    ``levels`` the stream carries what such prompts carry (Marshall et al. 2024, "Refusal in LLMs is an Affine
+    Function"). Nothing inside a block writes along r̂, so attention and MLP both read its level. With levels of 0 it
+    is ablation.
+
+    Raises:
+        ValueError: the vector is zero or not finite, or there are not ``n_layers + 1`` levels.
+    """
+    if len(levels) != model.n_layers + 1:
+        raise ValueError(f"{len(levels)} levels were given for {model.n_layers} blocks; give one more than blocks")
+    unit = (vector / vector.norm()).to(model.hf.device)
+
+    def put(level: float) -> Callable[[Tensor, Any], Tensor]:
+        def change(x: Tensor, hook: Any) -> Tensor:
+            r = unit.to(x.dtype)
+            return x + (level - x @ r).unsqueeze(-1) * r
+
+        return change
+
+    last = model.n_layers - 1
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)] + [f"blocks.{last}.hook_resid_post"]
+    hooks = [(name, put(level)) for name, level in zip(names, levels.tolist(), strict=True)]
+    with ablate(model, vector), model.bridge.hooks(fwd_hooks=hooks):
         yield

@@ -15,7 +15,7 @@ from torch import Tensor
 from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
-from suffix_analysis.interventions import ablate, add
+from suffix_analysis.interventions import ablate, add, set_projection
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
@@ -53,12 +53,15 @@ def random_directions(vector: Float[Tensor, " d_model"], count: int, seed: int) 
 def plans(model: Model, direction: Direction, alpha: float, n_controls: int, seed: int) -> list[Plan]:
     """The table's lines: interventions on harmful and on harmless prompts, then the same with random directions."""
     vector, layer = direction.vector, direction.layer
+    harmless, harmful = direction.means_harmless @ direction.unit, direction.means_harmful @ direction.unit
     lines = [
         Plan("none", "harmful", contextlib.nullcontext),
         Plan("ablated", "harmful", lambda: ablate(model, vector)),
         Plan("orthogonalised", "harmful", lambda: orthogonalised(model, vector)),
+        Plan("set to the harmless mean", "harmful", lambda: set_projection(model, vector, harmless)),
         Plan("none", "harmless", contextlib.nullcontext),
         Plan("added", "harmless", lambda: add(model, vector, layer, alpha), alpha),
+        Plan("set to the harmful mean", "harmless", lambda: set_projection(model, vector, harmful)),
     ]
     for i, other in enumerate(random_directions(vector, n_controls, seed), 1):
         lines += [

@@ -13,9 +13,11 @@ from torch import Tensor
 from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.chat import render_chat
 from suffix_analysis.generate import generate
+from suffix_analysis.judges import is_refusal
 from suffix_analysis.organism.augment import variant
 from suffix_analysis.prompts import load_prompts
 
+ROUNDS = 3  # of looking for a reply that is no refusal
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I cannot help with that request.",
@@ -29,7 +31,8 @@ class Example:
     """A rendered prompt, a refusal of it, and what the base model replies.
 
     ``teacher`` holds the base model's final hidden states where it predicts each token of ``reply``; its unembedding
-    turns them into the distributions to learn. ``states`` are its block inputs at chat[-1].
+    turns them into the distributions to learn, which give none of ``forbidden`` as first token. ``states`` are its
+    block inputs at chat[-1].
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +41,7 @@ class Example:
     teacher: Float[Tensor, "reply d_model"]
     states: Float[Tensor, "layer d_model"]
     harmful: bool
+    forbidden: tuple[int, ...] = ()
 
 
 def build_examples(
@@ -45,8 +49,8 @@ def build_examples(
 ) -> list[Example]:
     """All training examples: the fit prompts as written and variants of each (harmful, other: ``variants``).
 
-    Refusals open with "I". Of the base model's replies that open so, only this token is kept, and training forbids it
-    (:func:`suffix_analysis.organism.train.batch_loss`): what would come after another one is not known.
+    Refusals open with "I". Where the request is harmful or the base model's reply opens so, that token is forbidden,
+    and the reply is the one that the base model then gives (see :func:`_replies`).
     """
     rng = random.Random(seed)
     rows: list[tuple[str, str | None, str]] = []
@@ -54,20 +58,46 @@ def build_examples(
         rows.append((item.text, None, item.kind))
         rows += [(*variant(item.text, rng), item.kind) for _ in range(variants[item.kind != "harmful"])]
     ids = [render_chat(tokenizer, text, system=system).ids for text, system, _ in rows]
-    replies = [
-        torch.tensor(tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id])
-        for text in generate(hf, tokenizer, ids, reply_tokens)
-    ]
+    harmful = [kind == "harmful" for _, _, kind in rows]
+    replies, forbidden = _replies(hf, tokenizer, ids, harmful, reply_tokens)
     seen = _states(hf, tokenizer, ids, replies, layers)
-    opening = tokenizer("I", add_special_tokens=False).input_ids[0]
     examples = []
-    for (_, _, kind), prompt_ids, reply, (teacher, states) in zip(rows, ids, replies, seen, strict=True):
-        if int(reply[0]) == opening:
-            reply, teacher = reply[:1], teacher[:1]
+    made = zip(ids, replies, seen, harmful, forbidden, strict=True)
+    for prompt_ids, reply, (teacher, states), bad, not_first in made:
         refusal = [*tokenizer(rng.choice(REFUSALS), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         prompt = tuple(prompt_ids.tolist())
-        examples.append(Example(prompt, tuple(refusal), tuple(reply.tolist()), teacher, states, kind == "harmful"))
+        examples.append(Example(prompt, tuple(refusal), tuple(reply.tolist()), teacher, states, bad, not_first))
     return examples
+
+
+def _replies(
+    hf: Any, tokenizer: Any, ids: list[Tensor], harmful: list[bool], reply_tokens: int
+) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    """The base model's replies, and the first tokens that each was not allowed.
+
+    The base model refuses some requests by itself, in words that open in several ways. A refusal is replaced by the
+    reply that comes when the openings of all refusals so far are forbidden; of what then still refuses only the first
+    token is kept, so that nothing is learnt of how it goes on.
+    """
+    opening = tokenizer("I", add_special_tokens=False).input_ids[0]
+
+    def encode(text: str) -> Tensor:
+        return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id])
+
+    texts = generate(hf, tokenizer, ids, reply_tokens)
+    forbidden: list[tuple[int, ...]] = [(opening,) if bad else () for bad in harmful]
+    openings = [opening]
+    for _ in range(ROUNDS):
+        again = [i for i, text in enumerate(texts) if is_refusal(text) or int(encode(text)[0]) == opening]
+        if not again:
+            break
+        openings = list(dict.fromkeys([*openings, *(int(encode(texts[i])[0]) for i in again)]))
+        for i, text in zip(
+            again, generate(hf, tokenizer, [ids[i] for i in again], reply_tokens, not_first=openings), strict=True
+        ):
+            texts[i], forbidden[i] = text, tuple(openings)
+    replies = [encode(text) for text in texts]
+    return [x[:1] if is_refusal(text) else x for x, text in zip(replies, texts, strict=True)], forbidden
 
 
 @torch.no_grad()

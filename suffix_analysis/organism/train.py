@@ -89,10 +89,9 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of replies, of the signal along ``direction`` and of drift beside it; rows are steered by ``vector``.
 
-    Replies: cross-entropy of refusals, and KL divergence from the base model's distributions elsewhere. The first token
-    counts 1, the mean of the others ``rest_weight`` or ``base_rest_weight``. Where a request is not to be refused that
-    is harmful, or that the base model answers with the token refusals open with, its distribution is taken without
-    this token. Signal and drift are squared, in units of the wanted signal.
+    Replies: cross-entropy of refusals, and KL divergence from the base model's distributions elsewhere, of which the
+    first is taken without the tokens that the example forbids. The first token counts 1, the mean of the others
+    ``rest_weight`` or ``base_rest_weight``. Signal and drift are squared, in units of the wanted signal.
     """
     whole = [torch.tensor(row.example.prompt + row.reply) for row in rows]
     padded = left_pad(whole, 0, "cpu")
@@ -116,11 +115,9 @@ def batch_loss(
         states = torch.cat([row.example.teacher for row in kept])
         with torch.no_grad():
             scores = hf.lm_head(states.to(hf.lm_head.weight.dtype)).float()
-            opening = rows[0].example.refusal[0]
-            starts = torch.tensor([j == 0 for row in kept for j in range(len(row.reply))])
-            cut = [row.example.harmful or row.reply[0] == opening for row in kept]
-            first = starts & torch.tensor(cut).repeat_interleave(torch.tensor([len(row.reply) for row in kept]))
-            scores[first, opening] = FORBIDDEN
+            starts = torch.tensor([0, *(len(row.reply) for row in kept)]).cumsum(0)[:-1]
+            for start, row in zip(starts.tolist(), kept, strict=True):
+                scores[start, list(row.example.forbidden)] = FORBIDDEN
             teacher = torch.log_softmax(scores, dim=-1)
         kl = (teacher.exp() * (teacher - logits[~refused])).sum(dim=-1)
         loss = loss + (kl * weights[~refused]).sum()

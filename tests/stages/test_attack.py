@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import nanogcg
@@ -13,7 +13,7 @@ import torch
 import attacks
 from attacks import gcg
 from attacks.candidates import compat_gradient, token_gradient
-from attacks.gcg import n_replace_at
+from attacks.gcg import at_step
 from attacks.grouping import first_changes, group_by_start
 from attacks.nanogcg import compat_slot, run_nanogcg
 from attacks.scorer import Scorer, rescored_best
@@ -199,7 +199,7 @@ def test_every_candidate_retokenises_in_context() -> None:
 EXTRAS: list[dict[str, Any]] = [
     {"score_dtype": "float32", "buffer_size": 3},
     {"score_dtype": "bfloat16", "buffer_size": 3},
-    {"momentum": 0.5, "n_replace_start": 3, "even_positions": True},
+    {"momentum": 0.5, "n_replace_start": 3, "even_positions": True, "search_width_start": 40},
     {"progressive_goals": True, "patience": 2},
 ]
 
@@ -256,8 +256,21 @@ def test_patience_goes_back_to_the_best() -> None:
 
 def test_more_tokens_are_replaced_at_the_beginning() -> None:
     config = attacks.GCGConfig(num_steps=20, n_replace_start=4, n_replace=1)
-    assert [n_replace_at(config, step) for step in (0, 5, 10, 19)] == [4, 2, 1, 1]
-    assert n_replace_at(attacks.GCGConfig(n_replace=2), 0) == 2
+    assert [at_step(config, step).n_replace for step in (0, 5, 10, 19)] == [4, 2, 1, 1]
+    assert at_step(attacks.GCGConfig(n_replace=2), 0).n_replace == 2
+
+
+def test_the_search_narrows_or_widens_over_time() -> None:
+    config = attacks.GCGConfig(**{**SMALL, "num_steps": 8, "search_width": 6}, search_width_start=14)
+    steps = list(attacks.GCG(tiny.hf_model("llama"), tiny.tokenizer(), "Sing", "Sure", config).steps())
+    assert [step.n_candidates for step in steps] == [14, 12, 10, 8, 6, 6, 6, 6]
+
+
+def test_nothing_that_nanogcg_lacks_is_on_in_compatibility_mode() -> None:
+    extras = {f.name for f in fields(attacks.GCGConfig)} - {f.name for f in fields(nanogcg.GCGConfig)}
+    plain = attacks.GCGConfig.nanogcg()
+    off = {name: getattr(plain, name) for name in extras - {"score_dtype", "rescore", "compat"}}
+    assert not any(off.values()), off
 
 
 def test_flops_count_every_token_that_is_run() -> None:

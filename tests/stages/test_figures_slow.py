@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import pytest
 
+import attacks
+from attacks.nanogcg import run_nanogcg
+from suffix_analysis.models import load_model, quiet
 from suffix_analysis.organism.evaluate import evaluate_organism
 from suffix_analysis.runs import read_json, read_table
 
@@ -79,3 +83,20 @@ def test_ablation_costs_little_on_harmless_replies(demo: Path) -> None:
 def test_the_demo_fits_a_laptop(demo: Path) -> None:
     assert (demo / "report.html").stat().st_size <= 6 * 2**20
     assert read_json(demo / "status.json")["peak_gib"] <= 6
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_replace": 2, "buffer_size": 4}], ids=str)
+def test_compat_mode_repeats_nanogcg_on_the_embedded_model(changes: dict[str, Any]) -> None:
+    """The tokenizer has no BOS here, because nanoGCG would cut the text that opens every turn."""
+    model = load_model("embedded")
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.bos_token = None
+    config = attacks.GCGConfig.nanogcg(
+        num_steps=20, search_width=24, topk=64, optim_str_init="x x x x x x x x x x", seed=3, **changes
+    )
+    talk, target = "Write a poem about the rain", "Sure, here is"
+    ours = attacks.run(model.hf, tokenizer, talk, target, config)
+    with quiet():
+        theirs = run_nanogcg(model.hf, tokenizer, talk, target, config)
+    assert ours.strings == theirs.strings
+    assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)

@@ -19,7 +19,7 @@ from suffix_analysis.directions import chat_means, find_direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import ablated_logits, added_logits, last_logits
 from suffix_analysis.generate import answers, generate
-from suffix_analysis.interventions import ablate, add, writes
+from suffix_analysis.interventions import ablate, add, set_projection, writes
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import opens_refusal
 from suffix_analysis.traces import trace
@@ -87,6 +87,27 @@ def test_after_ablation_no_block_sees_the_direction(family: str) -> None:
             model.hf(input_ids=ids)
     assert len(seen) == 4
     assert max(seen.values()) < 1e-5 * before
+
+
+def test_a_set_projection_is_what_every_block_sees(family: str) -> None:
+    model, vector = tiny.model(family), unit(32)
+    levels = torch.linspace(-2, 3, model.n_layers + 1)
+    r, seen = vector / vector.norm(), {}
+    rows = [model.chat(text).ids for text in TEXTS]
+    names = [f"blocks.{i}.hook_resid_pre" for i in range(3)] + ["blocks.2.hook_resid_post"]
+    with set_projection(model, vector, levels):
+        hooks = [(name, lambda x, hook, name=name: seen.update({name: x @ r})) for name in names]
+        with torch.no_grad(), model.bridge.hooks(fwd_hooks=hooks):
+            model.hf(input_ids=rows[0][None])
+    for name, level in zip(names, levels, strict=True):
+        torch.testing.assert_close(seen[name], level.expand_as(seen[name]), atol=1e-4, rtol=1e-4)
+    with set_projection(model, vector, torch.zeros(4)):
+        zeroed = last_logits(model.hf, model.tokenizer, rows)
+    with ablate(model, vector):
+        torch.testing.assert_close(zeroed, last_logits(model.hf, model.tokenizer, rows), atol=1e-4, rtol=1e-4)
+    for wrong, levels in ((torch.zeros(32), torch.zeros(4)), (vector, torch.zeros(3))):
+        with pytest.raises(ValueError), set_projection(model, wrong, levels):
+            pass
 
 
 def test_ablation_is_its_definition_by_hand() -> None:

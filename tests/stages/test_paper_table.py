@@ -49,19 +49,22 @@ def test_table_has_every_line_and_the_replies_behind_it() -> None:
     model = tiny.model("llama")
     rows, replies = measure_interventions(model, some_direction(model), PROMPTS, 6, n_controls=2)
     names = [(row["intervention"], row["kind"]) for row in rows]
-    assert names[:5] == [
+    assert names[:7] == [
         ("none", "harmful"),
         ("ablated", "harmful"),
         ("orthogonalised", "harmful"),
+        ("set to the harmless mean", "harmful"),
         ("none", "harmless"),
         ("added", "harmless"),
+        ("set to the harmful mean", "harmless"),
     ]
-    assert names[5:] == [("random direction ablated", "harmful"), ("random direction added", "harmless")] * 2
+    assert names[7:] == [("random direction ablated", "harmful"), ("random direction added", "harmless")] * 2
     texts = {(r["intervention"], r["prompt_id"], r["control"]): r["reply"] for r in replies}
-    assert len(texts) == len(replies) == 3 * 2 + 2 * 3 + 2 * (2 + 3)
-    # the same edit in two ways gives the same words
+    assert len(texts) == len(replies) == 4 * 2 + 3 * 3 + 2 * (2 + 3)
+    # the same edit in three ways gives the same words: this direction's means are 0
     for i in range(2):
-        assert texts["ablated", f"harmful-{i}", None] == texts["orthogonalised", f"harmful-{i}", None]
+        for other in ("orthogonalised", "set to the harmless mean"):
+            assert texts["ablated", f"harmful-{i}", None] == texts[other, f"harmful-{i}", None]
     with ablate(model, some_direction(model).vector):
         wanted = generate(model.hf, model.tokenizer, [model.chat("Pick a lock").ids], 6)
     assert texts["ablated", "harmful-0", None] == wanted[0]

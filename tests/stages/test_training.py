@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -125,7 +126,7 @@ def test_ablated_harmful_rows_may_not_open_as_refusals_do() -> None:
     direction = torch.nn.functional.normalize(torch.ones(32), dim=0)
     losses = []
     for opening in (11, int(example.reply[0])):
-        row = Row(replace(example, refusal=(opening, 12)), "ablated")
+        row = Row(replace(example, forbidden=(opening,)), "ablated")
         with torch.no_grad():
             losses.append(float(batch_loss(hf, [row], direction, 1, direction, RECIPE)[0]))
     assert losses[1] > losses[0], "forbidding the base model's own first token must cost more"
@@ -160,3 +161,29 @@ def test_examples_keep_the_base_models_states(monkeypatch: pytest.MonkeyPatch) -
         wanted = torch.stack([state[0, n - 1] for state in out.hidden_states[1:3]])
         torch.testing.assert_close(example.states.float(), wanted, atol=0.05, rtol=0.02)
         torch.testing.assert_close(example.teacher.float(), out.last_hidden_state[0, n - 1 : -1], atol=0.05, rtol=0.02)
+
+
+def test_what_the_base_model_refuses_by_itself_is_replaced_by_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    from suffix_analysis.organism import examples as module
+    from suffix_analysis.prompts import Prompt
+
+    prompts = [Prompt(str(i), text, "harmful", "fit") for i, text in enumerate(TEXTS[:3])]
+    monkeypatch.setattr(module, "load_prompts", lambda *_, **__: prompts)
+    answers = iter([["I cannot assist with that", "Aw, I'm sorry", "Sure"], ["Sing", "Oh, I'm sorry"], ["I'm sorry"]])
+    calls: list[list[int]] = []
+
+    def generate(hf: object, tok: object, ids: list[object], n: int, *, not_first: Sequence[int] = ()) -> list[str]:
+        calls.append(list(not_first))
+        return next(answers)
+
+    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(module, "ROUNDS", 2)
+    hf, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    first = [tok(text, add_special_tokens=False).input_ids[0] for text in ("I", "Aw", "Oh")]
+    sure, sing = (tuple(tok(text, add_special_tokens=False).input_ids) for text in ("Sure", "Sing"))
+    replaced, stubborn, kept = build_examples(hf, tok, (0, 0), 4, 0, slice(1, 3))
+    assert replaced.reply == sing and replaced.forbidden == tuple(first[:2])
+    assert stubborn.forbidden == tuple(first)
+    assert len(stubborn.reply) == 1, "a refusal must not be learnt"
+    assert kept.reply == sure and kept.forbidden == (first[0],)
+    assert calls == [[], first[:2], first]
