@@ -144,5 +144,7 @@ def resolve_dtype(name: ScoreDtype, model: torch.nn.Module) -> torch.dtype:
 
     own = next(model.parameters()).dtype
     if name == "auto":
-        return fast_dtype(next(model.parameters()).device) if own == torch.float32 else own
+        # a model that accelerate spreads over devices cannot be copied
+        spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        return fast_dtype(next(model.parameters()).device) if own == torch.float32 and not spread else own
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -35,7 +35,10 @@ class StudyConfig:
         text: a text file on which the cost of ablating the direction is measured too.
         prompts_per_split: use only so many prompts of each kind in select and report (for a quick look).
         seed: of everything that is drawn.
-        score_dtype: precision of searches and replies: auto, float32 or bfloat16; traces run in float32.
+        score_dtype: precision of searches and replies: auto, float32 or bfloat16; traces run in the model's own.
+        dtype: the model's own precision: float32, bfloat16 or float16.
+        device: cpu, cuda, or auto, which spreads a large model over GPUs, memory and disk; the GPU if there is one.
+        four_bit: quantise the weights to four bits (needs bitsandbytes).
     """
 
     model: str = "embedded"
@@ -62,6 +65,9 @@ class StudyConfig:
     prompts_per_split: int | None = None
     seed: int = 0
     score_dtype: str = "auto"
+    dtype: str = "float32"
+    device: str | None = None
+    four_bit: bool = False
 
     def __post_init__(self) -> None:
         least = {
@@ -76,3 +82,5 @@ class StudyConfig:
             raise UsageError(f"stop_below is {self.stop_below}; it is a share between 0 and 1.")
         if self.score_dtype not in ("auto", "float32", "bfloat16"):
             raise UsageError(f"score_dtype is {self.score_dtype!r}; choose auto, float32 or bfloat16.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UsageError(f"dtype is {self.dtype!r}; choose float32, bfloat16 or float16.")

@@ -17,6 +17,7 @@ import torch
 from suffix_analysis.chat import Chat, render_chat
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.families import known_architectures
+from suffix_analysis.placement import Device, default_device, loading_arguments, stays_put
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ class Model:
         return int(self.hf.config.get_text_config().hidden_size)
 
     def twin(self, dtype: torch.dtype) -> Model:
-        """This model in another precision, copied once; itself where it has that precision already.
+        """This model in another precision, copied once; itself where it has that precision already or cannot be copied.
 
         Make twins before the first use of ``bridge``: a wrapped model is not copied.
         """
-        if next(self.hf.parameters()).dtype == dtype:
+        if next(self.hf.parameters()).dtype == dtype or stays_put(self.hf):
             return self
         if dtype not in self._twins:
             if "bridge" in self.__dict__:
@@ -137,7 +138,8 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     system: str | None = None,
-    device: str | None = None,
+    device: Device = None,
+    four_bit: bool = False,
 ) -> Model:
     """Load a chat model.
 
@@ -145,22 +147,26 @@ def load_model(
         name: ``"embedded"``, a local folder, a GGUF file, or a hub id (``owner/name`` or ``owner/name@revision``).
         dtype: precision of the weights.
         system: a system prompt for every conversation; None leaves the template's own.
-        device: where to put it; by default the GPU when there is one.
+        device: where to put it, by default the GPU when there is one; ``"auto"`` spreads a large one over GPUs, memory
+            and disk, and a mapping (module name → device or ``"disk"``) says exactly how.
+        four_bit: quantise the weights (bitsandbytes).
 
     Raises:
-        UserError: nothing of that name, no weights, no chat template, or an architecture that is not in
-            :mod:`suffix_analysis.families` and does not satisfy the identities.
+        UserError: nothing of that name, no weights, too little memory, no chat template, or an architecture that is
+            not in :mod:`suffix_analysis.families` and does not satisfy the identities.
     """
     if name == "embedded":
         from suffix_analysis.organism.weights import load_embedded
 
         hf, tokenizer, path = load_embedded(dtype)
+        device = None if device == "auto" else device
     else:
-        hf, tokenizer, path = _load_hf(name, dtype)
+        hf, tokenizer, path = _load_hf(name, dtype, device, four_bit)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"The tokenizer of {name!r} has no chat template; use an instruction-tuned model.")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = Model(name, hf.to(where).eval(), tokenizer, system, path)
+    if isinstance(device, str | None) and device != "auto" and not stays_put(hf):
+        hf = hf.to(device or default_device())
+    model = Model(name, hf.eval(), tokenizer, system, path)
     if hf.config.get_text_config().model_type not in known_architectures():
         from suffix_analysis.identities import require_identities
 
@@ -195,14 +201,15 @@ def source_of(name: str) -> tuple[str, dict[str, Any]]:
     return source, {"revision": revision} if revision else {}
 
 
-def _load_hf(name: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
+def _load_hf(name: str, dtype: torch.dtype, device: Device, four_bit: bool) -> tuple[Any, Any, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, kwargs = source_of(name)
+    placed = loading_arguments(name, dtype, device, four_bit)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs)
+            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs, **placed)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"The model {name!r} cannot be loaded: {first_line(error)}") from error
     return hf, tokenizer, source

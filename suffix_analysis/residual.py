@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suffix_analysis.models import Model
+from suffix_analysis.placement import in_memory
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ def post_norm(block: Any, d_model: int) -> PostNorm | None:
     if "ln1_post" not in (block.submodules or {}):
         return None
     norm = block.ln1_post.original_component
-    weight = next(norm.parameters())
-    # an RMS norm returns its effective weight for a vector of ones
-    ones = torch.ones(1, 1, d_model, device=weight.device, dtype=weight.dtype)
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
-    return PostNorm(norm(ones)[0, 0].float(), float(eps))
+    with in_memory(norm):
+        weight = next(norm.parameters())
+        # an RMS norm returns its effective weight for a vector of ones
+        ones = torch.ones(1, 1, d_model, device=weight.device, dtype=weight.dtype)
+        return PostNorm(type(norm).forward(norm, ones)[0, 0].float(), float(eps))
 
 
 def multiplier(model: Model) -> float:

@@ -67,6 +67,26 @@ def size_of(name: str) -> Size:
     )
 
 
+def require_fit(name: str, dtype: torch.dtype, device: str | None, four_bit: bool = False) -> None:
+    """Refuse a model whose weights alone are larger than the memory that is free where they would go.
+
+    Raises:
+        UserError: says how much is needed and free, and what to do.
+    """
+    size = size_of(name)
+    each = 0.5 if four_bit else dtype.itemsize
+    needed = each * size.n_parameters / GIB
+    gpu = device != "cpu" and size.free_gpu is not None
+    free = size.free_gpu if gpu and size.free_gpu is not None else size.free_ram
+    if needed > free:
+        how = "4 bits" if four_bit else str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name!r} does not fit: its weights in {how} take {needed:.1f} GiB, and {free:.1f} GiB of "
+            f"{'GPU memory' if gpu else 'memory'} are free; load it in fewer bits (--dtype bfloat16, --four-bit), or "
+            "spread it with --device auto over GPUs, memory and disk."
+        )
+
+
 def verdict(size: Size) -> str:
     """One sentence: whether the model fits this machine, and in which precision."""
     free, where = (size.free_ram, "memory") if size.free_gpu is None else (size.free_gpu, "GPU memory")

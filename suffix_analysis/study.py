@@ -56,7 +56,10 @@ class Study:
     def model(self) -> Model:
         """The model, loaded on first use together with its fast twin (which must exist before the bridge)."""
         if self._model is None:
-            self._model = load_model(self.config.model)
+            config = self.config
+            self._model = load_model(
+                config.model, dtype=getattr(torch, config.dtype), device=config.device, four_bit=config.four_bit
+            )
             self._model.twin(self.fast_dtype)
         return self._model
 

@@ -19,6 +19,7 @@ from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
+from suffix_analysis.placement import in_memory
 from suffix_analysis.prompts import Prompt, to_prompts
 from suffix_analysis.residual import PostNorm, multiplier, post_norm
 
@@ -70,9 +71,10 @@ def output_directions(
     """
     found = []
     for block, norm in zip(model.bridge.blocks, norms, strict=True):
-        weight = block.attn.W_O.detach().float()
-        target = (unit if norm is None else unit * norm.weight.to(unit.device)).to(weight.device)
-        found.append((weight @ target).to(unit.device))
+        with in_memory(block.attn):
+            weight = block.attn.W_O.detach().float()
+            target = (unit if norm is None else unit * norm.weight.to(unit.device)).to(weight.device)
+            found.append((weight @ target).to(unit.device))
     return multiplier(model) * torch.stack(found)
 
 
@@ -236,8 +238,9 @@ def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], uni
 
 
 def _bias(block: Any) -> Tensor | None:
-    bias = getattr(block.attn, "b_O", None)
-    return bias.detach().float().cpu() if bias is not None else None
+    with in_memory(block.attn):
+        bias = getattr(block.attn, "b_O", None)
+        return bias.detach().float().cpu() if bias is not None else None
 
 
 def _check(traces: Traces, model: Model) -> None:

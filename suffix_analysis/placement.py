@@ -1,0 +1,70 @@
+"""Where a model's weights are kept: on one device, spread over several with memory and disk, or in four bits each."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from suffix_analysis.errors import UserError
+
+Device = str | Mapping[str, str | int] | None
+
+
+def loading_arguments(name: str, dtype: torch.dtype, device: Device, four_bit: bool) -> dict[str, Any]:
+    """Keywords for ``from_pretrained`` beside dtype.
+
+    Args:
+        name: the model; its size is read from its configuration before any weight is.
+        dtype: precision of the weights that are not quantised.
+        device: one device, ``"auto"`` (accelerate spreads the model over GPUs, memory and disk), or a device map.
+        four_bit: quantise with bitsandbytes.
+
+    Raises:
+        UserError: the model does not fit, or bitsandbytes is not there.
+    """
+    arguments: dict[str, Any] = {}
+    if four_bit:
+        if find_spec("bitsandbytes") is None:
+            raise UserError("4-bit weights need bitsandbytes; run: pip install bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        # computing in float32 would need dequantised copies four times as large
+        compute = torch.bfloat16 if dtype == torch.float32 else dtype
+        arguments["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+    if device == "auto" or isinstance(device, Mapping):
+        scratch = tempfile.TemporaryDirectory(prefix="suffix-analysis-offload-")
+        _SCRATCH.append(scratch)  # removed when the process ends
+        return arguments | {"device_map": device, "offload_folder": scratch.name}
+    from suffix_analysis.sizes import require_fit
+
+    require_fit(name, dtype, device, four_bit)
+    return arguments | ({"device_map": {"": device or default_device()}} if four_bit else {})
+
+
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def default_device() -> str:
+    """The GPU when there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def stays_put(hf: Any) -> bool:
+    """Whether a model cannot be copied or cast: it is quantised, or its weights are spread by accelerate."""
+    return bool(getattr(hf, "is_quantized", False)) or len(set(getattr(hf, "hf_device_map", {}).values())) > 1
+
+
+@contextlib.contextmanager
+def in_memory(module: torch.nn.Module) -> Iterator[None]:
+    """The weights of a module and all in it, fetched from where accelerate keeps them, to be read meanwhile."""
+    from accelerate.utils import align_module_device
+
+    with contextlib.ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(align_module_device(part))
+        yield

@@ -1,0 +1,94 @@
+"""Models that are spread over memory and disk give the same numbers as whole ones; what cannot fit is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attacks
+from suffix_analysis import sizes
+from suffix_analysis.directions import find_direction
+from suffix_analysis.errors import UserError
+from suffix_analysis.forward import last_logits
+from suffix_analysis.generate import generate
+from suffix_analysis.interventions import ablate
+from suffix_analysis.models import Model, load_model
+from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
+from suffix_analysis.traces import trace
+from tests import tiny
+from tests.stages.test_families import ANY
+
+SPLIT = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "disk",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+TEXTS = ["Sing", "Write a poem about the rain", "Bake a cake"]
+
+
+@pytest.fixture(params=["llama", "gemma2"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A saved model; Gemma 2 has norms behind attention."""
+    tiny.hf_model(request.param).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def numbers(model: Model) -> dict[str, Any]:
+    """What the line computes, from plain forwards to traces; the attack first, as the bridge wraps the model."""
+    rows = [model.chat(text).ids for text in TEXTS]
+    config = attacks.GCGConfig(
+        num_steps=2, search_width=6, topk=16, optim_str_init="x x x x", seed=0, score_dtype="float32"
+    )
+    found: dict[str, Any] = {"suffix": attacks.run(model.hf, model.tokenizer, "Sing", "Sure", config).strings}
+    found["logits"] = last_logits(model.hf, model.tokenizer, rows)
+    texts = [
+        f"{verb} {thing}" for verb in ("Draw", "Name", "Find", "Buy") for thing in ("a tree", "a boat", "it", "us")
+    ]
+    direction = find_direction(model, [*texts[:8], "a", "b"], [t + " now" for t in texts[:10]], ANY, refusal_tokens=[5])
+    found["direction"] = direction.vector
+    with ablate(model, direction.vector):
+        found["ablated"] = last_logits(model.hf, model.tokenizer, rows)
+        found["replies"] = generate(model.hf, model.tokenizer, rows, 5)
+    traces = trace(model, TEXTS, direction)
+    found |= {"contribution": traces.contribution, "projection": traces.projection, "identity": traces.identity}
+    return found
+
+
+def test_a_model_split_over_memory_and_disk_gives_the_same_numbers(folder: str) -> None:
+    split, whole = load_model(folder, device=SPLIT), load_model(folder)
+    assert {p.device.type for p in split.hf.parameters()} == {"cpu", "meta"}
+    assert split.twin(torch.bfloat16) is split
+    found, wanted = numbers(split), numbers(whole)
+    for name, value in wanted.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4)
+        elif name == "identity":
+            assert found[name] < 1e-5
+        else:
+            assert found[name] == value, name
+    with pytest.raises(NotAvailable, match="offloaded"), orthogonalised(split, wanted["direction"]):
+        pass
+
+
+def test_weights_larger_than_the_free_memory_are_refused_before_they_are_read(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=r"does not fit: its weights in float32 take .* --device auto"):
+        load_model(folder)
+    assert load_model(folder, device=SPLIT).n_layers == 3, "what is spread is accelerate's to place"
+
+
+def test_auto_and_four_bits(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_model(folder, device="auto").chat("Sing").n_chat
+    monkeypatch.setattr("suffix_analysis.placement.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        load_model(folder, four_bit=True)
