@@ -180,6 +180,15 @@ def _interventions(data: RunData) -> Iterator[str]:
             clauses.append(f"{words} from {percent(base['refusal_rate'])} to {after}")
     if clauses:
         yield "Without any suffix, " + "; ".join(clauses) + "."
+    edited = find(rows, intervention="orthogonalised", kind="harmful") or {}
+    attacked = find(data.table("refusal"), arm="adversarial", split="report") or {}
+    if edited.get("complied_rate") is not None and attacked.get("complied_rate") is not None:
+        yield (
+            "By the rule-based verdict, weights without the direction comply with "
+            f"{percent_ci(edited['complied_rate'], edited['complied_lo'], edited['complied_hi'])} of the same "
+            "instructions, the suffix makes the model comply with "
+            f"{percent_ci(attacked['complied_rate'], attacked['complied_lo'], attacked['complied_hi'])}."
+        )
 
 
 def _suffix_note(data: RunData) -> Iterator[str]:

@@ -124,6 +124,37 @@ def analyze(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), as_
 
 
 @app.command
+def abilities(
+    *tasks: str,
+    out: Out = Path("runs/study"),
+    tasks_folder: Annotated[Path | None, Parameter(help="Folder with task files (YAML) of your own.")] = None,
+    limit: Annotated[int | None, Parameter(help="Questions of each task at most.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run lm-eval's TASKS on a run's model as it is, with the direction ablated, and taken out of the weights."""
+    from suffix_analysis.abilities import measure_abilities
+    from suffix_analysis.runs import read_config, write_table
+
+    study = _study(StudyConfig(**read_config(out)), out)
+    vector = study.direction().vector
+    console = _Console()
+    rows = measure_abilities(
+        study.fast, vector, tasks, folder=tasks_folder, limit=limit,
+        on_run=lambda done, total: console.progress(done, total, "interventions"),
+    )  # fmt: skip
+    write_table(out / "findings" / "abilities.parquet", rows)
+    _print_result(rows, as_json, lambda: [_ability_line(row) for row in rows])
+
+
+def _ability_line(row: dict[str, Any]) -> str:
+    name = f"{row['task']} {row['metric']:12} {row['intervention']:15}"
+    if row["value"] is None:
+        return f"{name} {row['note']}"
+    change = "" if row["change"] is None else f", {row['change']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
+    return f"{name} {row['value']:.3f}{change}, n = {row['n']}"
+
+
+@app.command
 def report(run: Path, *, out: Annotated[Path | None, Parameter(help="Where to write the page.")] = None) -> None:
     """Build the HTML report of a run folder."""
     from reports import ReportError, build_report

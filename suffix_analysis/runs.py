@@ -167,6 +167,18 @@ def read_suffixes(path: Path) -> list[Suffix]:
         raise UserError(f"{path} is not a list of suffixes: {error}") from error
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings that a run folder was made with.
+
+    Raises:
+        UsageError: it is no run folder, or its settings are damaged.
+    """
+    try:
+        return tomllib.loads((folder / "config.toml").read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{folder} is no run folder (its config.toml cannot be read: {error}).") from error
+
+
 @contextlib.contextmanager
 def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Hold a run folder: make it, or check that it was made by the same settings, and lock out other processes.
@@ -180,7 +192,7 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     settings = {key: value for key, value in settings.items() if value is not None}
     config = folder / "config.toml"
     if config.exists():
-        there = tomllib.loads(config.read_text("utf-8"))
+        there = read_config(folder)
         changed = sorted(key for key in there.keys() | settings.keys() if there.get(key) != settings.get(key))
         if changed:
             key = changed[0]

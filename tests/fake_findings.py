@@ -56,6 +56,9 @@ def intervention(name: str, kind: str, rate: float, n: int, alpha: float | None)
         "refusal_rate": rate,
         "refusal_lo": max(0.0, rate - half),
         "refusal_hi": min(1.0, rate + half),
+        "complied_rate": (1 - rate) * 0.8,
+        "complied_lo": max(0.0, (1 - rate) * 0.8 - half),
+        "complied_hi": min(1.0, (1 - rate) * 0.8 + half),
     }
 
 

@@ -150,6 +150,7 @@ def test_headline_tells_what_the_data_hold(fake: Path) -> None:
         ("profile", "normalised projection"),
         ("shift", "of their attention"),
         ("interventions", "ablating the direction"),
+        ("interventions", "weights without the direction comply with"),
     ],
 )
 def test_a_clause_goes_with_its_data(run: Path, name: str, phrase: str) -> None:

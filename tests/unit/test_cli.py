@@ -48,6 +48,8 @@ MISTAKES = [
     (["demo", "--no-such-flag"], 2, "no-such-flag"),
     (["run", "--config", "nowhere.toml"], 2, "nowhere.toml"),
     (["report", "nowhere"], 1, "nowhere"),
+    (["abilities", "arc_easy", "--out", "nowhere"], 2, "nowhere is no run folder"),
+    (["demo", "--dtype", "int8"], 2, "int8"),
     (["run", "--harmful", "nowhere.csv"], 1, "nowhere.csv"),
 ]
 
