@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from suffix_analysis.errors import UsageError
@@ -31,6 +32,10 @@ class StudyConfig:
         n_fit: prompts of each kind that the direction's means are taken over.
         n_select: prompts of each kind that score the candidate directions.
         layer_step: candidate directions are taken at every ``layer_step``-th layer (1: at all, as in the paper).
+        layer_share: directions from later layers than this share of the depth are not chosen (the paper: 0.8).
+        induce_threshold: least refusal score that adding the direction must give harmless prompts (the paper: 0).
+        alpha: strength at which the direction is added (the paper: 1).
+        refusal_tokens: ids of the tokens that open the model's refusals; found from its replies if left out.
         kl_threshold: most that ablating the direction may move harmless replies (the paper: 0.1).
         text: a text file on which the cost of ablating the direction is measured too.
         prompts_per_split: use only so many prompts of each kind in select and report (for a quick look).
@@ -61,6 +66,10 @@ class StudyConfig:
     n_select: int = 32
     layer_step: int = 1
     kl_threshold: float = 0.1
+    layer_share: float = 0.8
+    induce_threshold: float = 0.0
+    alpha: float = 1.0
+    refusal_tokens: Sequence[int] | None = None
     text: str | None = None
     prompts_per_split: int | None = None
     seed: int = 0
@@ -78,6 +87,12 @@ class StudyConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+        if self.refusal_tokens is not None:
+            if not self.refusal_tokens or min(self.refusal_tokens) < 0:
+                raise UsageError(f"refusal_tokens is {list(self.refusal_tokens)}; give token ids, or leave it out.")
+            object.__setattr__(self, "refusal_tokens", tuple(self.refusal_tokens))  # a list where it comes from a file
+        if not 0 < self.layer_share <= 1:
+            raise UsageError(f"layer_share is {self.layer_share}; it is a share of the layers, above 0 and at most 1.")
         if not 0 <= self.stop_below <= 1:
             raise UsageError(f"stop_below is {self.stop_below}; it is a share between 0 and 1.")
         if self.score_dtype not in ("auto", "float32", "bfloat16"):

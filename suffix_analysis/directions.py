@@ -94,6 +94,11 @@ def split_prompts(prompts: Sequence[Prompt], config: DirectionConfig) -> tuple[l
         rng.shuffle(fit)
         rng.shuffle(chosen)
     fit, chosen = fit[: config.n_fit], chosen[: config.n_select]
+    both = {p.text for p in fit} & {p.text for p in chosen}
+    if both:
+        raise UserError(
+            f"{len(both)} prompts are in both the fit and the select part, e.g. {min(both)!r}; give each of them once."
+        )
     if len(fit) < 8 or len(chosen) < 2:
         raise UserError(
             f"{len(prompts)} prompts are too few for a direction: {len(fit)} for extraction and {len(chosen)} for "

@@ -189,7 +189,8 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     """
     import tomli_w
 
-    settings = {key: value for key, value in settings.items() if value is not None}
+    # TOML knows neither None nor tuples
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if v is not None}
     config = folder / "config.toml"
     if config.exists():
         there = read_config(folder)

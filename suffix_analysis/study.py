@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,10 +18,11 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
 from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
 from suffix_analysis.errors import UserError
+from suffix_analysis.inputs import given_suffixes, study_prompts
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.oneness import measure_oneness
 from suffix_analysis.paper_table import measure_cost, measure_interventions
-from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, to_jsonl
+from suffix_analysis.prompts import Prompt, to_jsonl
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import discover_refusal_tokens
 
@@ -143,8 +143,14 @@ class Study:
         path = self.folder / "refusal_tokens.json"
         if path.exists():
             return list(runs.read_json(path))
-        chats = {k: [self.model.chat(p.text) for p in select if p.kind == k] for k in ("harmful", "harmless")}
-        tokens = discover_refusal_tokens(self.fast, chats["harmful"], chats["harmless"])
+        size = self.model.hf.get_input_embeddings().weight.shape[0]
+        if self.config.refusal_tokens is not None:
+            tokens = list(self.config.refusal_tokens)
+            if max(tokens) >= size:
+                raise UserError(f"refusal_tokens holds {max(tokens)}, but the model has {size} tokens.")
+        else:
+            chats = {k: [self.model.chat(p.text) for p in select if p.kind == k] for k in ("harmful", "harmless")}
+            tokens = discover_refusal_tokens(self.fast, chats["harmful"], chats["harmless"])
         runs.write_json(path, tokens)
         return tokens
 
@@ -158,6 +164,9 @@ class Study:
             n_select=config.n_select,
             layer_step=config.layer_step,
             kl_threshold=config.kl_threshold,
+            induce_threshold=config.induce_threshold,
+            layer_share=config.layer_share,
+            alpha=config.alpha,
             seed=config.seed,
         )
         direction = find_direction(
@@ -171,7 +180,8 @@ class Study:
         rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
         table, answers = measure_interventions(
             self.fast, direction, self.prompts(), config.reply_tokens,
-            seed=config.seed, on_line=lambda done, total: self.narrator.progress(done, total, "interventions"),
+            alpha=config.alpha, seed=config.seed,
+            on_line=lambda done, total: self.narrator.progress(done, total, "interventions"),
         )  # fmt: skip
         sets = [[self.model.chat(p.text) for p in part] for kind in kinds for part in split_prompts(kind, settings)]
         tables = {
@@ -277,71 +287,3 @@ def _attack_line(progress: attacking.Progress, config: StudyConfig) -> str:
     if progress.flipped is not None and progress.select_refusal is not None:
         text += f", flipped {progress.flipped}/{config.n_instructions}, others refused {progress.select_refusal:.0%}"
     return text
-
-
-def study_prompts(config: StudyConfig) -> list[Prompt]:
-    """All prompts of a study with their kinds and splits.
-
-    Files without splits are cut with the seed: half fit, a fifth select, the rest report.
-
-    Raises:
-        UserError: a file cannot be read, or a split comes out empty.
-    """
-    prompts: list[Prompt] = []
-    for kind, source in (("harmful", config.harmful), ("harmless", config.harmless)):
-        found = load_prompts(source, kind=kind)
-        prompts += _with_splits([replace(p, kind=kind) for p in found], config.seed)
-    if config.harmless == "embedded":
-        prompts += load_prompts("embedded", kind="lookalike")
-    for kind in ("harmful", "harmless"):
-        for split in ("fit", "select", "report"):
-            if not any(p.kind == kind and p.split == split for p in prompts):
-                raise UserError(f"There are no {kind} prompts in the {split} split; give more prompts.")
-    if config.prompts_per_split is not None:
-        prompts = [p for kind in KINDS for split in SPLITS for p in _first(prompts, kind, split, config)]
-    if len({p.id for p in prompts}) < len(prompts):
-        prompts = [replace(p, id=f"{p.kind}:{p.id}") for p in prompts]
-    return prompts
-
-
-def _first(prompts: Sequence[Prompt], kind: str, split: str, config: StudyConfig) -> list[Prompt]:
-    """Prompts of one kind and split; at most ``prompts_per_split``, evenly spread, outside of fit."""
-    own = [p for p in prompts if p.kind == kind and p.split == split]
-    most = config.prompts_per_split
-    if most is None or split == "fit" or len(own) <= most:
-        return own
-    return [own[i * len(own) // most] for i in range(most)]
-
-
-def _with_splits(prompts: list[Prompt], seed: int) -> list[Prompt]:
-    if all(p.split for p in prompts):
-        return prompts
-    shuffled = list(prompts)
-    random.Random(seed).shuffle(shuffled)
-    first, second = len(shuffled) // 2, len(shuffled) * 7 // 10
-    names = ["fit" if i < first else "select" if i < second else "report" for i in range(len(shuffled))]
-    return [replace(p, split=name) for p, name in zip(shuffled, names, strict=True)]
-
-
-def given_suffixes(path: Path, model: Model) -> list[Suffix]:
-    """Suffixes from a file, with their token counts after an instruction.
-
-    Raises:
-        UserError: the file is missing or no list of suffixes, or a suffix does not survive re-tokenisation.
-    """
-    from suffix_analysis.chat import survives_decoding
-
-    if not path.is_file():
-        raise UserError(f"There is no suffixes file {str(path)!r}.")
-    out = []
-    for suffix in runs.read_suffixes(path):
-        chat = model.chat("Write a poem", suffix.text)
-        if not survives_decoding(model.tokenizer, chat):
-            raise UserError(
-                f"Suffix {suffix.id} ({suffix.text[:40]!r}) does not survive re-tokenisation; leave it out."
-            )
-        ids = tuple(chat.ids[chat.regions["suffix"]].tolist())
-        out.append(replace(suffix, ids=ids, n_tokens=len(ids)))
-    if not any(s.arm == "adversarial" for s in out):
-        raise UserError(f"{path} holds no suffix of the adversarial arm.")
-    return out

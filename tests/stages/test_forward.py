@@ -291,6 +291,9 @@ def test_find_direction_names_what_is_wrong() -> None:
         find_direction(model, TEXTS[:3], ["a", "b", "c"])
     with pytest.raises(UserError, match="both harmful and harmless"):
         find_direction(model, TEXTS, TEXTS)
+    with pytest.raises(UserError, match="2 prompts are in both the fit and the select part"):
+        split = [Prompt(str(i), f"Cut {i % 8}", "harmful", "select" if i >= 8 else "fit") for i in range(10)]
+        find_direction(model, split, [f"Make cake number {i}" for i in range(20)])
     many = [f"Do thing number {i}" for i in range(20)]
     with pytest.raises(UserError, match="refuses 0 of"):
         find_direction(model, many, [f"Make cake number {i}" for i in range(20)])

@@ -50,6 +50,8 @@ MISTAKES = [
     (["report", "nowhere"], 1, "nowhere"),
     (["abilities", "arc_easy", "--out", "nowhere"], 2, "nowhere is no run folder"),
     (["demo", "--dtype", "int8"], 2, "int8"),
+    (["demo", "--layer-share", "1.5"], 2, "layer_share is 1.5"),
+    (["demo", "--refusal-tokens", "-3"], 2, "-3"),
     (["run", "--harmful", "nowhere.csv"], 1, "nowhere.csv"),
 ]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from suffix_analysis import runs
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.records import Suffix
 
@@ -51,6 +53,17 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(UsageError, match=r"steps = 10, not 20"), runs.open_run(tmp_path / "run", {"steps": 20}):
         pass
+
+
+def test_settings_that_toml_cannot_hold_come_back_the_same(tmp_path: Path) -> None:
+    settings = asdict(StudyConfig(refusal_tokens=(5, 7)))
+    with runs.open_run(tmp_path / "r", settings):
+        pass
+    with runs.open_run(tmp_path / "r", settings):
+        pass
+    assert StudyConfig(**runs.read_config(tmp_path / "r")) == StudyConfig(refusal_tokens=(5, 7))
+    with pytest.raises(UsageError, match="nowhere is no run folder"):
+        runs.read_config(tmp_path / "nowhere")
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

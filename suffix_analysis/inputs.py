@@ -1,0 +1,82 @@
+"""What a study starts from: its prompts with kinds and splits, and suffixes that were found elsewhere."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from suffix_analysis import runs
+from suffix_analysis.chat import survives_decoding
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.errors import UserError
+from suffix_analysis.models import Model
+from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts
+from suffix_analysis.records import Suffix
+
+
+def study_prompts(config: StudyConfig) -> list[Prompt]:
+    """All prompts of a study with their kinds and splits.
+
+    Files without splits are cut with the seed: half fit, a fifth select, the rest report.
+
+    Raises:
+        UserError: a file cannot be read, or a split comes out empty.
+    """
+    prompts: list[Prompt] = []
+    for kind, source in (("harmful", config.harmful), ("harmless", config.harmless)):
+        found = load_prompts(source, kind=kind)
+        prompts += _with_splits([replace(p, kind=kind) for p in found], config.seed)
+    if config.harmless == "embedded":
+        prompts += load_prompts("embedded", kind="lookalike")
+    for kind in ("harmful", "harmless"):
+        for split in ("fit", "select", "report"):
+            if not any(p.kind == kind and p.split == split for p in prompts):
+                raise UserError(f"There are no {kind} prompts in the {split} split; give more prompts.")
+    if config.prompts_per_split is not None:
+        prompts = [p for kind in KINDS for split in SPLITS for p in _first(prompts, kind, split, config)]
+    if len({p.id for p in prompts}) < len(prompts):
+        prompts = [replace(p, id=f"{p.kind}:{p.id}") for p in prompts]
+    return prompts
+
+
+def _first(prompts: Sequence[Prompt], kind: str, split: str, config: StudyConfig) -> list[Prompt]:
+    """Prompts of one kind and split; at most ``prompts_per_split``, evenly spread, outside of fit."""
+    own = [p for p in prompts if p.kind == kind and p.split == split]
+    most = config.prompts_per_split
+    if most is None or split == "fit" or len(own) <= most:
+        return own
+    return [own[i * len(own) // most] for i in range(most)]
+
+
+def _with_splits(prompts: list[Prompt], seed: int) -> list[Prompt]:
+    if all(p.split for p in prompts):
+        return prompts
+    shuffled = list(prompts)
+    random.Random(seed).shuffle(shuffled)
+    first, second = len(shuffled) // 2, len(shuffled) * 7 // 10
+    names = ["fit" if i < first else "select" if i < second else "report" for i in range(len(shuffled))]
+    return [replace(p, split=name) for p, name in zip(shuffled, names, strict=True)]
+
+
+def given_suffixes(path: Path, model: Model) -> list[Suffix]:
+    """Suffixes from a file, with their token counts after an instruction.
+
+    Raises:
+        UserError: the file is missing or no list of suffixes, or a suffix does not survive re-tokenisation.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no suffixes file {str(path)!r}.")
+    out = []
+    for suffix in runs.read_suffixes(path):
+        chat = model.chat("Write a poem", suffix.text)
+        if not survives_decoding(model.tokenizer, chat):
+            raise UserError(
+                f"Suffix {suffix.id} ({suffix.text[:40]!r}) does not survive re-tokenisation; leave it out."
+            )
+        ids = tuple(chat.ids[chat.regions["suffix"]].tolist())
+        out.append(replace(suffix, ids=ids, n_tokens=len(ids)))
+    if not any(s.arm == "adversarial" for s in out):
+        raise UserError(f"{path} holds no suffix of the adversarial arm.")
+    return out
