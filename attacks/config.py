@@ -27,10 +27,9 @@ class GCGConfig:
     next whenever all present targets are met (as llm-attacks does). ``momentum`` adds that share of the last steps'
     gradients to the present one. ``n_replace_start`` and ``search_width_start`` replace more tokens and score more (or
     fewer) candidates in the first steps, going in a straight line to ``n_replace`` and ``search_width`` at half of
-    ``num_steps``. ``even_positions`` spreads the candidates over the positions instead
-    of drawing positions at random. ``halving`` scores the candidates of a universal attack on one conversation after
-    another, each time going on with the better half only. ``patience`` steps without a new best send the search back to
-    the best suffix.
+    ``num_steps``. ``even_positions`` spreads the candidates over the positions instead of drawing positions at random.
+    ``halving`` scores the candidates of a universal attack on one conversation after another, each time going on with
+    the better half only. ``patience`` steps without a new best send the search back to the best suffix.
     """
 
     num_steps: int = 250
@@ -140,11 +139,10 @@ class GCGResult:
 
 def resolve_dtype(name: ScoreDtype, model: torch.nn.Module) -> torch.dtype:
     """The torch dtype to search in for ``name`` on ``model``'s device."""
-    from attacks.precision import fast_dtype
+    from attacks.precision import fast_dtype, stays_put
 
     own = next(model.parameters()).dtype
     if name == "auto":
-        # a model that accelerate spreads over devices cannot be copied
-        spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        return fast_dtype(next(model.parameters()).device) if own == torch.float32 and not spread else own
+        can_be_cast = own == torch.float32 and not stays_put(model)
+        return fast_dtype(next(model.parameters()).device) if can_be_cast else own
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -36,6 +36,11 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if bf16_speedup(torch.device(device)) >= 1.5 else torch.float32
 
 
+def stays_put(model: Any) -> bool:
+    """Whether a model cannot be copied or cast: it is quantised, or its weights are spread by accelerate."""
+    return bool(getattr(model, "is_quantized", False)) or len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
 @contextlib.contextmanager
 def contiguous_head(model: Any) -> Iterator[None]:
     """Make the vocabulary product see contiguous rows while it runs.

@@ -264,14 +264,15 @@ def search(
     hf, tokenizer = model_in(torch.float32)
     ends: dict[str, list[float]] = {name: [] for name in VARIANTS}
     path = Path(out)
-    rows = path.read_text().splitlines() if path.exists() else ["variant,instruction,seed,step,seconds,best_loss"]
-    have = {tuple(row.split(",")[:3]): float(row.split(",")[5]) for row in rows if row.split(",")[3] == str(steps)}
-    rows = [row for row in rows if row.startswith("variant,") or tuple(row.split(",")[:3]) in have]
+    rows = path.read_text().splitlines() if path.exists() else ["variant,instruction,seed,width,step,seconds,best_loss"]
+    have = {tuple(row.split(",")[:4]): float(row.split(",")[6]) for row in rows if row.split(",")[4] == str(steps)}
+    rows = [row for row in rows if row.startswith("variant,") or tuple(row.split(",")[:4]) in have]
     for i, text in enumerate(instructions(n)):
         for seed in range(seeds):
             for name, changes in VARIANTS.items():
-                if (name, str(i), str(seed)) in have:
-                    ends[name].append(have[name, str(i), str(seed)])
+                key = (name, str(i), str(seed), str(width))
+                if key in have:
+                    ends[name].append(have[key])
                     continue
                 config = attacks.GCGConfig(
                     **{"num_steps": steps, "search_width": width, **SETTINGS, "seed": seed} | changes
@@ -279,7 +280,7 @@ def search(
                 spent = 0.0
                 for step in attacks.GCG(hf, tokenizer, text, TARGET, config).steps():
                     spent += step.seconds
-                    rows.append(f"{name},{i},{seed},{step.step},{spent:.2f},{step.best_loss:.4f}")
+                    rows.append(f"{','.join(key)},{step.step},{spent:.2f},{step.best_loss:.4f}")
                 ends[name].append(step.best_loss)
                 path.write_text("\n".join(rows) + "\n")
             print(

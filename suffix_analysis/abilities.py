@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.interventions import ablate
@@ -24,7 +26,7 @@ Samples = dict[int, float]
 
 def measure_abilities(
     model: Model,
-    vector: Any,
+    vector: Float[Tensor, " d_model"],
     tasks: Sequence[str],
     *,
     folder: Path | None = None,
@@ -38,7 +40,7 @@ def measure_abilities(
 
     Args:
         model: the model; wrapped in its bridge.
-        vector: the direction, ``[d_model]``.
+        vector: the direction.
         tasks: names of lm-eval's tasks.
         folder: a folder with further task files (YAML); lm-eval's own are left out then.
         limit: questions of each task at most.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 TOKEN_BUDGET = 4096
@@ -109,3 +109,9 @@ def prefix_batches(
             padded["position_ids"] = padded["position_ids"] + n_prefix
         made.append(Batch(group, padded))
     return n_prefix, made
+
+
+def in_order(parts: list[tuple[Batch, Float[Tensor, "*vector _ vocab"]]]) -> Float[Tensor, "*vector prompt vocab"]:
+    """What batches gave, as one tensor in the order of the prompts."""
+    order = torch.tensor([i for batch, _ in parts for i in batch.members])
+    return torch.cat([logits for _, logits in parts], dim=-2)[..., order.argsort(), :]

@@ -1,4 +1,4 @@
-"""The command line: the composition root, and the only module that prints.
+"""The command line: the composition root, and the only module that prints results.
 
 stdout carries results, stderr progress. Exit codes: 0 ok, 1 failed, 2 usage, 3 partly done, 130 interrupted.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from suffix_analysis import __version__
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.console import Console, tell
 from suffix_analysis.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def abilities(
 
     study = _study(StudyConfig(**read_config(out)), out)
     vector = study.direction().vector
-    console = _Console()
+    console = Console()
     rows = measure_abilities(
         study.fast, vector, tasks, folder=tasks_folder, limit=limit,
         on_run=lambda done, total: console.progress(done, total, "interventions"),
@@ -197,7 +197,7 @@ def train(*, out: Path = Path("adapter"), seed: int = 0) -> None:
     """Train the adapter anew into a folder, with its training record."""
     from suffix_analysis.organism.train import train_adapter
 
-    console = _Console()
+    console = Console()
     console.stage(f"training into {out}", skipped=False)
     record = train_adapter(out, seed, console.progress)
     print(json.dumps(record, indent=1))
@@ -210,71 +210,13 @@ def evaluate(
     """Measure the embedded model: refusals per kind and style, and what the adapter costs on harmless replies."""
     from suffix_analysis.organism.evaluate import evaluate_organism
 
-    print(json.dumps(evaluate_organism(adapter, lambda text: _err(text)), indent=1))
-
-
-class _Console:
-    """Progress on stderr: one live line on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self.console = Console(stderr=True)
-        self.live = self.console.is_terminal
-        columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}")
-        self.bar = Progress(
-            TextColumn(columns[0]), BarColumn(), TextColumn(columns[2]), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False), console=self.console, transient=True,
-        )  # fmt: skip
-        self.task: Any = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self.started = self.last_call = time.monotonic()
-        self.last, self.total, self.before = 0.0, 0, 0
-
-    def stage(self, name: str, skipped: bool) -> None:
-        self._close()
-        self._reset()
-        if skipped:
-            _err(f"{name}: done before")
-            return
-        _err(f"{name} …")
-        if self.live:
-            self.task = self.bar.add_task(name, total=None, text="")
-            self.bar.start()
-
-    def say(self, text: str) -> None:
-        _err(text)
-
-    def progress(self, done: int, total: int, text: str = "") -> None:
-        if self.live and self.task is not None:
-            self.bar.update(self.task, completed=done, total=total, text=text)
-            return
-        now = time.monotonic()
-        if total != self.total:  # another part of the same stage begins
-            self.total, self.started, self.before = total, self.last_call, done - 1
-        self.last_call = now
-        if done == total or now - self.last >= 10:
-            self.last = now
-            left = (now - self.started) / max(1, done - self.before) * (total - done)
-            _err(f"  {done}/{total} {text} (about {left:.0f} s left)")
-
-    def _close(self) -> None:
-        if self.task is not None:
-            self.bar.stop()
-            self.bar.remove_task(self.task)
-            self.task = None
-
-    def __del__(self) -> None:
-        self._close()
+    print(json.dumps(evaluate_organism(adapter, tell), indent=1))
 
 
 def _study(config: StudyConfig, out: Path) -> Study:
     from suffix_analysis.study import Study
 
-    return Study(out, config, _Console())
+    return Study(out, config, Console())
 
 
 def _from_file(config: StudyConfig, file: Path | None) -> StudyConfig:
@@ -322,11 +264,6 @@ def _print_result(value: Any, as_json: bool, lines: Any) -> None:
     print(json.dumps(value, indent=1) if as_json else "\n".join(lines()))
 
 
-def _err(text: str) -> None:
-    """A line on stderr; control characters are shown, never sent to the terminal."""
-    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Run a command; a user's mistake is one sentence on stderr and an exit code, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -334,20 +271,20 @@ def main() -> None:
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        _err(f"suffix-analysis: {error}")
+        tell(f"suffix-analysis: {error}")
         sys.exit(2)
     except UserError as error:
-        _err(f"suffix-analysis: {error}")
+        tell(f"suffix-analysis: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _err("suffix-analysis: interrupted; what was finished is kept, the same command goes on from there")
+        tell("suffix-analysis: interrupted; what was finished is kept, the same command goes on from there")
         sys.exit(130)
     except ValueError as error:
         from attacks import AttackError
 
         if not isinstance(error, AttackError):
             raise
-        _err(f"suffix-analysis: {error}")
+        tell(f"suffix-analysis: {error}")
         sys.exit(1)
 
 

@@ -13,9 +13,20 @@ from torch import Tensor
 
 from attacks.caches import cache_argument, fresh, prefix_cache
 from attacks.precision import contiguous_head
-from suffix_analysis.batching import REPLY_BUDGET, TOKEN_BUDGET, Batch, batches, left_pad, pad_token, prefix_batches
+from suffix_analysis.batching import (
+    REPLY_BUDGET,
+    TOKEN_BUDGET,
+    Batch,
+    batches,
+    in_order,
+    left_pad,
+    pad_token,
+    prefix_batches,
+)
 from suffix_analysis.interventions import ablate, add
 from suffix_analysis.models import Model
+
+Context = contextlib.AbstractContextManager[None]
 
 
 def run_batch(hf: Any, batch: Batch, prefix: Any) -> Float[Tensor, "prompt vocab"]:
@@ -38,12 +49,7 @@ def last_logits(hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]]) -> F
     """
     n_prefix, groups = prefix_batches(hf, tokenizer, rows)
     prefix = prefix_cache(hf, rows[0][:n_prefix])
-    return _in_order([(batch, run_batch(hf, batch, prefix)) for batch in groups])
-
-
-def _in_order(parts: list[tuple[Batch, Float[Tensor, "*vector _ vocab"]]]) -> Float[Tensor, "*vector prompt vocab"]:
-    order = torch.tensor([i for batch, _ in parts for i in batch.members])
-    return torch.cat([logits for _, logits in parts], dim=-2)[..., order.argsort(), :]
+    return in_order([(batch, run_batch(hf, batch, prefix)) for batch in groups])
 
 
 @torch.no_grad()
@@ -88,7 +94,31 @@ def _at_once(n_prefix: int, groups: Sequence[Batch]) -> int:
     return max(1, min(TOKEN_BUDGET // run, REPLY_BUDGET // (run + held)))
 
 
-@torch.no_grad()
+def _logits_of_each(
+    model: Model,
+    prefix_ids: Int[Tensor, " prefix"],
+    groups: Sequence[Batch],
+    vectors: Float[Tensor, "vector d_model"],
+    change: Callable[[Float[Tensor, "row d_model"]], Context],
+    around: Callable[[int, int], Context] = lambda batch, count: contextlib.nullcontext(),
+) -> Float[Tensor, "vector prompt vocab"]:
+    """Last logits under each of the vectors: ``change`` intervenes with one vector a row.
+
+    ``around`` stands about the forward of a batch (by number) for so many vectors, but not about the prefix's.
+    """
+    out = []
+    for some in vectors.split(_at_once(len(prefix_ids), groups)):
+        with change(some):
+            prefix = prefix_cache(model.hf, prefix_ids, rows=len(some))
+        parts = []
+        for number, batch in enumerate(groups):
+            with change(some.repeat_interleave(len(batch.members), dim=0)), around(number, len(some)):
+                logits = run_batch(model.hf, _times(batch, len(some)), prefix)
+            parts.append((batch, logits.unflatten(0, (len(some), -1))))
+        out.append(in_order(parts))
+    return torch.cat(out)
+
+
 def ablated_logits(
     model: Model, rows: Sequence[Int[Tensor, " _"]]
 ) -> Callable[[Float[Tensor, "vector d_model"]], Float[Tensor, "vector prompt vocab"]]:
@@ -97,17 +127,7 @@ def ablated_logits(
 
     @torch.no_grad()
     def run(vectors: Float[Tensor, "vector d_model"]) -> Float[Tensor, "vector prompt vocab"]:
-        out = []
-        for some in vectors.split(_at_once(n_prefix, groups)):
-            with ablate(model, some):
-                prefix = prefix_cache(model.hf, rows[0][:n_prefix], rows=len(some))
-            parts = []
-            for batch in groups:
-                with ablate(model, some.repeat_interleave(len(batch.members), dim=0)):
-                    logits = run_batch(model.hf, _times(batch, len(some)), prefix)
-                parts.append((batch, logits.unflatten(0, (len(some), -1))))
-            out.append(_in_order(parts))
-        return torch.cat(out)
+        return _logits_of_each(model, rows[0][:n_prefix], groups, vectors, lambda each: ablate(model, each))
 
     return run
 
@@ -136,19 +156,13 @@ def added_logits(
 
     @torch.no_grad()
     def run(vectors: Float[Tensor, "vector d_model"], layer: int) -> Float[Tensor, "vector prompt vocab"]:
-        out = []
-        for some in vectors.split(_at_once(n_prefix, groups)):
-            with add(model, some, layer, alpha):
-                prefix = prefix_cache(model.hf, rows[0][:n_prefix], rows=len(some))
-            parts = []
-            for batch, states in zip(groups, inputs, strict=True):
-                each = some.repeat_interleave(len(batch.members), dim=0)
-                state = states[layer].repeat(len(some), 1, 1)
-                with add(model, each, layer, alpha), _skipped(model, layer, state):
-                    logits = run_batch(model.hf, _times(batch, len(some)), prefix)
-                parts.append((batch, logits.unflatten(0, (len(some), -1))))
-            out.append(_in_order(parts))
-        return torch.cat(out)
+        def skip(number: int, count: int) -> Context:
+            return _skipped(model, layer, inputs[number][layer].repeat(count, 1, 1))
+
+        def change(each: Tensor) -> Context:
+            return add(model, each, layer, alpha)
+
+        return _logits_of_each(model, rows[0][:n_prefix], groups, vectors, change, skip)
 
     return run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attacks.caches import cache_argument, fresh, prefix_cache
 from attacks.precision import contiguous_head
-from suffix_analysis.batching import pad_token, prefix_batches
+from suffix_analysis.batching import in_order, pad_token, prefix_batches
 
 
 def generate(
@@ -19,7 +19,6 @@ def generate(
     tokenizer: Any,
     rows: Sequence[Int[Tensor, " _"]],
     max_new_tokens: int,
-    on_batch: Callable[[int], None] | None = None,
     *,
     not_first: Sequence[int] = (),
 ) -> list[str]:
@@ -30,10 +29,9 @@ def generate(
         tokenizer: its tokenizer.
         rows: prompt ids, one tensor per prompt.
         max_new_tokens: most tokens in a reply.
-        on_batch: called with the number of prompts done after each batch.
         not_first: token ids that no reply may begin with.
     """
-    return answers(hf, tokenizer, rows, max_new_tokens, on_batch, not_first=not_first)[0]
+    return answers(hf, tokenizer, rows, max_new_tokens, not_first=not_first)[0]
 
 
 @torch.no_grad()
@@ -42,7 +40,6 @@ def answers(
     tokenizer: Any,
     rows: Sequence[Int[Tensor, " _"]],
     max_new_tokens: int,
-    on_batch: Callable[[int], None] | None = None,
     *,
     not_first: Sequence[int] = (),
 ) -> tuple[list[str], Float[Tensor, "prompt vocab"]]:
@@ -52,7 +49,7 @@ def answers(
     pad = pad_token(tokenizer)
     n_prefix, groups = prefix_batches(hf, tokenizer, rows, max_new_tokens)
     prefix = prefix_cache(hf, rows[0][:n_prefix])
-    replies, first = [""] * len(rows), [torch.empty(0)] * len(rows)
+    replies, first = [""] * len(rows), []
     for batch in groups:
         begin = rows[0][:n_prefix].to(hf.device).expand(len(batch.members), -1)
         seen: list[Tensor] = []
@@ -78,8 +75,7 @@ def answers(
             )
         length = n_prefix + batch.arguments["input_ids"].shape[1]
         texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        for row, (i, text) in enumerate(zip(batch.members, texts, strict=True)):
-            replies[i], first[i] = text, seen[0][row]
-        if on_batch is not None:
-            on_batch(len(batch.members))
-    return replies, torch.stack(first)
+        for i, text in zip(batch.members, texts, strict=True):
+            replies[i] = text
+        first.append((batch, seen[0]))
+    return replies, in_order(first)

@@ -41,13 +41,20 @@ def ablate(model: Model, vector: Float[Tensor, "*row d_model"]) -> Iterator[None
     unit = (vector / norm).to(model.hf.device)
 
     def remove(x: Tensor, hook: Any) -> Tensor:
-        r = unit.to(x.dtype)
-        if r.dim() == 1:
-            return x - (x @ r).unsqueeze(-1) * r
-        return x - (x @ r[:, :, None]) * r[:, None]
+        return _with_projection(x, unit, 0.0)
 
     with model.bridge.hooks(fwd_hooks=[(name, remove) for name in writes(model.n_layers)]):
         yield
+
+
+def _with_projection(
+    x: Float[Tensor, "row token d_model"], unit: Float[Tensor, "*row d_model"], level: float
+) -> Float[Tensor, "row token d_model"]:
+    """x + (level − x·r̂) r̂, with one r̂ for all rows or one for each."""
+    r = unit.to(x.dtype)
+    if r.dim() == 1:
+        return x + (level - x @ r).unsqueeze(-1) * r
+    return x + (level - x @ r[:, :, None]) * r[:, None]
 
 
 @contextlib.contextmanager
@@ -88,11 +95,7 @@ def set_projection(model: Model, vector: Float[Tensor, " d_model"], levels: Floa
     unit = (vector / vector.norm()).to(model.hf.device)
 
     def put(level: float) -> Callable[[Tensor, Any], Tensor]:
-        def change(x: Tensor, hook: Any) -> Tensor:
-            r = unit.to(x.dtype)
-            return x + (level - x @ r).unsqueeze(-1) * r
-
-        return change
+        return lambda x, hook: _with_projection(x, unit, level)
 
     last = model.n_layers - 1
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)] + [f"blocks.{last}.hook_resid_post"]

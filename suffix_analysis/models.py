@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from attacks.precision import stays_put
 from suffix_analysis.chat import Chat, render_chat
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.families import known_architectures
-from suffix_analysis.placement import Device, default_device, loading_arguments, stays_put
+from suffix_analysis.placement import Device, default_device, is_spread, loading_arguments
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,12 @@ def load_model(
         from suffix_analysis.organism.weights import load_embedded
 
         hf, tokenizer, path = load_embedded(dtype)
-        device = None if device == "auto" else device
+        device = None if is_spread(device) else device
     else:
         hf, tokenizer, path = _load_hf(name, dtype, device, four_bit)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"The tokenizer of {name!r} has no chat template; use an instruction-tuned model.")
-    if isinstance(device, str | None) and device != "auto" and not stays_put(hf):
+    if not is_spread(device) and not stays_put(hf):
         hf = hf.to(device or default_device())
     model = Model(name, hf.eval(), tokenizer, system, path)
     if hf.config.get_text_config().model_type not in known_architectures():

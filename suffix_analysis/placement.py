@@ -36,7 +36,7 @@ def loading_arguments(name: str, dtype: torch.dtype, device: Device, four_bit: b
         # computing in float32 would need dequantised copies four times as large
         compute = torch.bfloat16 if dtype == torch.float32 else dtype
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
-    if device == "auto" or isinstance(device, Mapping):
+    if is_spread(device):
         scratch = tempfile.TemporaryDirectory(prefix="suffix-analysis-offload-")
         _SCRATCH.append(scratch)  # removed when the process ends
         return arguments | {"device_map": device, "offload_folder": scratch.name}
@@ -49,14 +49,14 @@ def loading_arguments(name: str, dtype: torch.dtype, device: Device, four_bit: b
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
 
 
+def is_spread(device: Device) -> bool:
+    """Whether accelerate is to place a model's parts, each by itself."""
+    return device == "auto" or isinstance(device, Mapping)
+
+
 def default_device() -> str:
     """The GPU when there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def stays_put(hf: Any) -> bool:
-    """Whether a model cannot be copied or cast: it is quantised, or its weights are spread by accelerate."""
-    return bool(getattr(hf, "is_quantized", False)) or len(set(getattr(hf, "hf_device_map", {}).values())) > 1
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from attacks.memory import free_bytes
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.models import quiet, source_of
+from suffix_analysis.placement import Device
 
 GIB = 2**30
 # what forwards over a batch of prompts need beside the weights, measured on the demo (4.0 GiB with 0.8 of weights)
@@ -67,7 +68,7 @@ def size_of(name: str) -> Size:
     )
 
 
-def require_fit(name: str, dtype: torch.dtype, device: str | None, four_bit: bool = False) -> None:
+def require_fit(name: str, dtype: torch.dtype, device: Device, four_bit: bool = False) -> None:
     """Refuse a model whose weights alone are larger than the memory that is free where they would go.
 
     Raises:
@@ -76,20 +77,26 @@ def require_fit(name: str, dtype: torch.dtype, device: str | None, four_bit: boo
     size = size_of(name)
     each = 0.5 if four_bit else dtype.itemsize
     needed = each * size.n_parameters / GIB
-    gpu = device != "cpu" and size.free_gpu is not None
-    free = size.free_gpu if gpu and size.free_gpu is not None else size.free_ram
+    free, where = _free(size, device)
     if needed > free:
         how = "4 bits" if four_bit else str(dtype).removeprefix("torch.")
         raise UserError(
             f"{name!r} does not fit: its weights in {how} take {needed:.1f} GiB, and {free:.1f} GiB of "
-            f"{'GPU memory' if gpu else 'memory'} are free; load it in fewer bits (--dtype bfloat16, --four-bit), or "
+            f"{where} are free; load it in fewer bits (--dtype bfloat16, --four-bit), or "
             "spread it with --device auto over GPUs, memory and disk."
         )
 
 
+def _free(size: Size, device: Device = None) -> tuple[float, str]:
+    """GiB that are free where a model would go, and what that memory is called."""
+    if device == "cpu" or size.free_gpu is None:
+        return size.free_ram, "memory"
+    return size.free_gpu, "GPU memory"
+
+
 def verdict(size: Size) -> str:
     """One sentence: whether the model fits this machine, and in which precision."""
-    free, where = (size.free_ram, "memory") if size.free_gpu is None else (size.free_gpu, "GPU memory")
+    free, where = _free(size)
     for precision, needed in (("float32", size.needed_float32), ("bfloat16", size.needed_bfloat16)):
         if needed <= free:
             return f"It fits in {precision}: about {needed:.1f} GiB of {free:.1f} GiB free {where}."

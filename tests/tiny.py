@@ -80,3 +80,18 @@ def model(
     tok = tokenizer(format_name)
     hf = hf_model(family, seed, dtype, eos_token_id=tok.eos_token_id, **changes)
     return Model(f"tiny-{family}", hf, tok)
+
+
+TEXTS = (
+    "Bake a cake",
+    "Write a poem about the rain in spring",
+    "Sing",
+    "How do I mend a chair?",
+    "Go home now, please",
+)
+
+
+def unit(n: int, seed: int = 0) -> torch.Tensor:
+    """A random direction of length 3."""
+    vector = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    return 3 * vector / vector.norm()

@@ -1,0 +1,130 @@
+"""Traces and the tables made of them on tiny models, against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import suffix_analysis.traces as traces_module
+from suffix_analysis.analysis import analyze
+from suffix_analysis.chat import REGIONS
+from suffix_analysis.errors import UserError
+from suffix_analysis.interventions import add
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.traces import trace
+from tests import tiny
+from tests.tiny import TEXTS, unit
+
+
+def test_trace_identities(family: str) -> None:
+    model, vector = tiny.model(family), unit(32)
+    traces = trace(model, TEXTS, vector, suffix="x y z")
+    assert traces.identity < 1e-5 and traces.closure < 1e-5
+    torch.testing.assert_close(traces.attention.sum(-1), torch.ones(5, 3, 4), atol=1e-5, rtol=0)
+    written = traces.head_contribution.sum(-1) + traces.attention_bias
+    torch.testing.assert_close(written, traces.attention_out, atol=1e-4, rtol=1e-4)
+    steps = traces.projection[:, 1:] - traces.projection[:, :-1]
+    torch.testing.assert_close(steps, traces.attention_out + traces.mlp_out, atol=1e-4, rtol=1e-3)
+
+
+def test_trace_is_the_definition_by_hand() -> None:
+    """One head of one prompt, from the weights: A[q,k] · (v_k W_O) · r̂, with grouped key-value heads."""
+    model, vector = tiny.model("llama"), unit(32)
+    r = vector / vector.norm()
+    chat = model.chat(TEXTS[1], "x y")
+    plain = tiny.hf_model("llama")
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = plain(input_ids=chat.ids[None], output_attentions=True, output_hidden_states=True)
+        block = plain.model.layers[1]
+        values = block.self_attn.v_proj(block.input_layernorm(out.hidden_states[1]))[0].view(-1, 2, 8)
+        w_o = block.self_attn.o_proj.weight.view(32, 4, 8)
+        head = 3
+        share = out.attentions[1][0, head, -1] * (values[:, head // 2] @ (r @ w_o[:, head]))
+    attention, contribution = trace(model, [chat], vector, keep_rows=True).rows[0]
+    torch.testing.assert_close(contribution[1, head], share, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention[1, head], out.attentions[1][0, head, -1], atol=1e-6, rtol=1e-4)
+
+
+def test_a_suffix_cannot_reach_the_instruction() -> None:
+    """Causal mask: the states at instruction positions are the same, bit for bit (METHODS §3)."""
+    model = tiny.model("llama")
+    states = []
+    for suffix in ("x y z", "z y x"):  # equal lengths: other shapes round differently
+        chat = model.chat(TEXTS[1], suffix)
+        with torch.no_grad():
+            hidden = model.hf(input_ids=chat.ids[None], output_hidden_states=True).hidden_states
+        states.append(torch.stack(hidden)[:, 0, chat.regions["instruction"]])
+    assert torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "granite"])
+def test_norms_and_multipliers_after_attention_are_part_of_the_contributions(family: str) -> None:
+    changes = {"residual_multiplier": 0.3, "embedding_multiplier": 5.0} if family == "granite" else {}
+    model = tiny.model(family, **changes)
+    with torch.no_grad():  # weights of norms other than the initial ones
+        for name, parameter in model.hf.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    traces = trace(model, TEXTS, unit(32), suffix="x y z")
+    assert traces.identity < 1e-5 and traces.closure < 1e-5
+    steps = traces.projection[:, 1:] - traces.projection[:, :-1]
+    torch.testing.assert_close(steps, traces.attention_out + traces.mlp_out, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_what_stands_in_between_unknown_to_us_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(family, **({"residual_multiplier": 0.3} if family == "granite" else {}))
+    monkeypatch.setattr(traces_module, "post_norm", lambda block, d_model: None)
+    monkeypatch.setattr(traces_module, "multiplier", lambda model: 1.0)
+    with pytest.raises(UserError, match="attention write"):
+        trace(model, TEXTS, unit(32))
+
+
+def test_a_stream_that_something_else_writes_to_is_refused() -> None:
+    model = tiny.model("llama")
+    with pytest.raises(UserError, match="final residual stream"), add(model, unit(32), 1):
+        trace(model, TEXTS, unit(32))
+
+
+def test_batch_size_and_padding_do_not_matter() -> None:
+    model, vector = tiny.model("llama"), unit(32)
+    together = trace(model, TEXTS, vector)
+    for i, text in enumerate(TEXTS):
+        alone = trace(model, [text], vector)
+        torch.testing.assert_close(alone.contribution[0], together.contribution[i], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(alone.projection[0], together.projection[i], atol=1e-4, rtol=1e-4)
+
+
+def test_analysis_tables_are_complete_and_say_what_is_descriptive() -> None:
+    model = tiny.model("qwen3")
+    prompts = [
+        Prompt(f"{k}-{s}-{i}", f"{k} thing {i} in {s}", k, s)
+        for k in ("harmful", "harmless")
+        for s in ("select", "report")
+        for i in range(4)
+    ]
+    vector = unit(32)
+    means = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
+    from suffix_analysis.directions import Direction
+
+    direction = Direction(vector, -1, 2, [], means, means - vector, (1,), {})
+    found = analyze(model, direction, prompts, ["x y z"], n_top=3, n_views=2)
+    assert {row["arm"] for row in found.tables["profile"]} == {
+        "none",
+        "adversarial",
+        "harmless",
+        "harmless+adversarial",
+    }
+    assert len(found.frame("heads")) == (4 + 2) * 3 * 4
+    assert all(row["layer"] < 2 for row in found.tables["top_heads"])
+    for arm in ("none", "adversarial"):
+        rows = [r for r in found.tables["shift"] if r["arm"] == arm and r["layer"] == -1]
+        assert sum(r["attention"] for r in rows) == pytest.approx(3, abs=1e-4)
+        assert [r["region"] for r in rows] == list(REGIONS)
+    checks = {c["name"]: c for c in found.checks}
+    assert checks["head contributions add up"]["passed"] and checks["separate splits"]["passed"]
+    assert not checks["several suffixes per arm"]["passed"]
+    assert all(row["descriptive"] for row in found.tables["contrasts"])
+    view = found.patterns[1]
+    assert len(view["tokens"]) == len(view["regions"]) == len(view["attention"][0]) == len(view["contribution"][0])
