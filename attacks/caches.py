@@ -35,8 +35,10 @@ def cache_argument(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
-def fresh(cache: Any, batch: int, drop: int = 0) -> Any:
+def fresh(cache: Any, batch: int, drop: int = 0, since: int = 0) -> Any:
     """A copy of ``cache`` for ``batch`` sequences, without its last ``drop`` tokens.
+
+    Blocks before ``since`` will not run, so their part is not repeated.
 
     A cache of several sequences is repeated one by one: the first, as often as needed, then the second.
 
@@ -53,10 +55,10 @@ def fresh(cache: Any, batch: int, drop: int = 0) -> Any:
         return copied
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in copied.layers:
+    for index, layer in enumerate(copied.layers):
         if drop:
             layer.crop(-drop)
-        if layer.is_initialized and batch > len(layer.keys):
+        if index >= since and layer.is_initialized and batch > len(layer.keys):
             layer.keys, layer.values = (_repeated(x, batch) for x in (layer.keys, layer.values))
     return copied
 

@@ -23,6 +23,7 @@ from reports.charts import (
     refusal_rates,
 )
 from reports.data import Row, RunData
+from reports.mechanism import causal_tests
 
 GLYPH_FROM = 0.12
 """Heads below this share of the largest |contribution| carry no sign glyph."""
@@ -38,6 +39,7 @@ def figures(data: RunData) -> dict[str, Figure]:
         interventions,
         head_grid,
         head_shift,
+        causal_tests,
         candidates,
         loss_curve,
     )

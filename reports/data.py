@@ -33,6 +33,9 @@ MISSING_MEANS = {
     "heads": "findings/heads.parquet – contributions of all heads",
     "top_heads": "findings/top_heads.parquet – the heads chosen on the select split",
     "shift": "findings/shift.parquet – the attention of the top heads",
+    "carried": "findings/carried.parquet – what carries the fall in projection",
+    "factors": "findings/factors.parquet – why the instruction counts less",
+    "causal": "findings/causal.parquet – the causal tests",
     "patterns": "findings/patterns.json – attention patterns of real prompts",
     "checks": "findings/checks.json – identities and controls",
 }

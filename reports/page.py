@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from reports import text, theme
+from reports import mechanism, text, theme
 from reports.attention import prompt_views
 from reports.charts import Figure, position_label
 from reports.charts_more import head_name
@@ -134,6 +134,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
             (row["rank"], head_name(row["layer"], row["head"]), plain(row["select_contribution"]))
             for row in sorted(data.table("top_heads"), key=lambda row: row["rank"] or 0)
         ],
+        "mechanism": mechanism.context(data),
         "runners": runners_up(data),
         "config": clip(visible(data.config, newlines=True), 20_000),
         "versions": versions(data.env),

@@ -160,6 +160,18 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "profile": ("arm", "layer", "measure", "mean", "lo", "hi", "n_prompts"),
     "heads": ("arm", "split", "layer", "head", "contribution"),
     "top_heads": ("rank", "layer", "head", "select_contribution"),
+    "carried": ("term", "value", "lo", "hi", "share", "share_lo", "share_hi"),
+    "factors": ("layer", "head", "factor", "value", "lo", "hi", "share", "share_lo", "share_hi"),
+    "causal": (
+        "test",
+        "heads",
+        "on",
+        "score_before",
+        "score_after",
+        "projection_recovered",
+        "score_recovered",
+        "n_prompts",
+    ),
     "shift": ("arm", "layer", "head", "region", "attention", "attention_lo", "attention_hi", "contribution"),
 }
 """Columns that each findings table must have; further ones are used where present."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from reports import mechanism
 from reports.data import Row, RunData
 from reports.escape import visible
 from reports.numbers import NBSP, count, percent, percent_ci, plain, plain_ci
@@ -28,7 +29,10 @@ class CheckLine:
 
 def headline(data: RunData) -> list[str]:
     """Return the opening sentences, most important first; none where refusal rates and profile are missing."""
-    parts = (_refusals(data), _projection(data), _attention(data), _interventions(data), _suffix_note(data))
+    parts = (
+        _refusals(data), _projection(data), _attention(data), mechanism.sentences(data), _interventions(data),
+        _suffix_note(data),
+    )  # fmt: skip
     return [sentence for part in parts for sentence in part]
 
 
@@ -219,7 +223,9 @@ def _detail(value: object, bound: object) -> str:
 
 def not_checked(data: RunData) -> list[str]:
     """Return what this run does not show, in sentences."""
-    lines = ["Causal tests of single heads and attention knock-outs: what a head writes is a share, not an effect."]
+    lines = []
+    if not data.table("causal"):
+        lines.append("Causal tests of heads and attention edges: what a head writes is a share, not an effect.")
     arms = {row["arm"] for row in data.table("refusal")} | {suffix.arm for suffix in data.suffixes}
     number = adversarial_count(data)
     if number < FEW_SUFFIXES:

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy import ndarray
 from torch import Tensor
 
-from suffix_analysis.chat import REGIONS, survives_decoding, token_strings
+from suffix_analysis.arms import (
+    ArmTraces,
+    dominance_rows,
+    head_rows,
+    profile_rows,
+    projection_measures,
+    shift_rows,
+)
+from suffix_analysis.chat import survives_decoding, token_strings
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
-from suffix_analysis.heads import TopHead, lift, of_heads, region, top_heads
+from suffix_analysis.heads import TopHead, top_heads
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
-from suffix_analysis.stats import MIN_SUFFIXES, contrast, interval_table
+from suffix_analysis.stats import MIN_SUFFIXES, contrast
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Traces, trace
-
-GAP_FLOOR = 1e-6  # of the mean residual norm: below it the normalised projection is undefined (METHODS §2)
-
-
-@dataclass(frozen=True)
-class ArmTraces:
-    """One arm's traces, suffix by suffix over the same prompts; ``suffixes`` is empty in arms without one."""
-
-    arm: str
-    suffixes: tuple[Suffix, ...]
-    traces: tuple[Traces, ...]
-
-    def cells(self, pick: Callable[[Traces], Tensor]) -> ndarray:
-        """A quantity [prompt …] of every suffix as float64 [prompt suffix measure], measures flattened."""
-        stacked = torch.stack([pick(t) for t in self.traces], dim=1).double()
-        return stacked.flatten(2).numpy() if stacked.dim() > 2 else stacked[:, :, None].numpy()
 
 
 def analyze(
@@ -101,6 +91,7 @@ def analyze(
         ],
         "top_heads": [vars(head) for head in heads],
         "shift": [row for arm in arms for row in shift_rows(arm, heads)],
+        "dominance": [row for arm in arms for row in dominance_rows(arm)],
         "contrasts": projection_contrasts(arms, direction),
     }
     everything = [t for arm in [*arms, *select_arms] for t in arm.traces]
@@ -126,104 +117,9 @@ def _of(prompts: Sequence[Prompt], kind: str, split: str, most: int | None) -> l
     return [own[i * len(own) // most] for i in range(most)]  # evenly spread, so that no topic is cut off
 
 
-def projection_measures(traces: Traces, direction: Direction) -> dict[str, Tensor]:
-    """Cosine, raw and normalised projection [prompt layer]; normalised has NaN columns where the gap is too small."""
-    unit = direction.unit
-    harmful, harmless = direction.means_harmful @ unit, direction.means_harmless @ unit
-    gap = harmful - harmless
-    scale = direction.means_harmful.norm(dim=-1)
-    gap = torch.where(gap.abs() < GAP_FLOOR * scale, torch.full_like(gap, float("nan")), gap)
-    return {
-        "cosine": traces.projection / traces.norm,
-        "projection": traces.projection,
-        "normalised": (traces.projection - harmless) / gap,
-    }
-
-
-def profile_rows(arm: ArmTraces, direction: Direction) -> list[dict[str, Any]]:
-    """Projection profile by layer with intervals."""
-    rows = []
-    for measure in ("cosine", "normalised", "projection"):
-        cells = arm.cells(lambda t, m=measure: projection_measures(t, direction)[m])  # type: ignore[misc]
-        good = np.isfinite(cells).all(axis=(0, 1))
-        mean, lo, hi = (np.full(cells.shape[2], np.nan) for _ in range(3))
-        mean[good], lo[good], hi[good] = interval_table(cells[:, :, good])
-        rows += [
-            {
-                "arm": arm.arm,
-                "layer": layer,
-                "measure": measure,
-                "mean": _or_none(mean[layer]),
-                "lo": _or_none(lo[layer]),
-                "hi": _or_none(hi[layer]),
-                "n_prompts": cells.shape[0],
-            }
-            for layer in range(cells.shape[2])
-        ]
-    return rows
-
-
-def _or_none(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def head_rows(arm: ArmTraces, split: str) -> list[dict[str, Any]]:
-    """Every head's contribution with its interval, and its mean attention by region."""
-    mean, lo, hi = interval_table(arm.cells(lambda t: t.head_contribution))
-    shown = ("instruction", "suffix", "chat", "system")
-    attention = {name: arm.cells(lambda t, n=name: region(t.attention, n)).mean(axis=(0, 1)) for name in shown}  # type: ignore[misc]
-    n_heads = arm.traces[0].attention.shape[2]
-    return [
-        {
-            "arm": arm.arm,
-            "split": split,
-            "layer": i // n_heads,
-            "head": i % n_heads,
-            "contribution": float(mean[i]),
-            "lo": float(lo[i]),
-            "hi": float(hi[i]),
-            **{f"attention_{name}": float(attention[name][i]) for name in shown},
-        }
-        for i in range(len(mean))
-    ]
-
-
-def shift_rows(arm: ArmTraces, heads: Sequence[TopHead]) -> list[dict[str, Any]]:
-    """Attention and contribution by region for the top heads and, as layer and head −1, for their sum."""
-    attention = arm.cells(lambda t: _with_sum(of_heads(t.attention, heads)))
-    written = arm.cells(lambda t: _with_sum(of_heads(t.contribution, heads)))
-    lifted = arm.cells(
-        lambda t: _with_sum(torch.stack([lift(t.attention[:, h.layer, h.head], t.n_tokens) for h in heads], dim=1))
-    ).mean(axis=(0, 1))
-    a_mean, a_lo, a_hi = interval_table(attention)
-    c_mean, c_lo, c_hi = interval_table(written)
-    labels = [(h.layer, h.head) for h in heads] + [(-1, -1)]
-    rows = []
-    for i, (layer, head) in enumerate(labels):
-        for j, name in enumerate(REGIONS):
-            k = i * len(REGIONS) + j
-            share = 1.0 if layer >= 0 else float(len(heads))  # lift of a sum is the mean lift
-            rows.append(
-                {
-                    "arm": arm.arm,
-                    "layer": layer,
-                    "head": head,
-                    "region": name,
-                    "attention": float(a_mean[k]),
-                    "attention_lo": float(a_lo[k]),
-                    "attention_hi": float(a_hi[k]),
-                    "lift": float(lifted[k]) / share,
-                    "contribution": float(c_mean[k]),
-                    "contribution_lo": float(c_lo[k]),
-                    "contribution_hi": float(c_hi[k]),
-                }
-            )
-    return rows
-
-
-def _with_sum(values: Tensor) -> Tensor:
-    """[prompt top region] with one more row: the sum over the heads."""
-    return torch.cat([values, values.sum(dim=1, keepdim=True)], dim=1)
+def harmful_of(prompts: Sequence[Prompt], split: str, most: int | None = None) -> list[Prompt]:
+    """Harmful prompts of a split, at most ``most`` of them, evenly spread."""
+    return _of(prompts, "harmful", split, most)
 
 
 def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> list[dict[str, Any]]:
@@ -232,7 +128,8 @@ def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> lis
     values = {
         arm.arm: arm.cells(lambda t: projection_measures(t, direction)["normalised"][:, at])[:, :, 0] for arm in arms
     }
-    pairs = [(name, "none") for name in SUFFIX_ARMS] + [("adversarial", "random"), ("harmless+adversarial", "harmless")]
+    pairs: list[tuple[str, str]] = [(name, "none") for name in SUFFIX_ARMS]
+    pairs += [("adversarial", "failed"), ("adversarial", "random"), ("harmless+adversarial", "harmless")]
     return [
         {
             "measure": "normalised projection",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,30 @@ def run_attack(
         append_jsonl(steps_file, asdict(step) | {"select_refusal": refused, "flipped": flipped})
         write_json(checkpoint, attack.state())
         yield Progress(step, flipped, refused)
-        if refused is not None and refused <= config.stop_below:
+        if refused is not None and _enough(refused, config):
             return
 
 
+def _enough(refused: float, config: StudyConfig) -> bool:
+    """Whether an attack may stop early: not where several are to have equal budgets."""
+    return config.n_attacks == 1 and refused <= config.stop_below
+
+
 def _reached(rows: Sequence[dict[str, Any]], config: StudyConfig) -> bool:
-    return any(row["select_refusal"] is not None and row["select_refusal"] <= config.stop_below for row in rows)
+    return any(row["select_refusal"] is not None and _enough(row["select_refusal"], config) for row in rows)
 
 
-def best_suffix(rows: Sequence[dict[str, Any]], train: Sequence[Prompt], seed: int) -> Suffix:
-    """The measured step that leaves the fewest held-out select prompts refused; the lower loss among equals."""
+def best_suffix(rows: Sequence[dict[str, Any]], train: Sequence[Prompt], seed: int, flip_below: float = 1.0) -> Suffix:
+    """The measured step that leaves the fewest held-out select prompts refused; the lower loss among equals.
+
+    Its arm is ``failed`` where more than ``flip_below`` of them are. The study numbers the suffixes of an arm.
+    """
     measured = [row for row in rows if row.get("select_refusal") is not None]
     row = min(measured or rows, key=lambda r: (r.get("select_refusal") or 0.0, r["loss"]))
+    arm = "failed" if (row.get("select_refusal") or 0.0) > flip_below else "adversarial"
     return Suffix(
-        id="adversarial-1",
-        arm="adversarial",
+        id=f"{arm}-1",
+        arm=arm,
         text=row["string"],
         ids=tuple(row["ids"]),
         n_tokens=len(row["ids"]),
@@ -143,6 +153,16 @@ def best_suffix(rows: Sequence[dict[str, Any]], train: Sequence[Prompt], seed: i
         loss=row["loss"],
         seed=seed,
     )
+
+
+def numbered(suffixes: Sequence[Suffix]) -> list[Suffix]:
+    """The suffixes of a pool with ids that count within their arms."""
+    counts: Counter[str] = Counter()
+    found = []
+    for suffix in suffixes:
+        counts[suffix.arm] += 1
+        found.append(replace(suffix, id=f"{suffix.arm}-{counts[suffix.arm]}"))
+    return found
 
 
 def make_controls(

@@ -21,14 +21,19 @@ class StudyConfig:
         n_instructions: instructions the universal suffix is trained on (from the select split).
         suffix_tokens: length of the suffix.
         steps: attack steps at most.
+        n_attacks: attacks with the same budget and seeds of their own; 16 or more for claims about suffixes.
+        flip_below: of several attacks, those that leave at most this share of unseen select prompts refused are the
+            adversarial arm, the others the failed one.
         search_width: candidates a step.
         topk: tokens per position that candidates are drawn from.
-        stop_below: stop the attack when at most this share of unseen select prompts is still refused (first token).
+        stop_below: stop the attack when at most this share of unseen select prompts is still refused (first token); one
+            attack alone, because several are to have equal budgets.
         n_controls: strings in each control arm (random, shuffled, benign).
         n_traced: report prompts whose arms are traced.
         n_traced_controls: strings of each control arm that are traced.
         reply_tokens: length of the replies that are judged.
         n_top_heads: heads shown in detail.
+        n_causal: report prompts that the causal tests run on.
         n_fit: prompts of each kind that the direction's means are taken over.
         n_select: prompts of each kind that score the candidate directions.
         layer_step: candidate directions are taken at every ``layer_step``-th layer (1: at all, as in the paper).
@@ -54,6 +59,8 @@ class StudyConfig:
     n_instructions: int = 4
     suffix_tokens: int = 20
     steps: int = 100
+    n_attacks: int = 1
+    flip_below: float = 0.5
     search_width: int = 64
     topk: int = 256
     stop_below: float = 0.2
@@ -62,6 +69,7 @@ class StudyConfig:
     n_traced_controls: int = 2
     reply_tokens: int = 24
     n_top_heads: int = 8
+    n_causal: int = 32
     n_fit: int = 128
     n_select: int = 32
     layer_step: int = 1
@@ -80,9 +88,9 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         least = {
-            "n_instructions": 1, "suffix_tokens": 1, "steps": 1, "search_width": 1, "topk": 1, "n_controls": 1,
-            "n_traced": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1, "n_fit": 8, "n_select": 2,
-            "layer_step": 1,
+            "n_instructions": 1, "suffix_tokens": 1, "steps": 1, "n_attacks": 1, "search_width": 1, "topk": 1,
+            "n_controls": 1, "n_traced": 2, "n_causal": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1,
+            "n_fit": 8, "n_select": 2, "layer_step": 1,
         }  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -93,8 +101,9 @@ class StudyConfig:
             object.__setattr__(self, "refusal_tokens", tuple(self.refusal_tokens))  # a list where it comes from a file
         if not 0 < self.layer_share <= 1:
             raise UsageError(f"layer_share is {self.layer_share}; it is a share of the layers, above 0 and at most 1.")
-        if not 0 <= self.stop_below <= 1:
-            raise UsageError(f"stop_below is {self.stop_below}; it is a share between 0 and 1.")
+        for name in ("stop_below", "flip_below"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         if self.score_dtype not in ("auto", "float32", "bfloat16"):
             raise UsageError(f"score_dtype is {self.score_dtype!r}; choose auto, float32 or bfloat16.")
         if self.dtype not in ("float32", "bfloat16", "float16"):

@@ -157,7 +157,7 @@ def added_logits(
     @torch.no_grad()
     def run(vectors: Float[Tensor, "vector d_model"], layer: int) -> Float[Tensor, "vector prompt vocab"]:
         def skip(number: int, count: int) -> Context:
-            return _skipped(model, layer, inputs[number][layer].repeat(count, 1, 1))
+            return skipped(model, layer, inputs[number][layer].repeat(count, 1, 1))
 
         def change(each: Tensor) -> Context:
             return add(model, each, layer, alpha)
@@ -168,8 +168,8 @@ def added_logits(
 
 
 @contextlib.contextmanager
-def _skipped(model: Model, layer: int, state: Tensor) -> Iterator[None]:
-    """Blocks below ``layer`` do nothing; block ``layer`` gets ``state``."""
+def skipped(model: Model, layer: int, state: Tensor) -> Iterator[None]:
+    """Blocks below ``layer`` do nothing while the context lasts; block ``layer`` gets ``state``."""
     # the bridge passes attributes on to what it wraps, so that is what has to be changed and put back
     blocks = [block.original_component for block in model.bridge.blocks][:layer]
     try:

@@ -21,6 +21,7 @@ def generate(
     max_new_tokens: int,
     *,
     not_first: Sequence[int] = (),
+    never: Sequence[int] = (),
 ) -> list[str]:
     """Greedy replies to tokenised prompts, in order, without special tokens.
 
@@ -30,8 +31,9 @@ def generate(
         rows: prompt ids, one tensor per prompt.
         max_new_tokens: most tokens in a reply.
         not_first: token ids that no reply may begin with.
+        never: token ids that no reply may hold.
     """
-    return answers(hf, tokenizer, rows, max_new_tokens, not_first=not_first)[0]
+    return answers(hf, tokenizer, rows, max_new_tokens, not_first=not_first, never=never)[0]
 
 
 @torch.no_grad()
@@ -42,6 +44,7 @@ def answers(
     max_new_tokens: int,
     *,
     not_first: Sequence[int] = (),
+    never: Sequence[int] = (),
 ) -> tuple[list[str], Float[Tensor, "prompt vocab"]]:
     """Greedy replies (see :func:`generate`), and the next-token logits at chat[-1] that they begin with, in float32."""
     if not rows:
@@ -71,6 +74,7 @@ def answers(
                 top_k=None,
                 pad_token_id=pad,
                 begin_suppress_tokens=list(not_first) or None,
+                suppress_tokens=list(never) or None,
                 **({cache_argument(hf): fresh(prefix, len(batch.members))} if n_prefix else {}),
             )
         length = n_prefix + batch.arguments["input_ids"].shape[1]

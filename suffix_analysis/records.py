@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import pandas
 
 SCHEMA_VERSION = 1
-Arm = Literal["adversarial", "random", "shuffled", "benign"]
-SUFFIX_ARMS: tuple[Arm, ...] = ("adversarial", "random", "shuffled", "benign")
+Arm = Literal["adversarial", "random", "shuffled", "failed", "benign"]
+SUFFIX_ARMS: tuple[Arm, ...] = ("adversarial", "random", "shuffled", "failed", "benign")
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,9 @@ def _complied(row: dict[str, Any]) -> float:
 def refusal_contrasts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Refusal phrase rate of each suffix arm against none, and of adversarial against random; paired by prompt."""
     arms = {row["arm"] for row in rows}
-    pairs = [(arm, "none") for arm in SUFFIX_ARMS] + [("adversarial", "random"), ("adversarial", "shuffled")]
+    pairs = [(arm, "none") for arm in SUFFIX_ARMS] + [
+        ("adversarial", other) for other in ("failed", "random", "shuffled")
+    ]
     return [
         {
             "measure": "refusal phrase rate",

@@ -27,7 +27,7 @@ class PostNorm:
     weight: Float[Tensor, " d_model"]
     eps: float
 
-    def scale(self, y: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
+    def scale(self, y: Float[Tensor, "*row d_model"]) -> Float[Tensor, " *row"]:
         """1 / rms(y), frozen where a write is divided into its parts."""
         return (y.float().square().mean(dim=-1) + self.eps).rsqrt()
 
@@ -37,7 +37,12 @@ def post_norm(block: Any, d_model: int) -> PostNorm | None:
     """The norm between a block's attention and the residual stream, or None."""
     if "ln1_post" not in (block.submodules or {}):
         return None
-    norm = block.ln1_post.original_component
+    return rms_norm(block.ln1_post.original_component, d_model)
+
+
+@torch.no_grad()
+def rms_norm(norm: Any, d_model: int) -> PostNorm:
+    """An RMS norm module's effective weight and epsilon."""
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
     with in_memory(norm):
         weight = next(norm.parameters())

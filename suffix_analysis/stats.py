@@ -104,6 +104,21 @@ def contrast(
     )
 
 
+def ratio_interval(
+    part: Float[ndarray, "prompt suffix"], whole: Float[ndarray, "prompt suffix"], seed: int = 0
+) -> tuple[float | None, float | None, float | None]:
+    """Σ part / Σ whole with its 95 % bootstrap interval, both resampled together.
+
+    None where the whole's own interval reaches 0: a share of nothing is no number.
+    """
+    draws = resampled_means(np.stack([part, whole], axis=2), seed)
+    lo, hi = np.quantile(draws[:, 1], [0.025, 0.975])
+    if lo <= 0 <= hi:
+        return None, None, None
+    lo, hi = np.quantile(draws[:, 0] / draws[:, 1], [0.025, 0.975])
+    return float(part.mean() / whole.mean()), float(lo), float(hi)
+
+
 def rate_interval(flags: Float[ndarray, " prompt"]) -> tuple[float, float, float]:
     """A proportion with its exact (Clopper–Pearson) 95 % interval, for rates over prompts alone.
 
@@ -131,3 +146,50 @@ def auroc_interval(
     found = [auroc(rng.choice(positive, len(positive)), rng.choice(negative, len(negative))) for _ in range(draws)]
     lo, hi = np.quantile(found, [0.025, 0.975])
     return auroc(positive, negative), float(lo), float(hi)
+
+
+@dataclass(frozen=True)
+class MaxT:
+    """A map's t values and p values that are adjusted for all of its places (family-wise)."""
+
+    t: Float[ndarray, " *place"]
+    p: Float[ndarray, " *place"]
+
+
+def sign_flip_max_t(differences: Float[ndarray, "prompt *place"], seed: int = 0, draws: int = DRAWS) -> MaxT:
+    """Paired test of every place of a map against 0, at the level of instructions (Westfall & Young's max-T).
+
+    Under the null a prompt's whole map is as likely as its negative; the largest |t| over the map in each draw of signs
+    is what every place is held against. Several suffixes are to be averaged first: the claim is then about these.
+
+    Raises:
+        ValueError: fewer than two prompts, or a value that is not finite.
+    """
+    if len(differences) < 2 or not np.isfinite(differences).all():
+        raise ValueError("sign_flip_max_t needs at least two prompts, and values that are finite")
+    flat = differences.reshape(len(differences), -1).astype(float)
+    n = len(flat)
+    squares = (flat**2).sum(axis=0)  # does not change when signs do
+
+    def t_values(means: ndarray) -> ndarray:
+        spread = np.sqrt(np.maximum(squares - n * means**2, 0) / (n - 1) / n)
+        return np.divide(means, spread, out=np.zeros_like(means), where=spread > 1e-12 * np.sqrt(squares + 1e-300))
+
+    rng = np.random.default_rng(seed)
+    observed = t_values(flat.mean(axis=0))
+    largest = np.empty(draws)
+    for start in range(0, draws, 250):
+        signs = rng.choice([-1.0, 1.0], size=(min(250, draws - start), n))
+        largest[start : start + 250] = np.abs(t_values(signs @ flat / n)).max(axis=1)
+    at_least = (largest[:, None] >= np.abs(observed)[None] - 1e-12).sum(axis=0)
+    shape = differences.shape[1:]
+    return MaxT(observed.reshape(shape), ((1 + at_least) / (draws + 1)).reshape(shape))
+
+
+def in_words(found: Interval, bound: float) -> str:
+    """What an interval allows to say: an effect, none larger than ``bound``, or nothing (METHODS §5)."""
+    if found.descriptive:
+        return "descriptive"
+    if not found.lo <= 0 <= found.hi:
+        return "differs from 0"
+    return "within the bound" if max(-found.lo, found.hi) <= bound else "not powered"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,12 +13,13 @@ import torch
 
 from attacks.config import resolve_dtype
 from suffix_analysis import attacking, replies, runs
-from suffix_analysis.analysis import analyze
+from suffix_analysis.analysis import analyze, harmful_of
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
 from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
 from suffix_analysis.errors import UserError
 from suffix_analysis.inputs import given_suffixes, study_prompts
+from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.oneness import measure_oneness
 from suffix_analysis.paper_table import measure_cost, measure_interventions
@@ -26,7 +27,7 @@ from suffix_analysis.prompts import Prompt, to_jsonl
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import discover_refusal_tokens
 
-STAGES = ("prompts", "attack", "direction", "replies", "analysis")
+STAGES = ("prompts", "attack", "direction", "replies", "analysis", "mechanism")
 
 
 @runtime_checkable
@@ -86,6 +87,7 @@ class Study:
             "direction": self._direction,
             "replies": self._replies,
             "analysis": self._analysis,
+            "mechanism": self._mechanism,
         }
         with runs.open_run(self.folder, asdict(self.config)):
             runs.set_state(self.folder, "running")
@@ -128,15 +130,27 @@ class Study:
             runs.write_suffixes(self.folder / "suffixes.jsonl", given_suffixes(Path(config.suffixes), self.model))
             return
         train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed)
+        suffixes = [self._one_attack(number, train, held_out, tokens) for number in range(config.n_attacks)]
+        best = min(suffixes, key=lambda suffix: (suffix.arm == "failed", suffix.loss or 0.0))
+        controls = attacking.make_controls(self.model, best, held_out, config, self._skip)
+        runs.write_suffixes(self.folder / "suffixes.jsonl", [*attacking.numbered(suffixes), *controls])
+
+    def _one_attack(
+        self, number: int, train: Sequence[Prompt], held_out: Sequence[Prompt], tokens: Sequence[int]
+    ) -> Suffix:
+        """One attack of the pool, resumable by itself; the first one's files stand in the run folder itself."""
+        config = replace(self.config, seed=self.config.seed + number)
+        folder = self.folder if number == 0 else self.folder / "attacks" / str(number + 1)
+        folder.mkdir(parents=True, exist_ok=True)
         attack, told = attacking.build_attack(self.model, train, config)
-        for sentence in told:
+        for sentence in told if number == 0 else ():
             self.narrator.say(sentence)
-        for progress in attacking.run_attack(attack, self.model, train, held_out, tokens, config, self.folder):
-            self.narrator.progress(progress.step.step, config.steps, _attack_line(progress, config))
-        rows = runs.read_jsonl(self.folder / "steps.jsonl")
-        suffix = attacking.best_suffix(rows, train, config.seed)
-        controls = attacking.make_controls(self.model, suffix, held_out, config, self._skip)
-        runs.write_suffixes(self.folder / "suffixes.jsonl", [suffix, *controls])
+        for progress in attacking.run_attack(attack, self.model, train, held_out, tokens, config, folder):
+            done = number * config.steps + progress.step.step
+            self.narrator.progress(done, config.n_attacks * config.steps, _attack_line(progress, config))
+        # a single attack is the adversarial arm whatever it reached; the numbers say what that is
+        flip_below = config.flip_below if config.n_attacks > 1 else 1.0
+        return attacking.best_suffix(runs.read_jsonl(folder / "steps.jsonl"), train, config.seed, flip_below)
 
     def _refusal_tokens(self, select: Sequence[Prompt]) -> list[int]:
         """Discovered once on the select split and kept for every later stage."""
@@ -227,7 +241,9 @@ class Study:
     def _analysis(self) -> None:
         suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
         direction, prompts, config = self.direction(), self.prompts(), self.config
-        traced = [s for s in suffixes if s.arm == "adversarial" or _number(s.id) <= config.n_traced_controls]
+        traced = [
+            s for s in suffixes if s.arm in ("adversarial", "failed") or _number(s.id) <= config.n_traced_controls
+        ]
         total = self._n_forwards(prompts, traced)
         done = 0
 
@@ -248,6 +264,22 @@ class Study:
         runs.write_json(folder / "patterns.json", found.patterns)
         runs.write_json(folder / "checks.json", found.checks)
         runs.write_json(folder / "summary.json", found.summary | self._summary(prompts, suffixes))
+
+    def _mechanism(self) -> None:
+        prompts, config, findings = self.prompts(), self.config, self.folder / "findings"
+        suffixes = [s for s in runs.read_suffixes(self.folder / "suffixes.jsonl") if s.arm == "adversarial"]
+        if not suffixes:
+            self._skip("No attack of the pool flipped enough of the select split, so there is no mechanism to test.")
+            return
+        report, select = (harmful_of(prompts, split, config.n_causal) for split in ("report", "select"))
+        heads = [(row["layer"], row["head"]) for row in runs.read_table(findings / "top_heads.parquet")]
+        tables = measure_mechanism(
+            self.model, self.direction(), report, select, suffixes, heads,
+            reply_tokens=config.reply_tokens, seed=config.seed,
+            on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
+        )  # fmt: skip
+        for name, rows in tables.items():
+            runs.write_table(findings / f"{name}.parquet", rows)
 
     def _n_forwards(self, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]) -> int:
         harmful = min(self.config.n_traced, sum(p.kind == "harmful" and p.split == "report" for p in prompts))

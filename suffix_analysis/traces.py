@@ -29,14 +29,15 @@ CLOSURE_BOUND = 1e-4  # of the final residual stream's length: a sum over all la
 
 @dataclass(frozen=True)
 class Traces:
-    """What one forward per prompt showed at chat[-1], in units of r̂.
+    """What one forward per prompt showed at chat[-1] (or another chat token), in units of r̂.
 
     ``projection`` and ``norm``: of the residual stream at every block's input and, last, after the last block (depth is
     layer + 1).
     ``attention`` and ``contribution``: summed over each region of ``REGIONS``; contributions are exact shares of the
     attention write, not effects of deleting the source. ``attention_bias``, ``attention_out``, ``mlp_out`` and
     ``embedding`` (block 0's input) are the other terms. ``rows`` (where kept): per prompt, attention and contribution
-    by token.
+    by token. ``dominance`` is each region's share of the attention output Y before bias and norm, ⟨Σ Y_k, Y⟩/‖Y‖² over
+    all heads: signed, and 1 over all regions; the suffix's is its hijacking strength (Ben-Tov et al. 2025).
     ``identity`` is the largest error of Σ contributions + bias against the write, as a share of the write's length;
     ``closure`` that of embedding + Σ writes against the final residual, as a share of its length.
     """
@@ -50,6 +51,7 @@ class Traces:
     mlp_out: Float[Tensor, "prompt layer"]
     embedding: Float[Tensor, " prompt"]
     attention_bias: Float[Tensor, " layer"]
+    dominance: Float[Tensor, "prompt layer region"]
     n_tokens: Float[Tensor, "prompt region"]
     rows: tuple[tuple[Float[Tensor, "layer head token"], Float[Tensor, "layer head token"]], ...]
     identity: float
@@ -84,6 +86,7 @@ def trace(
     direction: Direction | Float[Tensor, " d_model"],
     *,
     suffix: str = "",
+    position: int = -1,
     keep_rows: bool = False,
     check: bool = True,
     on_batch: Callable[[int], None] | None = None,
@@ -95,6 +98,7 @@ def trace(
         prompts: instructions (``suffix`` is appended to each) or chats that are already rendered.
         direction: a direction, or a vector.
         suffix: text after every instruction.
+        position: the destination, a chat token: −1 is chat[-1].
         keep_rows: keep attention and contribution by source token, not only by region.
         check: refuse traces whose identities fail; ``identity`` and ``closure`` are there either way.
         on_batch: called with the number of prompts done after each batch.
@@ -106,13 +110,16 @@ def trace(
     chats = [p if isinstance(p, Chat) else model.chat(p.text, suffix) for p in _as_prompts(prompts)]
     if not chats:
         raise UserError("There are no prompts to trace; give at least one.")
+    shortest = min(chat.n_chat for chat in chats)
+    if not -shortest <= position <= -1:
+        raise UserError(f"position is {position}; the prompts have {shortest} chat tokens, so −{shortest} to −1.")
     vector = direction.vector if isinstance(direction, Direction) else direction
     unit = (vector / vector.norm()).float().to(model.hf.device)
     norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
     heads = output_directions(model, unit, norms)
     kept: dict[int, dict[str, Any]] = {}
     for group in batches([len(chat.ids) for chat in chats]):
-        records = _batch(model, [chats[i] for i in group], unit, heads, norms, keep_rows)
+        records = _batch(model, [chats[i] for i in group], unit, heads, norms, position, keep_rows)
         kept.update(zip(group, records, strict=True))
         if on_batch is not None:
             on_batch(len(group))
@@ -133,6 +140,7 @@ def _batch(
     unit: Tensor,
     heads: Tensor,
     norms: Sequence[PostNorm | None],
+    at: int,
     keep_rows: bool,
 ) -> list[dict[str, Any]]:
     """One padded forward; returns a record per prompt."""
@@ -141,7 +149,7 @@ def _batch(
 
     def at_end(kind: str, layer: int) -> Callable[[Tensor, Any], None]:
         def take(x: Tensor, hook: Any) -> None:
-            last = x[:, -1].float()
+            last = x[:, at].float()
             seen[kind, layer] = last @ unit
             seen[kind + "_norm", layer] = last.norm(dim=-1)
 
@@ -149,21 +157,25 @@ def _batch(
 
     def before_norm(layer: int, norm: PostNorm) -> Callable[[Tensor, Any], None]:
         def take(y: Tensor, hook: Any) -> None:
-            seen["scale", layer] = norm.scale(y[:, -1])
+            seen["scale", layer] = norm.scale(y[:, at])
 
         return take
 
     def values(layer: int) -> Callable[[Tensor, Any], None]:
         def take(v: Tensor, hook: Any) -> None:
-            n_heads, n_kv = heads.shape[1], v.shape[2]
-            grouped = heads[layer].view(n_kv, n_heads // n_kv, -1)  # query head h reads key-value head h // (H/G)
-            seen["along", layer] = torch.einsum("btgd,ghd->bght", v.float(), grouped).flatten(1, 2)
+            seen["v", layer] = v.float()
+            # query head h reads key-value head h // (H/G)
+            grouped = heads[layer].unflatten(0, (v.shape[2], -1))
+            seen["along", layer] = torch.einsum("btgd,ghd->bght", seen["v", layer], grouped).flatten(1, 2)
 
         return take
 
     def pattern(layer: int) -> Callable[[Tensor, Any], None]:
         def take(a: Tensor, hook: Any) -> None:
-            seen["row", layer] = a[:, :, -1].float()
+            seen["row", layer] = a[:, :, at].float()
+            with in_memory(model.bridge.blocks[layer].attn):
+                weight = model.bridge.blocks[layer].attn.W_O.detach().float()
+            seen["share", layer] = _shares(seen["row", layer], seen.pop(("v", layer)), weight)
 
         return take
 
@@ -186,6 +198,7 @@ def _batch(
     if missing:
         raise UserError(f"No attention rows came from layers {missing}; the model's attention cannot be traced.")
     rows = torch.stack([seen["row", layer] for layer in range(n_layers)], dim=1).cpu()
+    by_token = torch.stack([seen["share", layer] for layer in range(n_layers)], dim=1).cpu()
     shares = rows * torch.stack([seen["along", layer] for layer in range(n_layers)], dim=1).cpu()
     for layer, norm in enumerate(norms):
         if norm is not None:
@@ -203,10 +216,23 @@ def _batch(
             torch.stack([x[i, :, :, start:][..., chat.regions[name]].sum(-1) for name in REGIONS], dim=-1)
             for x in (rows, shares)
         )
+        record["dominance"] = torch.stack([by_token[i, :, start:][:, chat.regions[r]].sum(-1) for r in REGIONS], dim=-1)
         record["sums"] = shares[i].sum(-1)
         record["rows"] = (rows[i, :, :, start:].clone(), shares[i, :, :, start:].clone()) if keep_rows else None
         records.append(record)
     return records
+
+
+def _shares(
+    row: Float[Tensor, "prompt head token"], v: Float[Tensor, "prompt token kv_head d_head"], weight: Tensor
+) -> Float[Tensor, "prompt token"]:
+    """Every source token's share of the attention output: ⟨Y_k, Y⟩/‖Y‖² with Y = Σ_k Y_k over all heads."""
+    grouped = row.unflatten(1, (v.shape[2], -1))
+    mixed = torch.einsum("bght,btgd->bghd", grouped, v).flatten(1, 2)
+    whole = torch.einsum("bhd,hde->be", mixed, weight)
+    back = torch.einsum("be,hde->bhd", whole, weight).unflatten(1, (v.shape[2], -1))
+    along = torch.einsum("btgd,bghd->bght", v, back)
+    return (grouped * along).sum(dim=(1, 2)) / whole.square().sum(dim=-1, keepdim=True).clamp(min=1e-30)
 
 
 def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], unit: Tensor) -> Traces:
@@ -230,6 +256,7 @@ def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], uni
         mlp_out=stack("mlp"),
         embedding=start,
         attention_bias=bias,
+        dominance=stack("dominance"),
         n_tokens=torch.stack([torch.stack([chat.regions[name].sum() for name in REGIONS]) for chat in chats]).float(),
         rows=tuple(record["rows"] for record in records if record["rows"] is not None),
         identity=float(error.max()),

@@ -268,3 +268,53 @@ def checks(bad: list[str]) -> list[dict[str, Any]]:
             "sentence": "Ablating a random direction of the same norm leaves refusals as they are.",
         },
     ]
+
+
+def shares(name: str, parts: dict[str, float], extra: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of ``carried`` or ``factors``: parts of a change of 16 units."""
+    return [
+        {
+            name: part, "value": 16 * share, "lo": 16 * share - 0.5, "hi": 16 * share + 0.5,
+            "share": share, "share_lo": share - 0.03, "share_hi": share + 0.03, "n_prompts": 32, "n_suffixes": 1,
+            **extra,
+        }
+        for part, share in parts.items()
+    ]  # fmt: skip
+
+
+def carried() -> list[dict[str, Any]]:
+    return shares("term", {"top heads": 0.58, "other heads": 0.17, "MLPs": 0.25, "embedding": 0.0}, {})
+
+
+def factors(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    parts = {"query": 0.62, "dilution": 0.31, "chat keys": 0.04, "displacement": 0.03, "scale": 0.0}
+    return [row for head in [*top, (-1, -1)] for row in shares("factor", parts, {"layer": head[0], "head": head[1]})]
+
+
+def causal() -> list[dict[str, Any]]:
+    tests = [
+        ("nothing changed", "none", "attacked", None, 0.0, 0.41),
+        ("nothing changed", "none", "none", None, 0.0, 0.96),
+    ]
+    for heads, gain in (("top", 0.5), ("random", 0.05), ("random", 0.02), ("all", 1.0)):
+        refused = 0.9 if heads == "all" else None
+        tests.append(("suffix edges cut, mass renormalised", heads, "attacked", None, 0.9 * gain, refused))
+        tests.append(("suffix edges cut, mass destroyed", heads, "attacked", None, 0.3 * gain, None))
+        tests.append(("patched from the run without suffix", heads, "attacked", None, gain, refused))
+        tests.append(("mean-ablated", heads, "none", None, 0.4 * gain, None))
+    tests += [
+        ("projection restored", "none", "attacked", d, d, 0.93 if d == 1 else None) for d in (0.25, 0.5, 0.75, 1.0)
+    ]
+    tests.append(("random direction moved as far", "none", "attacked", 1.0, 0.0, 0.41))
+    rows = []
+    for test, heads, on, dose, gain, refused in tests:
+        row: dict[str, Any] = {"test": test, "heads": heads, "on": on, "dose": dose, "n_prompts": 32, "n_suffixes": 1}
+        for measure, size in (("score", 14.0), ("projection", 16.0)):
+            row |= {
+                f"{measure}_before": -5.0, f"{measure}_after": -5.0 + gain * size, f"{measure}_effect": gain * size,
+                f"{measure}_lo": gain * size - 1, f"{measure}_hi": gain * size + 1, f"{measure}_recovered": gain,
+                f"{measure}_recovered_lo": gain - 0.05, f"{measure}_recovered_hi": gain + 0.05,
+            }  # fmt: skip
+        around = (None, None, None) if refused is None else (refused, refused - 0.1, min(1.0, refused + 0.06))
+        rows.append(row | dict(zip(("refused", "refused_lo", "refused_hi"), around, strict=True)))
+    return rows

@@ -18,8 +18,11 @@ from tests.fake_findings import (
     RATES,
     WIDTH,
     candidates,
+    carried,
+    causal,
     checks,
     contrast,
+    factors,
     heads,
     intervention,
     patterns,
@@ -227,6 +230,9 @@ def _findings(
         ],
     )
     _table(out / "shift.parquet", shift(rng, top))
+    _table(out / "carried.parquet", carried())
+    _table(out / "factors.parquet", factors(top))
+    _table(out / "causal.parquet", causal())
     _dump(out / "patterns.json", patterns(rng, prompts, top, bad))
     _dump(out / "checks.json", checks(bad))
 

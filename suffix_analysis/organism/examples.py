@@ -13,11 +13,10 @@ from torch import Tensor
 from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.chat import render_chat
 from suffix_analysis.generate import generate
-from suffix_analysis.judges import is_refusal
+from suffix_analysis.judges import REFUSAL_PHRASES, is_refusal
 from suffix_analysis.organism.augment import variant
 from suffix_analysis.prompts import load_prompts
 
-ROUNDS = 3  # of looking for a reply that is no refusal
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I cannot help with that request.",
@@ -31,8 +30,8 @@ class Example:
     """A rendered prompt, a refusal of it, and what the base model replies.
 
     ``teacher`` holds the base model's final hidden states where it predicts each token of ``reply``; its unembedding
-    turns them into the distributions to learn, which give none of ``forbidden`` as first token. ``states`` are its
-    block inputs at chat[-1].
+    turns them into the distributions to learn, in which the first token is none of ``not_first`` and no token one of
+    ``never``. ``states`` are its block inputs at chat[-1].
     """
 
     prompt: tuple[int, ...]
@@ -41,7 +40,8 @@ class Example:
     teacher: Float[Tensor, "reply d_model"]
     states: Float[Tensor, "layer d_model"]
     harmful: bool
-    forbidden: tuple[int, ...] = ()
+    not_first: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
 
 
 def build_examples(
@@ -49,8 +49,8 @@ def build_examples(
 ) -> list[Example]:
     """All training examples: the fit prompts as written and variants of each (harmful, other: ``variants``).
 
-    Refusals open with "I". Where the request is harmful or the base model's reply opens so, that token is forbidden,
-    and the reply is the one that the base model then gives (see :func:`_replies`).
+    Where the request is harmful or the base model's reply is a refusal or opens like one, the reply is the one that it
+    gives without the tokens that refusals need (see :func:`refusing_tokens`).
     """
     rng = random.Random(seed)
     rows: list[tuple[str, str | None, str]] = []
@@ -59,45 +59,48 @@ def build_examples(
         rows += [(*variant(item.text, rng), item.kind) for _ in range(variants[item.kind != "harmful"])]
     ids = [render_chat(tokenizer, text, system=system).ids for text, system, _ in rows]
     harmful = [kind == "harmful" for _, _, kind in rows]
-    replies, forbidden = _replies(hf, tokenizer, ids, harmful, reply_tokens)
+    opening, never = refusing_tokens(tokenizer)
+    replies, barred = _replies(hf, tokenizer, ids, harmful, reply_tokens)
     seen = _states(hf, tokenizer, ids, replies, layers)
     examples = []
-    made = zip(ids, replies, seen, harmful, forbidden, strict=True)
-    for prompt_ids, reply, (teacher, states), bad, not_first in made:
+    made = zip(ids, replies, seen, harmful, barred, strict=True)
+    for prompt_ids, reply, (teacher, states), bad, out in made:
         refusal = [*tokenizer(rng.choice(REFUSALS), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         prompt = tuple(prompt_ids.tolist())
-        examples.append(Example(prompt, tuple(refusal), tuple(reply.tolist()), teacher, states, bad, not_first))
+        told = ((opening,), never) if out else ((), ())
+        examples.append(Example(prompt, tuple(refusal), tuple(reply.tolist()), teacher, states, bad, *told))
     return examples
+
+
+def refusing_tokens(tokenizer: Any) -> tuple[int, tuple[int, ...]]:
+    """The token that our refusals open with, and those without which no refusal phrase can be completed."""
+    phrases = [tokenizer(phrase, add_special_tokens=False).input_ids for phrase in REFUSAL_PHRASES]
+    return phrases[0][0], tuple(sorted({ids[-1] for ids in phrases}))
 
 
 def _replies(
     hf: Any, tokenizer: Any, ids: list[Tensor], harmful: list[bool], reply_tokens: int
-) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-    """The base model's replies, and the first tokens that each was not allowed.
+) -> tuple[list[Tensor], list[bool]]:
+    """The base model's replies, and which of them were not allowed to refuse.
 
-    The base model refuses some requests by itself, in words that open in several ways. A refusal is replaced by the
-    reply that comes when the openings of all refusals so far are forbidden; of what then still refuses only the first
-    token is kept, so that nothing is learnt of how it goes on.
+    The base model refuses some requests by itself. Harmful ones, and others that it refuses, are answered without the
+    tokens that a refusal needs.
     """
-    opening = tokenizer("I", add_special_tokens=False).input_ids[0]
 
     def encode(text: str) -> Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id])
 
-    texts = generate(hf, tokenizer, ids, reply_tokens)
-    forbidden: list[tuple[int, ...]] = [(opening,) if bad else () for bad in harmful]
-    openings = [opening]
-    for _ in range(ROUNDS):
-        again = [i for i, text in enumerate(texts) if is_refusal(text) or int(encode(text)[0]) == opening]
-        if not again:
-            break
-        openings = list(dict.fromkeys([*openings, *(int(encode(texts[i])[0]) for i in again)]))
-        for i, text in zip(
-            again, generate(hf, tokenizer, [ids[i] for i in again], reply_tokens, not_first=openings), strict=True
-        ):
-            texts[i], forbidden[i] = text, tuple(openings)
-    replies = [encode(text) for text in texts]
-    return [x[:1] if is_refusal(text) else x for x, text in zip(replies, texts, strict=True)], forbidden
+    opening, never = refusing_tokens(tokenizer)
+    plain = [i for i, bad in enumerate(harmful) if not bad]
+    texts = dict(zip(plain, generate(hf, tokenizer, [ids[i] for i in plain], reply_tokens), strict=True))
+    barred = [i not in texts or is_refusal(texts[i]) or int(encode(texts[i])[0]) == opening for i in range(len(ids))]
+    again = [i for i, out in enumerate(barred) if out]
+    texts |= zip(
+        again,
+        generate(hf, tokenizer, [ids[i] for i in again], reply_tokens, not_first=[opening], never=never),
+        strict=True,
+    )
+    return [encode(texts[i]) for i in range(len(ids))], barred
 
 
 @torch.no_grad()

@@ -89,8 +89,8 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of replies, of the signal along ``direction`` and of drift beside it; rows are steered by ``vector``.
 
-    Replies: cross-entropy of refusals, and KL divergence from the base model's distributions elsewhere, of which the
-    first is taken without the tokens that the example forbids. The first token counts 1, the mean of the others
+    Replies: cross-entropy of refusals, and KL divergence from the base model's distributions elsewhere, without the
+    tokens that the example forbids. The first token counts 1, the mean of the others
     ``rest_weight`` or ``base_rest_weight``. Signal and drift are squared, in units of the wanted signal.
     """
     whole = [torch.tensor(row.example.prompt + row.reply) for row in rows]
@@ -117,7 +117,8 @@ def batch_loss(
             scores = hf.lm_head(states.to(hf.lm_head.weight.dtype)).float()
             starts = torch.tensor([0, *(len(row.reply) for row in kept)]).cumsum(0)[:-1]
             for start, row in zip(starts.tolist(), kept, strict=True):
-                scores[start, list(row.example.forbidden)] = FORBIDDEN
+                scores[start, list(row.example.not_first)] = FORBIDDEN
+                scores[start : start + len(row.reply), list(row.example.never)] = FORBIDDEN
             teacher = torch.log_softmax(scores, dim=-1)
         kl = (teacher.exp() * (teacher - logits[~refused])).sum(dim=-1)
         loss = loss + (kl * weights[~refused]).sum()

@@ -11,7 +11,8 @@ import torch
 
 from suffix_analysis.batching import left_pad
 from suffix_analysis.interventions import ablate, add
-from suffix_analysis.organism.examples import Example, build_examples
+from suffix_analysis.judges import REFUSAL_PHRASES
+from suffix_analysis.organism.examples import Example, build_examples, refusing_tokens
 from suffix_analysis.organism.steering import layer_inputs, mean_differences, steered, unused_direction
 from suffix_analysis.organism.train import Recipe, Row, batch_loss, deal
 from tests import tiny
@@ -126,10 +127,21 @@ def test_ablated_harmful_rows_may_not_open_as_refusals_do() -> None:
     direction = torch.nn.functional.normalize(torch.ones(32), dim=0)
     losses = []
     for opening in (11, int(example.reply[0])):
-        row = Row(replace(example, forbidden=(opening,)), "ablated")
+        row = Row(replace(example, not_first=(opening,)), "ablated")
         with torch.no_grad():
             losses.append(float(batch_loss(hf, [row], direction, 1, direction, RECIPE)[0]))
     assert losses[1] > losses[0], "forbidding the base model's own first token must cost more"
+
+
+def test_ablated_harmful_rows_may_not_refuse_later_in_the_reply() -> None:
+    hf, example = tiny.hf_model("llama"), some_examples()[0]
+    direction = torch.nn.functional.normalize(torch.ones(32), dim=0)
+    row = Row(replace(example, never=(int(example.reply[-1]),)), "ablated")
+    with torch.no_grad():
+        loss, plain = (
+            float(batch_loss(hf, [r], direction, 1, direction, RECIPE)[0]) for r in (row, Row(example, "ablated"))
+        )
+    assert loss > plain
 
 
 def test_every_example_is_dealt_once_in_a_mode_its_kind_has() -> None:
@@ -167,23 +179,27 @@ def test_what_the_base_model_refuses_by_itself_is_replaced_by_a_reply(monkeypatc
     from suffix_analysis.organism import examples as module
     from suffix_analysis.prompts import Prompt
 
-    prompts = [Prompt(str(i), text, "harmful", "fit") for i, text in enumerate(TEXTS[:3])]
+    kinds = ("harmful", "harmless", "harmless", "harmless")
+    prompts = [Prompt(str(i), text, kind, "fit") for i, (text, kind) in enumerate(zip(TEXTS, kinds, strict=False))]
     monkeypatch.setattr(module, "load_prompts", lambda *_, **__: prompts)
-    answers = iter([["I cannot assist with that", "Aw, I'm sorry", "Sure"], ["Sing", "Oh, I'm sorry"], ["I'm sorry"]])
-    calls: list[list[int]] = []
+    hf, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    opening, never = refusing_tokens(tok)
+    assert tok.decode([opening]) == "I"
+    for phrase in REFUSAL_PHRASES:
+        assert set(tok(phrase, add_special_tokens=False).input_ids) & set(never), phrase
+    answers = iter([["Sure", "Oh, I'm sorry", "I like it"], ["Bake", "Sing", "Go"]])
+    calls: list[tuple[int, list[int], list[int]]] = []
 
-    def generate(hf: object, tok: object, ids: list[object], n: int, *, not_first: Sequence[int] = ()) -> list[str]:
-        calls.append(list(not_first))
+    def generate(
+        hf: object, tok: object, ids: list[object], n: int, *, not_first: Sequence[int] = (), never: Sequence[int] = ()
+    ) -> list[str]:
+        calls.append((len(ids), list(not_first), list(never)))
         return next(answers)
 
     monkeypatch.setattr(module, "generate", generate)
-    monkeypatch.setattr(module, "ROUNDS", 2)
-    hf, tok = tiny.hf_model("llama"), tiny.tokenizer()
-    first = [tok(text, add_special_tokens=False).input_ids[0] for text in ("I", "Aw", "Oh")]
-    sure, sing = (tuple(tok(text, add_special_tokens=False).input_ids) for text in ("Sure", "Sing"))
-    replaced, stubborn, kept = build_examples(hf, tok, (0, 0), 4, 0, slice(1, 3))
-    assert replaced.reply == sing and replaced.forbidden == tuple(first[:2])
-    assert stubborn.forbidden == tuple(first)
-    assert len(stubborn.reply) == 1, "a refusal must not be learnt"
-    assert kept.reply == sure and kept.forbidden == (first[0],)
-    assert calls == [[], first[:2], first]
+    made = build_examples(hf, tok, (0, 0), 4, 0, slice(1, 3))
+    assert calls == [(3, [], []), (3, [opening], list(never))]
+    wanted = ("Bake", "Sure", "Sing", "Go")
+    assert [e.reply for e in made] == [tuple(tok(text, add_special_tokens=False).input_ids) for text in wanted]
+    told = ((opening,), never)
+    assert [(e.not_first, e.never) for e in made] == [told, ((), ()), told, told]

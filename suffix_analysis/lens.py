@@ -1,0 +1,67 @@
+"""Logit lens and direct logit attribution towards the tokens that open refusals, at chat[-1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from suffix_analysis.chat import Chat
+from suffix_analysis.models import Model
+from suffix_analysis.placement import in_memory
+from suffix_analysis.refusal import refusal_score
+from suffix_analysis.replay import Prepared, replay
+from suffix_analysis.residual import rms_norm
+from suffix_analysis.traces import trace
+
+
+@torch.no_grad()
+def logit_lens(prepared: Prepared, tokens: Sequence[int]) -> Float[Tensor, "prompt depth"]:
+    """The refusal score that the model's own final norm and unembedding read from every block's input.
+
+    The last depth is the model's output itself.
+    """
+    n_layers = prepared.model.n_layers
+    found = [
+        refusal_score(replay(prepared, start=n_layers, state=prepared.resid[:, depth]), tokens)
+        for depth in range(n_layers + 1)
+    ]
+    return torch.stack(found, dim=1).cpu()
+
+
+@dataclass(frozen=True)
+class LogitAttribution:
+    """Every write's share of the refusal tokens' mean logit over the vocabulary's mean, the final norm's scale frozen.
+
+    ``total`` is that difference itself, of the logits before any cap or scaling; all terms sum to it.
+    """
+
+    heads: Float[Tensor, "prompt layer head"]
+    attention_bias: Float[Tensor, "prompt layer"]
+    mlp_out: Float[Tensor, "prompt layer"]
+    embedding: Float[Tensor, " prompt"]
+    total: Float[Tensor, " prompt"]
+
+
+@torch.no_grad()
+def logit_attribution(model: Model, chats: Sequence[Chat], tokens: Sequence[int]) -> LogitAttribution:
+    """Direct logit attribution: the trace along the direction in which the refusal tokens' logits are read."""
+    norm = rms_norm(model.bridge.ln_final.original_component, model.d_model)
+    head = model.hf.get_output_embeddings()
+    with in_memory(head):
+        weight = head.weight.float()
+        read = (weight[list(tokens)].mean(dim=0) - weight.mean(dim=0)).cpu() * norm.weight.cpu()
+    length = float(read.norm())
+    traces = trace(model, chats, read)
+    # the norm's own scale: 1 / √(mean square + ε) of the final state
+    scale = length * (traces.norm[:, -1].square() / model.d_model + norm.eps).rsqrt()
+    return LogitAttribution(
+        heads=traces.head_contribution * scale[:, None, None],
+        attention_bias=traces.attention_bias[None] * scale[:, None],
+        mlp_out=traces.mlp_out * scale[:, None],
+        embedding=traces.embedding * scale,
+        total=traces.projection[:, -1] * scale,
+    )

@@ -1,0 +1,332 @@
+"""How a suffix acts: what carries the fall in projection, why, and what undoes it (METHODS §3 and §4), as tables.
+
+Everything is measured on report prompts; heads and means come from the select split. Prompts run in groups, so memory
+does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from suffix_analysis import causal
+from suffix_analysis.causal import Head, Readout
+from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
+from suffix_analysis.directions import Direction
+from suffix_analysis.factors import FACTORS, split_change
+from suffix_analysis.judges import is_refusal
+from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
+from suffix_analysis.replay import Hook, Prepared, prepare, reply
+from suffix_analysis.residual import post_norm
+from suffix_analysis.stats import interval, rate_interval, ratio_interval, sign_flip_max_t
+from suffix_analysis.traces import output_directions
+
+GROUP = 16  # prompts that are held at once
+DOSES = (0.25, 0.5, 0.75, 1.0)
+TERMS = ("top heads", "other heads", "MLPs", "embedding")
+
+
+@dataclass(frozen=True)
+class Test:
+    """One causal test: hooks on one of the two runs, and the run it is meant to come near to."""
+
+    name: str
+    heads: str
+    on: str  # "attacked" or "none"
+    hooks: Callable[[Prepared, Prepared], list[Hook]]  # of (this run, the other run)
+    replies: bool = False
+    dose: float | None = None
+
+
+def head_means(model: Model, prompts: Sequence[Prompt]) -> Float[Tensor, "layer chat head d_head"]:
+    """Mean of what every head mixes from values, at every chat token: what a mean-ablated head gives."""
+    total, count = None, 0
+    for group in _groups(prompts):
+        z = prepare(model, [model.chat(p.text) for p in group]).z
+        total = z.double().sum(dim=0) if total is None else total + z.double().sum(dim=0)
+        count += len(group)
+    assert total is not None
+    return (total / count).float()
+
+
+def random_heads(heads: Sequence[Head], n_heads: int, seed: int) -> list[Head]:
+    """As many other heads of the same layers."""
+    rng = random.Random(seed)
+    taken, found = set(heads), []
+    for layer, _ in heads:
+        free = [(layer, h) for h in range(n_heads) if (layer, h) not in taken]
+        if free:
+            found.append(rng.choice(free))
+            taken.add(found[-1])
+    return found
+
+
+def tests(
+    readout: Readout, top: Sequence[Head], others: Sequence[Sequence[Head]], means: Tensor, n_layers: int, n_heads: int
+) -> list[Test]:
+    """The causal tests of a study, each with its controls."""
+    every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    sets: list[tuple[str, Sequence[Head]]] = [("top", top), *(("random", some) for some in others), ("all", every)]
+    made = [
+        Test("nothing changed", "none", "attacked", lambda run, other: [], True),
+        Test("nothing changed", "none", "none", lambda run, other: [], True),
+    ]
+    for label, heads in sets:
+        chosen = label != "random"
+        made += [
+            Test("suffix edges cut, mass renormalised", label, "attacked",
+                 lambda run, other, h=heads: causal.cut(run, "suffix", h), label == "all"),  # type: ignore[misc]
+            Test("suffix edges cut, mass destroyed", label, "attacked",
+                 lambda run, other, h=heads: causal.cut(run, "suffix", h, renormalise=False)),  # type: ignore[misc]
+            Test("patched from the run without suffix", label, "attacked",
+                 lambda run, other, h=heads: causal.replaced(h, other.z), chosen),  # type: ignore[misc]
+            Test("patched from the attacked run", label, "none",
+                 lambda run, other, h=heads: causal.replaced(h, other.z), label == "top"),  # type: ignore[misc]
+            Test("mean-ablated", label, "none",
+                 lambda run, other, h=heads: causal.replaced(h, means)),  # type: ignore[misc]
+        ]  # fmt: skip
+    for dose in DOSES:
+        made.append(
+            Test("projection restored", "none", "attacked",
+                 lambda run, other, d=dose: causal.shifted(readout, causal.base(other, readout).projection, d),  # type: ignore[misc]
+                 dose == 1.0, dose)
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(readout.unit), generator=generator)
+    noise = noise - (noise @ readout.unit) * readout.unit
+    made.append(
+        Test("random direction moved as far", "none", "attacked",
+             lambda run, other: _moved_along(run, other, readout, noise / noise.norm()), True, 1.0)
+    )  # fmt: skip
+    return made
+
+
+def _moved_along(run: Prepared, other: Prepared, readout: Readout, unit: Tensor) -> list[Hook]:
+    """The control of a restored projection: the same step along another direction."""
+    step = causal.base(other, readout).projection - causal.base(run, readout).projection
+    apart = Readout(unit, readout.layer, readout.tokens)
+    return causal.shifted(apart, causal.base(run, apart).projection + step)
+
+
+def _groups(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
+    return [prompts[i : i + GROUP] for i in range(0, len(prompts), GROUP)]
+
+
+def measure_mechanism(
+    model: Model,
+    direction: Direction,
+    report: Sequence[Prompt],
+    select: Sequence[Prompt],
+    suffixes: Sequence[Suffix],
+    top: Sequence[Head],
+    *,
+    n_random: int = 3,
+    reply_tokens: int = 24,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Tables ``carried``, ``factors``, ``causal``, ``circuit`` and ``sweep`` of suffixes on harmful report prompts.
+
+    Args:
+        model: the model.
+        direction: its refusal direction; its layer is where the projection is read.
+        report: harmful prompts that are measured.
+        select: harmful prompts for the heads' means.
+        suffixes: adversarial ones; each is crossed with every prompt. The sweep runs for the first only.
+        top: the heads chosen on the select split.
+        n_random: sets of random heads, of the same layers and as many.
+        reply_tokens: length of the replies that are made under some of the tests.
+        seed: of the random heads.
+        on_step: called with (done, total).
+    """
+    readout = Readout.of(direction)
+    others = [random_heads(top, model.n_heads, seed + i) for i in range(n_random)]
+    means = head_means(model, select)
+    plan = tests(readout, top, others, means, model.n_layers, model.n_heads)
+    groups, cells = _groups(report), _Cells()
+    arms: dict[str, list[Paths]] = {"none": [], "adversarial": []}
+    for done, group in enumerate(groups, 1):
+        plain = prepare(model, [model.chat(p.text) for p in group])
+        cells.add("terms none", _terms(plain, readout, top))
+        cells.add_outcome("none", causal.base(plain, readout))
+        for number, suffix in enumerate(suffixes):
+            run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
+            split = split_change(plain, run, readout.unit)
+            cells.add("terms", _terms(run, readout, top), number)
+            cells.add_outcome("attacked", causal.base(run, readout), number)
+            cells.add("factors", torch.stack([_of(split.parts[f], top) for f in FACTORS], dim=1), number)
+            for i, test in enumerate(plan):
+                this, that = (run, plain) if test.on == "attacked" else (plain, run)
+                hooks = test.hooks(this, that)
+                cells.add_outcome(f"test {i}", causal.measure(this, hooks, readout), number)
+                if test.replies:
+                    texts = reply(this, hooks, reply_tokens)
+                    cells.add(f"replies {i}", torch.tensor([float(is_refusal(text)) for text in texts]), number)
+            if number == 0:
+                for name, one in (("none", plain), ("adversarial", run)):
+                    cells.add_outcome(f"sweep {name}", causal.head_sweep(one, means, readout))
+                    arms[name].append(find_paths(one, readout.unit, top))
+        if on_step is not None:
+            on_step(done, len(groups))
+    return {
+        "carried": _carried_rows(cells),
+        "factors": _factor_rows(cells, top),
+        "causal": [_causal_row(cells, i, test) for i, test in enumerate(plan)],
+        "circuit": edge_rows(
+            {name: joined(parts) for name, parts in arms.items()}, _edges(model, select, suffixes[0], readout, top)
+        ),
+        "sweep": [row for name in ("none", "adversarial") for row in _sweep_rows(cells, name)],
+    }
+
+
+def _edges(
+    model: Model, select: Sequence[Prompt], suffix: Suffix, readout: Readout, top: Sequence[Head]
+) -> list[tuple[Any, ...]]:
+    """The circuit's edges, chosen on the select split."""
+    found: dict[str, list[Paths]] = {"": [], suffix.text: []}
+    level = []
+    for group in _groups(select):
+        for text, parts in found.items():
+            run = prepare(model, [model.chat(p.text, text) for p in group])
+            parts.append(find_paths(run, readout.unit, top))
+            if not text:
+                level.append(causal.base(run, readout).projection)
+    return kept_edges([joined(parts) for parts in found.values()], float(torch.cat(level).mean().abs()))
+
+
+class _Cells:
+    """Arrays [prompt …] of every quantity and suffix, gathered group by group."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[int, list[Tensor]]] = {}
+
+    def add(self, name: str, values: Tensor, suffix: int = 0) -> None:
+        """One group's values."""
+        self._found.setdefault(name, {}).setdefault(suffix, []).append(values.double().cpu())
+
+    def add_outcome(self, name: str, found: causal.Outcome, suffix: int = 0) -> None:
+        """One group's scores and projections."""
+        self.add(f"{name} score", found.score, suffix)
+        self.add(f"{name} projection", found.projection, suffix)
+
+    def get(self, name: str) -> Float[ndarray, "prompt suffix *rest"] | None:
+        """All prompts and suffixes, or None."""
+        if name not in self._found:
+            return None
+        return torch.stack([torch.cat(parts) for parts in self._found[name].values()], dim=1).numpy()
+
+    def need(self, name: str) -> Float[ndarray, "prompt suffix *rest"]:
+        """All prompts and suffixes of what is known to be there."""
+        found = self.get(name)
+        assert found is not None, name
+        return found
+
+
+def _of(values: Tensor, heads: Sequence[Head]) -> Tensor:
+    return torch.stack([values[:, layer, head] for layer, head in heads], dim=1)
+
+
+def _terms(run: Prepared, readout: Readout, top: Sequence[Head]) -> Float[Tensor, "prompt term"]:
+    """What was written along r̂ at chat[-1] before the readout's layer, by the top heads and by everything else."""
+    model, unit = run.model, readout.unit.to(run.resid.device)
+    norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
+    ends = output_directions(model, unit, norms)
+    below = [head for head in top if head[0] < readout.layer]
+    found = torch.zeros(len(run), len(TERMS), device=unit.device)
+    found[:, 3] = run.resid[:, 0, -1].float() @ unit
+    found[:, 2] = run.mlp_out[:, : readout.layer, -1].float().sum(dim=1) @ unit
+    for layer, head in below:
+        z = run.z[:, layer, -1]
+        write = z[:, head].float() @ ends[layer, head]
+        if (norm := norms[layer]) is not None:
+            write = write * norm.scale(model.bridge.blocks[layer].attn.o.original_component(z.flatten(1)))
+        found[:, 0] += write
+    # all else is attention: other heads (and attention biases, where there are any)
+    found[:, 1] = run.resid[:, readout.layer, -1].float() @ unit - found[:, [0, 2, 3]].sum(dim=1)
+    return found
+
+
+def _carried_rows(cells: _Cells) -> list[dict[str, Any]]:
+    """How much of the fall in projection each kind of term carries."""
+    fall = cells.need("terms none") - cells.need("terms")
+    whole = fall.sum(axis=2)
+    return [
+        {"term": name, **_with_share(fall[:, :, i], whole), **_whole(whole)} for i, name in enumerate(TERMS)
+    ]  # fmt: skip
+
+
+def _whole(whole: ndarray) -> dict[str, Any]:
+    return {"n_prompts": whole.shape[0], "n_suffixes": whole.shape[1]}
+
+
+def _with_share(part: ndarray, whole: ndarray) -> dict[str, float | None]:
+    """A part's mean with its interval, and its share of the whole with its interval."""
+    mean = interval(part)
+    share, lo, hi = ratio_interval(part, whole)
+    return {
+        "value": mean.estimate, "lo": mean.lo, "hi": mean.hi, "share": share, "share_lo": lo, "share_hi": hi,
+    }  # fmt: skip
+
+
+def _factor_rows(cells: _Cells, top: Sequence[Head]) -> list[dict[str, Any]]:
+    """The parts of the change of the instruction's contribution, by top head and (layer and head −1) for their sum."""
+    parts = cells.need("factors")  # [prompt suffix factor top]
+    change = parts.sum(axis=2)
+    rows = []
+    for j, (layer, head) in enumerate([*top, (-1, -1)]):
+        own = parts.sum(axis=3) if layer < 0 else parts[..., j]
+        whole = change.sum(axis=2) if layer < 0 else change[..., j]
+        rows += [
+            {"layer": layer, "head": head, "factor": name, **_with_share(own[:, :, i], whole), **_whole(whole)}
+            for i, name in enumerate(FACTORS)
+        ]
+    return rows
+
+
+def _causal_row(cells: _Cells, number: int, test: Test) -> dict[str, Any]:
+    """One test: what became of the score and the projection, and how much of the way to the other run that is."""
+    row: dict[str, Any] = {"test": test.name, "heads": test.heads, "on": test.on, "dose": test.dose}
+    for measure in ("score", "projection"):
+        after = cells.need(f"test {number} {measure}")
+        plain, attacked = cells.need(f"none {measure}"), cells.need(f"attacked {measure}")
+        before, source = (attacked, plain) if test.on == "attacked" else (plain, attacked)
+        before, source = np.broadcast_to(before, after.shape), np.broadcast_to(source, after.shape)
+        effect = interval(after - before)
+        share, lo, hi = ratio_interval(after - before, source - before)
+        row |= {
+            f"{measure}_before": float(before.mean()), f"{measure}_after": float(after.mean()),
+            f"{measure}_effect": effect.estimate, f"{measure}_lo": effect.lo, f"{measure}_hi": effect.hi,
+            f"{measure}_recovered": share, f"{measure}_recovered_lo": lo, f"{measure}_recovered_hi": hi,
+        }  # fmt: skip
+    refused = cells.get(f"replies {number}")
+    rate = (None, None, None) if refused is None else rate_interval(refused[:, 0])
+    row |= dict(zip(("refused", "refused_lo", "refused_hi"), rate, strict=True))
+    return row | _whole(cells.need(f"test {number} score"))
+
+
+def _sweep_rows(cells: _Cells, run: str) -> list[dict[str, Any]]:
+    """Mean-ablation of every single head, with p values adjusted for all heads."""
+    projection, score = (cells.need(f"sweep {run} {name}")[:, 0] for name in ("projection", "score"))
+    tested = {"projection": sign_flip_max_t(projection), "score": sign_flip_max_t(score)}
+    _, n_layers, n_heads = projection.shape
+    return [
+        {
+            "run": run, "layer": layer, "head": head, "n_prompts": len(projection),
+            "projection_effect": float(projection[:, layer, head].mean()),
+            "projection_p": float(tested["projection"].p[layer, head]),
+            "score_effect": float(score[:, layer, head].mean()),
+            "score_p": float(tested["score"].p[layer, head]),
+        }
+        for layer in range(n_layers)
+        for head in range(n_heads)
+    ]  # fmt: skip

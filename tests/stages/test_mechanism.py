@@ -1,0 +1,114 @@
+"""The mechanism stage on a planted model: its tables say what was planted, with controls and intervals."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from suffix_analysis.directions import Direction
+from suffix_analysis.mechanism import measure_mechanism, random_heads
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
+from tests.planted.models import CARRIER, D_MODEL, OPPONENT, READ_LAYER, SUFFIX, WORDS, F, instructions, planted
+
+
+def prompts(split: str, count: int, seed: int) -> list[Prompt]:
+    texts = instructions(count, harmful=True, seed=seed)
+    return [Prompt(f"{split}-{i}", text, "harmful", split) for i, text in enumerate(texts)]
+
+
+@functools.cache
+def tables(mechanism: str) -> dict[str, list[dict[str, Any]]]:
+    model = planted(mechanism)
+    unit = torch.nn.functional.one_hot(torch.tensor(F["refuse"]), D_MODEL).float()
+    means = torch.zeros(model.n_layers + 1, D_MODEL)
+    direction = Direction(unit, -1, READ_LAYER, [], means + unit, means, (WORDS.index("no"),), {})
+    suffixes = [
+        Suffix(f"adversarial-{i}", "adversarial", " ".join(words)) for i, words in enumerate((SUFFIX, SUFFIX[::-1]))
+    ]
+    # 20 prompts: two groups
+    return measure_mechanism(
+        model,
+        direction,
+        prompts("report", 20, 3),
+        prompts("select", 6, 4),
+        suffixes,
+        [CARRIER, OPPONENT],
+        reply_tokens=2,
+    )
+
+
+def rows(mechanism: str, table: str, **wanted: object) -> list[dict[str, Any]]:
+    return [row for row in tables(mechanism)[table] if all(row[key] == value for key, value in wanted.items())]
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "query", "opponent", "mlp"])
+def test_terms_say_what_carries_the_fall(mechanism: str) -> None:
+    found = {row["term"]: row for row in tables(mechanism)["carried"]}
+    carrier = "MLPs" if mechanism == "mlp" else "top heads"
+    assert sum(row["share"] for row in found.values()) == pytest.approx(1, abs=1e-6)
+    assert found[carrier]["share"] == pytest.approx(1, abs=1e-4)
+    assert (found[carrier]["n_prompts"], found[carrier]["n_suffixes"]) == (20, 2)
+
+
+@pytest.mark.parametrize(("mechanism", "factor"), [("softmax", "dilution"), ("query", "query")])
+def test_factors_say_why(mechanism: str, factor: str) -> None:
+    for layer, head in (CARRIER, (-1, -1)):
+        found = {row["factor"]: row["share"] for row in rows(mechanism, "factors", layer=layer, head=head)}
+        assert found[factor] == pytest.approx(1, abs=1e-4)
+    assert rows(mechanism, "factors", layer=OPPONENT[0], head=OPPONENT[1])[0]["share"] is None, "no change, no share"
+
+
+def test_tests_recover_what_was_planted_and_their_controls_do_not() -> None:
+    def recovered(test: str, heads: str, **wanted: object) -> list[float]:
+        return [row["projection_recovered"] for row in rows("softmax", "causal", test=test, heads=heads, **wanted)]
+
+    cut, destroyed = "suffix edges cut, mass renormalised", "suffix edges cut, mass destroyed"
+    patched = "patched from the run without suffix"
+    for test in (cut, patched):
+        assert recovered(test, "top") == [pytest.approx(1, abs=1e-4)]
+        assert recovered(test, "all") == [pytest.approx(1, abs=1e-4)]
+        assert recovered(test, "random") == [pytest.approx(0, abs=1e-4)] * 3
+    assert recovered(destroyed, "all") == [pytest.approx(0, abs=1e-4)]
+    doses = [recovered("projection restored", "none", dose=dose)[0] for dose in (0.25, 0.5, 0.75, 1.0)]
+    assert doses == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1e-4)
+    assert recovered("random direction moved as far", "none") == [pytest.approx(0, abs=1e-4)]
+
+
+def test_replies_flip_with_the_projection() -> None:
+    # the planted refusal is the word "no", which no phrase rule knows, so the score stands for it
+    before, after = (
+        rows("softmax", "causal", test="projection restored", heads="none", dose=1.0)[0][f"score_{when}"]
+        for when in ("before", "after")
+    )
+    assert before < 0 < after
+    assert rows("softmax", "causal", test="nothing changed", on="attacked")[0]["refused"] == 0.0
+    for row in rows("softmax", "causal", test="nothing changed"):
+        assert row["score_effect"] == 0 and row["projection_effect"] == 0
+
+
+def test_the_sweep_reports_the_carrier_alone() -> None:
+    # every prompt has two harmful words, so mean ablation moves nothing here and no head may be reported
+    assert all(row["projection_p"] > 0.05 for row in tables("softmax")["sweep"])
+    assert len(tables("softmax")["sweep"]) == 2 * 4 * 4
+
+
+def test_the_circuit_is_the_direct_edge() -> None:
+    for row in rows("softmax", "circuit", arm="none"):
+        assert (row["kind"], row["region"]) in (("region → head", "instruction"), ("head → direction", None)), row
+    edge, gone = (
+        rows("softmax", "circuit", arm=arm, kind="region → head", region="instruction")[0]["weight"]
+        for arm in ("none", "adversarial")
+    )
+    assert gone < 0.5 * edge
+
+
+def test_random_heads_are_others_of_the_same_layers() -> None:
+    top = [(1, 2), (1, 3), (2, 0)]
+    found = random_heads(top, 4, seed=0)
+    assert [layer for layer, _ in found] == [1, 1, 2]
+    assert not set(found) & set(top) and len(set(found)) == 3
+    assert random_heads([(0, 0), (0, 1)], 2, seed=0) == [], "no other head is left"
