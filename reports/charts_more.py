@@ -22,8 +22,8 @@ from reports.charts import (
     projection_profile,
     refusal_rates,
 )
+from reports.charts_causal import causal_tests
 from reports.data import Row, RunData
-from reports.mechanism import causal_tests
 
 GLYPH_FROM = 0.12
 """Heads below this share of the largest |contribution| carry no sign glyph."""

@@ -63,8 +63,10 @@ def measure(prepared: Prepared, hooks: Sequence[Hook], readout: Readout, *, copi
     def look(x: Tensor, hook: Any) -> None:
         seen.append((x[:, -1].float() @ unit).cpu())
 
-    below = start > readout.layer  # then nothing that the projection depends on has changed
-    more = [] if below else [(_point(prepared, readout), look)]
+    point = _point(prepared, readout)
+    # then nothing that the projection depends on has changed
+    below = start > readout.layer or (start == readout.layer and all(name != point for name, _ in hooks))
+    more = [] if below else [(point, look)]
     logits = replay(prepared, [*hooks, *more], copies=copies, start=start)
     score = refusal_score(logits, readout.tokens).cpu()
     plain = base(prepared, readout).projection.repeat_interleave(copies)
