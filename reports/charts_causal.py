@@ -18,6 +18,9 @@ SETS = ("top heads", "random heads", "all heads", "the direction")
 def causal_tests(data: RunData) -> Figure | None:
     """Return the share of the suffix's effect that each intervention on the attacked run undoes."""
     rows = [described(row) for row in data.table("causal") if row["on"] == "attacked" and row["test"] != UNCHANGED]
+    most = max((row.get("n_heads") or 0 for row in rows if row["heads"] == "top"), default=0)
+    # smaller sets of heads belong to the set-size curve, which is in the table of the run folder
+    rows = [row for row in rows if row["heads"] not in ("top", "random") or (row.get("n_heads") or most) == most]
     rows = [row for row in rows if row["projection_recovered"] is not None]
     if not rows:
         return None

@@ -6,9 +6,7 @@ does not grow with their number.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from suffix_analysis import causal
 from suffix_analysis.causal import Head, Readout
+from suffix_analysis.causal_tests import Runs, Test, random_heads, tests
 from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
 from suffix_analysis.directions import Direction
 from suffix_analysis.factors import FACTORS, split_change
@@ -26,26 +25,13 @@ from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
-from suffix_analysis.replay import Hook, Prepared, prepare, reply
+from suffix_analysis.replay import Prepared, prepare, reply
 from suffix_analysis.residual import post_norm
 from suffix_analysis.stats import interval, rate_interval, ratio_interval, sign_flip_max_t
 from suffix_analysis.traces import output_directions
 
 GROUP = 16  # prompts that are held at once
-DOSES = (0.25, 0.5, 0.75, 1.0)
 TERMS = ("top heads", "other heads", "MLPs", "embedding")
-
-
-@dataclass(frozen=True)
-class Test:
-    """One causal test: hooks on one of the two runs, and the run it is meant to come near to."""
-
-    name: str
-    heads: str
-    on: str  # "attacked" or "none"
-    hooks: Callable[[Prepared, Prepared], list[Hook]]  # of (this run, the other run)
-    replies: bool = False
-    dose: float | None = None
 
 
 def head_means(model: Model, prompts: Sequence[Prompt]) -> Float[Tensor, "layer chat head d_head"]:
@@ -57,65 +43,6 @@ def head_means(model: Model, prompts: Sequence[Prompt]) -> Float[Tensor, "layer 
         count += len(group)
     assert total is not None
     return (total / count).float()
-
-
-def random_heads(heads: Sequence[Head], n_heads: int, seed: int) -> list[Head]:
-    """As many other heads of the same layers."""
-    rng = random.Random(seed)
-    taken, found = set(heads), []
-    for layer, _ in heads:
-        free = [(layer, h) for h in range(n_heads) if (layer, h) not in taken]
-        if free:
-            found.append(rng.choice(free))
-            taken.add(found[-1])
-    return found
-
-
-def tests(
-    readout: Readout, top: Sequence[Head], others: Sequence[Sequence[Head]], means: Tensor, n_layers: int, n_heads: int
-) -> list[Test]:
-    """The causal tests of a study, each with its controls."""
-    every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    sets: list[tuple[str, Sequence[Head]]] = [("top", top), *(("random", some) for some in others), ("all", every)]
-    made = [
-        Test("nothing changed", "none", "attacked", lambda run, other: [], True),
-        Test("nothing changed", "none", "none", lambda run, other: [], True),
-    ]
-    for label, heads in sets:
-        chosen = label != "random"
-        made += [
-            Test("suffix edges cut, mass renormalised", label, "attacked",
-                 lambda run, other, h=heads: causal.cut(run, "suffix", h), label == "all"),  # type: ignore[misc]
-            Test("suffix edges cut, mass destroyed", label, "attacked",
-                 lambda run, other, h=heads: causal.cut(run, "suffix", h, renormalise=False)),  # type: ignore[misc]
-            Test("patched from the run without suffix", label, "attacked",
-                 lambda run, other, h=heads: causal.replaced(h, other.z), chosen),  # type: ignore[misc]
-            Test("patched from the attacked run", label, "none",
-                 lambda run, other, h=heads: causal.replaced(h, other.z), label == "top"),  # type: ignore[misc]
-            Test("mean-ablated", label, "none",
-                 lambda run, other, h=heads: causal.replaced(h, means)),  # type: ignore[misc]
-        ]  # fmt: skip
-    for dose in DOSES:
-        made.append(
-            Test("projection restored", "none", "attacked",
-                 lambda run, other, d=dose: causal.shifted(readout, causal.base(other, readout).projection, d),  # type: ignore[misc]
-                 dose == 1.0, dose)
-        )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(readout.unit), generator=generator)
-    noise = noise - (noise @ readout.unit) * readout.unit
-    made.append(
-        Test("random direction moved as far", "none", "attacked",
-             lambda run, other: _moved_along(run, other, readout, noise / noise.norm()), True, 1.0)
-    )  # fmt: skip
-    return made
-
-
-def _moved_along(run: Prepared, other: Prepared, readout: Readout, unit: Tensor) -> list[Hook]:
-    """The control of a restored projection: the same step along another direction."""
-    step = causal.base(other, readout).projection - causal.base(run, readout).projection
-    apart = Readout(unit, readout.layer, readout.tokens)
-    return causal.shifted(apart, causal.base(run, apart).projection + step)
 
 
 def _groups(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
@@ -130,6 +57,7 @@ def measure_mechanism(
     suffixes: Sequence[Suffix],
     top: Sequence[Head],
     *,
+    control: Suffix | None = None,
     n_random: int = 3,
     reply_tokens: int = 24,
     seed: int = 0,
@@ -144,6 +72,7 @@ def measure_mechanism(
         select: harmful prompts for the heads' means.
         suffixes: adversarial ones; each is crossed with every prompt. The sweep runs for the first only.
         top: the heads chosen on the select split.
+        control: a shuffled suffix, whose attention rows the attacked run is given where the token counts are equal.
         n_random: sets of random heads, of the same layers and as many.
         reply_tokens: length of the replies that are made under some of the tests.
         seed: of the random heads.
@@ -161,13 +90,15 @@ def measure_mechanism(
         cells.add_outcome("none", causal.base(plain, readout))
         for number, suffix in enumerate(suffixes):
             run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
+            runs = Runs(plain, run, _control(model, group, control, run))
             split = split_change(plain, run, readout.unit)
             cells.add("terms", _terms(run, readout, top), number)
             cells.add_outcome("attacked", causal.base(run, readout), number)
             cells.add("factors", torch.stack([_of(split.parts[f], top) for f in FACTORS], dim=1), number)
             for i, test in enumerate(plan):
-                this, that = (run, plain) if test.on == "attacked" else (plain, run)
-                hooks = test.hooks(this, that)
+                if test.needs_control and runs.control is None:
+                    continue
+                this, hooks = run if test.on == "attacked" else plain, test.hooks(runs)
                 cells.add_outcome(f"test {i}", causal.measure(this, hooks, readout), number)
                 if test.replies:
                     texts = reply(this, hooks, reply_tokens)
@@ -181,12 +112,22 @@ def measure_mechanism(
     return {
         "carried": _carried_rows(cells),
         "factors": _factor_rows(cells, top),
-        "causal": [_causal_row(cells, i, test) for i, test in enumerate(plan)],
+        "causal": [
+            _causal_row(cells, i, test) for i, test in enumerate(plan) if cells.complete(f"test {i} score", report)
+        ],
         "circuit": edge_rows(
             {name: joined(parts) for name, parts in arms.items()}, _edges(model, select, suffixes[0], readout, top)
         ),
         "sweep": [row for name in ("none", "adversarial") for row in _sweep_rows(cells, name)],
     }
+
+
+def _control(model: Model, group: Sequence[Prompt], suffix: Suffix | None, attacked: Prepared) -> Prepared | None:
+    """The control's run, where it is token by token as long as the attacked one."""
+    if suffix is None:
+        return None
+    run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
+    return run if torch.equal(run.mask, attacked.mask) else None
 
 
 def _edges(
@@ -224,6 +165,11 @@ class _Cells:
         if name not in self._found:
             return None
         return torch.stack([torch.cat(parts) for parts in self._found[name].values()], dim=1).numpy()
+
+    def complete(self, name: str, prompts: Sequence[Prompt]) -> bool:
+        """Whether the quantity is there for every prompt (a control may not fit some of them)."""
+        parts = self._found.get(name, {})
+        return bool(parts) and all(sum(map(len, found)) == len(prompts) for found in parts.values())
 
     def need(self, name: str) -> Float[ndarray, "prompt suffix *rest"]:
         """All prompts and suffixes of what is known to be there."""
@@ -295,7 +241,13 @@ def _factor_rows(cells: _Cells, top: Sequence[Head]) -> list[dict[str, Any]]:
 
 def _causal_row(cells: _Cells, number: int, test: Test) -> dict[str, Any]:
     """One test: what became of the score and the projection, and how much of the way to the other run that is."""
-    row: dict[str, Any] = {"test": test.name, "heads": test.heads, "on": test.on, "dose": test.dose}
+    row: dict[str, Any] = {
+        "test": test.name,
+        "heads": test.heads,
+        "on": test.on,
+        "dose": test.dose,
+        "n_heads": test.n_heads,
+    }
     for measure in ("score", "projection"):
         after = cells.need(f"test {number} {measure}")
         plain, attacked = cells.need(f"none {measure}"), cells.need(f"attacked {measure}")

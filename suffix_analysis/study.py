@@ -267,7 +267,8 @@ class Study:
 
     def _mechanism(self) -> None:
         prompts, config, findings = self.prompts(), self.config, self.folder / "findings"
-        suffixes = [s for s in runs.read_suffixes(self.folder / "suffixes.jsonl") if s.arm == "adversarial"]
+        everything = runs.read_suffixes(self.folder / "suffixes.jsonl")
+        suffixes = [s for s in everything if s.arm == "adversarial"]
         if not suffixes:
             self._skip("No attack of the pool flipped enough of the select split, so there is no mechanism to test.")
             return
@@ -275,6 +276,7 @@ class Study:
         heads = [(row["layer"], row["head"]) for row in runs.read_table(findings / "top_heads.parquet")]
         tables = measure_mechanism(
             self.model, self.direction(), report, select, suffixes, heads,
+            control=next((s for s in everything if s.arm == "shuffled"), None),
             reply_tokens=config.reply_tokens, seed=config.seed,
             on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
         )  # fmt: skip

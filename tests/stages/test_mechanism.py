@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from suffix_analysis.causal_tests import ATTENTION, random_heads
 from suffix_analysis.directions import Direction
-from suffix_analysis.mechanism import measure_mechanism, random_heads
+from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
 from tests.planted.models import CARRIER, D_MODEL, OPPONENT, READ_LAYER, SUFFIX, WORDS, F, instructions, planted
@@ -29,16 +30,11 @@ def tables(mechanism: str) -> dict[str, list[dict[str, Any]]]:
     suffixes = [
         Suffix(f"adversarial-{i}", "adversarial", " ".join(words)) for i, words in enumerate((SUFFIX, SUFFIX[::-1]))
     ]
-    # 20 prompts: two groups
-    return measure_mechanism(
-        model,
-        direction,
-        prompts("report", 20, 3),
-        prompts("select", 6, 4),
-        suffixes,
-        [CARRIER, OPPONENT],
-        reply_tokens=2,
-    )
+    control = Suffix("shuffled-1", "shuffled", " ".join(SUFFIX[::-1]))
+    return measure_mechanism(  # 20 prompts: two groups
+        model, direction, prompts("report", 20, 3), prompts("select", 6, 4), suffixes, [CARRIER, OPPONENT],
+        control=control, reply_tokens=2,
+    )  # fmt: skip
 
 
 def rows(mechanism: str, table: str, **wanted: object) -> list[dict[str, Any]]:
@@ -69,9 +65,11 @@ def test_tests_recover_what_was_planted_and_their_controls_do_not() -> None:
     cut, destroyed = "suffix edges cut, mass renormalised", "suffix edges cut, mass destroyed"
     patched = "patched from the run without suffix"
     for test in (cut, patched):
-        assert recovered(test, "top") == [pytest.approx(1, abs=1e-4)]
+        assert recovered(test, "top", n_heads=2) == [pytest.approx(1, abs=1e-4)]
         assert recovered(test, "all") == [pytest.approx(1, abs=1e-4)]
-        assert recovered(test, "random") == [pytest.approx(0, abs=1e-4)] * 3
+        assert recovered(test, "random", n_heads=2) == [pytest.approx(0, abs=1e-4)] * 3
+    assert recovered(patched, "top", n_heads=1) == [pytest.approx(1, abs=1e-4)], "the carrier comes first"
+    assert recovered(ATTENTION, "all") == [pytest.approx(0, abs=1e-4)], "the order of the suffix does nothing here"
     assert recovered(destroyed, "all") == [pytest.approx(0, abs=1e-4)]
     doses = [recovered("projection restored", "none", dose=dose)[0] for dose in (0.25, 0.5, 0.75, 1.0)]
     assert doses == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1e-4)

@@ -1,0 +1,122 @@
+"""The causal tests of a study: what is changed, in which heads, and the controls beside each (METHODS §4)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from suffix_analysis import causal
+from suffix_analysis.causal import Head, Readout
+from suffix_analysis.replay import Hook, Prepared
+
+DOSES = (0.25, 0.5, 0.75, 1.0)
+SIZES = (1, 2, 4)
+MEAN, PATCHED = "mean-ablated", "patched from the run without suffix"
+ATTENTION = "attention as with a shuffled suffix"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The same prompts without a suffix, with it, and with a control suffix of the same length (where there is one)."""
+
+    none: Prepared
+    attacked: Prepared
+    control: Prepared | None = None
+
+
+@dataclass(frozen=True)
+class Test:
+    """One causal test: hooks on one of the runs. Its effect is held against the way from that run to the other."""
+
+    name: str
+    heads: str
+    on: Literal["attacked", "none"]
+    hooks: Callable[[Runs], list[Hook]]
+    n_heads: int = 0
+    replies: bool = False
+    dose: float | None = None
+    needs_control: bool = False
+
+
+def random_heads(heads: Sequence[Head], n_heads: int, seed: int) -> list[Head]:
+    """As many other heads of the same layers."""
+    rng = random.Random(seed)
+    taken, found = set(heads), []
+    for layer, _ in heads:
+        free = [(layer, h) for h in range(n_heads) if (layer, h) not in taken]
+        if free:
+            found.append(rng.choice(free))
+            taken.add(found[-1])
+    return found
+
+
+def tests(
+    readout: Readout, top: Sequence[Head], others: Sequence[Sequence[Head]], means: Tensor, n_layers: int, n_heads: int
+) -> list[Test]:
+    """The causal tests of a study, each with its controls: random heads of the same layers, and a random direction."""
+    every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    made = [
+        Test("nothing changed", "none", "attacked", lambda runs: [], replies=True),
+        Test("nothing changed", "none", "none", lambda runs: [], replies=True),
+    ]
+    for label, heads in (("top", top), *(("random", some) for some in others), ("all", every)):
+        made += _of_heads(label, list(heads), means, replies=label != "random")
+    for size in SIZES:  # the set-size curve
+        for label, heads in (("top", top), *(("random", some) for some in others)):
+            if size < len(heads):
+                made += [t for t in _of_heads(label, list(heads[:size]), means) if t.name in (MEAN, PATCHED)]
+    for dose in DOSES:
+
+        def restore(runs: Runs, dose: float = dose) -> list[Hook]:
+            return causal.shifted(readout, causal.base(runs.none, readout).projection, dose)
+
+        made.append(Test("projection restored", "none", "attacked", restore, replies=dose == 1.0, dose=dose))
+    made.append(
+        Test(
+            "random direction moved as far",
+            "none",
+            "attacked",
+            lambda runs: _elsewhere(runs, readout),
+            replies=True,
+            dose=1.0,
+        )
+    )
+    return made
+
+
+def _of_heads(label: str, heads: list[Head], means: Tensor, replies: bool = False) -> list[Test]:
+    """The tests of one set of heads."""
+    plans: list[tuple[str, Literal["attacked", "none"], Callable[[Runs], list[Hook]]]] = [
+        ("suffix edges cut, mass renormalised", "attacked", lambda runs: causal.cut(runs.attacked, "suffix", heads)),
+        ("suffix edges cut, mass destroyed", "attacked",
+         lambda runs: causal.cut(runs.attacked, "suffix", heads, renormalise=False)),
+        (PATCHED, "attacked", lambda runs: causal.replaced(heads, runs.none.z)),
+        ("patched from the attacked run", "none", lambda runs: causal.replaced(heads, runs.attacked.z)),
+        (ATTENTION, "attacked", lambda runs: causal.transplanted(runs.attacked, _known(runs.control), heads)),
+        (MEAN, "none", lambda runs: causal.replaced(heads, means)),
+        ("resample-ablated", "none", lambda runs: causal.replaced(heads, runs.none.z.roll(1, dims=0))),
+    ]  # fmt: skip
+    talking = ("suffix edges cut, mass renormalised", PATCHED)
+    return [
+        Test(name, label, on, hooks, len(heads), replies and name in talking, needs_control=name == ATTENTION)
+        for name, on, hooks in plans
+    ]
+
+
+def _known(run: Prepared | None) -> Prepared:
+    assert run is not None
+    return run
+
+
+def _elsewhere(runs: Runs, readout: Readout) -> list[Hook]:
+    """The control of a restored projection: the same step along a random direction orthogonal to it."""
+    noise = torch.randn(len(readout.unit), generator=torch.Generator().manual_seed(0))
+    noise = noise - (noise @ readout.unit) * readout.unit
+    apart = Readout(noise / noise.norm(), readout.layer, readout.tokens)
+    step = causal.base(runs.none, readout).projection - causal.base(runs.attacked, readout).projection
+    return causal.shifted(apart, causal.base(runs.attacked, apart).projection + step)
