@@ -1,6 +1,7 @@
 """Findings of a run folder → one self-contained HTML page. Imports no torch.
 
-``build_report(run)`` writes ``run/report.html``; ``ReportError`` says in one sentence why it could not.
+Importing it lets notebooks show findings as a report. ``build_report(run)`` writes ``run/report.html``; ``ReportError``
+says in one sentence why it could not.
 """
 
 from __future__ import annotations
@@ -27,5 +28,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'reports' has no attribute {name!r}")
 
 
+def _register() -> None:
+    from reports.notebook import register
+
+    register()
+
+
 def __dir__() -> list[str]:
     return __all__
+
+
+_register()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from reports.charts_more import head_name
+from reports.charts import head_name
 from reports.data import RunData
 from reports.errors import ReportError
 from reports.escape import token_text, visible
@@ -53,11 +53,7 @@ def arm_view(pattern: Pattern) -> dict[str, Any]:
     """Return one prompt in one arm as page data, cropped to the last MAX_TOKENS tokens."""
     start = max(0, len(pattern.tokens) - MAX_TOKENS)
     tokens = [_clip(token_text(token), TOKEN_CHARS) for token in pattern.tokens[start:]]
-    contribution = (
-        [sum(row[k] or 0.0 for row in pattern.contribution) for k in range(start, len(pattern.tokens))]
-        if pattern.contribution
-        else []
-    )
+    by_head = [[float(f"{value or 0.0:.3g}") for value in row[start:]] for row in pattern.contribution]
     return {
         "arm": pattern.arm,
         "suffix": None if pattern.suffix_id is None else visible(str(pattern.suffix_id)),
@@ -69,7 +65,8 @@ def arm_view(pattern: Pattern) -> dict[str, Any]:
             [[round(1000 * value) for value in row[start : dest + 1]] for dest, row in enumerate(head) if dest >= start]
             for head in pattern.attention
         ],
-        "contribution": [float(f"{value:.3g}") for value in contribution],
+        "by_head": by_head,
+        "contribution": [float(f"{sum(column):.3g}") for column in zip(*by_head, strict=True)],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import os
 import tempfile
@@ -19,42 +20,52 @@ from reports.attention import circuitsvis_bundle
 from reports.charts_more import figures
 from reports.data import RunData, read_run
 from reports.errors import ReportError
-from reports.escape import json_for_html, script_for_html, visible
+from reports.escape import json_bytes, script_for_html, visible
 from reports.page import BUDGETS, assemble
+from reports.redact import redact as redacted
 
 MAX_BYTES = 6 * 1024 * 1024
 """Pages stay under this size; bulky parts are cut first, and the page says so."""
 
 
-def build_report(run: Path, out: Path | None = None) -> Path:
+def build_report(run: Path, out: Path | None = None, *, redact: bool = False) -> Path:
     """Write the report of a run folder and return its path (default: ``report.html`` inside the folder).
 
-    The same folder gives the same bytes. The file appears whole or not at all. Raises ReportError, one sentence,
+    With ``redact`` suffixes, targets and replies are lengths and hashes (default: ``report-redacted.html``). The same
+    folder gives the same bytes. The file appears whole or not at all. Raises ReportError, one sentence,
     where the folder cannot be read or the page cannot be written.
     """
     run = Path(run)
-    data = read_run(run)
-    target = Path(out) if out is not None else run / "report.html"
-    _write(target, render(data))
+    data = redacted(read_run(run)) if redact else read_run(run)
+    target = Path(out) if out is not None else run / ("report-redacted.html" if redact else "report.html")
+    write(target, render(data))
     return target
 
 
 def render(data: RunData) -> bytes:
     """Return the page as UTF-8 bytes, at most MAX_BYTES long."""
     charts = figures(data)
-    template = _template()
-    fixed = {"css": _static("report.css"), "scripts": _scripts(), "csp": _policy(_scripts())}
-    page = b""
+    made = b""
     for budget in BUDGETS:
-        context, payload = assemble(data, charts, budget)
-        page = template.render(**context, **fixed, payload=json_for_html(payload)).encode("utf-8")
-        if len(page) <= MAX_BYTES:
-            return page
+        made = page("report.html.j2", *assemble(data, charts, budget))
+        if len(made) <= MAX_BYTES:
+            return made
     raise ReportError(
-        f"The report would take {len(page) / 2**20:.1f} MiB even without replies and patterns "
+        f"The report would take {len(made) / 2**20:.1f} MiB even without replies and patterns "
         f"(limit {MAX_BYTES >> 20} MiB): "
         "shorten suffixes.jsonl or the tables in findings/."
     )
+
+
+def page(template: str, variables: dict[str, Any], payload: dict[str, Any]) -> bytes:
+    """Return a template filled with ``variables``, our style sheet and scripts, and the packed payload."""
+    fixed = {"css": _static("report.css"), "scripts": _scripts(), "csp": _policy(_scripts())}
+    return _template(template).render(**variables, **fixed, payload=packed(payload)).encode("utf-8")
+
+
+def packed(payload: dict[str, Any]) -> str:
+    """Return the payload as base64 of its gzipped JSON: small, and free of anything a parser could take for markup."""
+    return base64.b64encode(gzip.compress(json_bytes(payload), compresslevel=9, mtime=0)).decode("ascii")
 
 
 @cache
@@ -64,8 +75,7 @@ def _scripts() -> tuple[tuple[str, str], ...]:
         ("vega", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
         ("circuitsvis", circuitsvis_bundle()),
     )
-    own = (("views", _static("views.js")), ("report", _static("report.js")))
-    return tuple((name, script_for_html(source)) for name, source in (*sources, *own))
+    return tuple((name, script_for_html(source)) for name, source in (*sources, ("report", _static("report.js"))))
 
 
 def _policy(scripts: tuple[tuple[str, str], ...]) -> str:
@@ -82,7 +92,7 @@ def _digest(source: str) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("reports", "templates"),
         autoescape=True,
@@ -91,7 +101,7 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
         finalize=_shown,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _shown(value: Any) -> Any:
@@ -103,7 +113,7 @@ def _static(name: str) -> str:
     return (files("reports") / "static" / name).read_text(encoding="utf-8")
 
 
-def _write(target: Path, page: bytes) -> None:
+def write(target: Path, page: bytes) -> None:
     """Write through a temporary file beside the target, so that readers see the old page or the new one."""
     temporary: str | None = None
     try:

@@ -22,10 +22,15 @@ SHIFT_ARMS = ("none", "adversarial", "random")
 
 @dataclass(frozen=True)
 class View:
-    """One state of a figure, chosen by the reader: a button's label and a Vega-Lite spec."""
+    """One state of a figure, chosen by the reader: a button's label and a Vega-Lite spec.
+
+    Views with an ``arm`` (and a ``measure``) are chosen by the workbench's controls instead of by buttons.
+    """
 
     label: str
     spec: Spec
+    measure: str | None = None
+    arm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,15 @@ MAIN = alt.NamedData("main")
 """Every chart draws from one data set of this name: it is stored once and is the table behind the chart."""
 
 
+PINNED = alt.param(name="pinned", value="")
+"""The pinned head's name; the page's script sets it in every chart that has this parameter."""
+
+
+def head_name(layer: int, head: int) -> str:
+    """Return the usual name of a head, L16.H4."""
+    return f"L{layer}.H{head}"
+
+
 def _arm_legend(arms: set[str]) -> alt.Legend:
     return alt.Legend(orient="bottom", columns=3, title=None, values=theme.arm_order(arms), symbolOpacity=1)
 
@@ -73,7 +87,8 @@ def arm_shape(arms: set[str], *, legend: bool = False) -> alt.Shape:
     )
 
 
-def _tips(*pairs: tuple[str, str]) -> list[alt.Tooltip]:
+def tips(*pairs: tuple[str, str]) -> list[alt.Tooltip]:
+    """Return tooltips from (field, title) pairs."""
     return [alt.Tooltip(field, title=title) for field, title in pairs]
 
 
@@ -87,7 +102,7 @@ def refusal_rates(data: RunData) -> Figure | None:
     base = alt.Chart(MAIN).encode(
         y=alt.Y("arm:N", sort=order, title=None, axis=alt.Axis(labelLimit=150)),
         color=arm_colour(arms, legend=False),
-        tooltip=_tips(
+        tooltip=tips(
             ("arm:N", "arm"), ("refusal_rate:Q", "rate"), ("refusal_lo:Q", "CI from"), ("refusal_hi:Q", "CI to")
         ),
     )
@@ -200,7 +215,7 @@ def _profile_chart(rows: list[Row], title: str, layer: int | None) -> Any:
     )
     hover = base.mark_circle(size=60, opacity=0).encode(
         y="mean:Q",
-        tooltip=_tips(
+        tooltip=tips(
             ("arm:N", "arm"), ("layer:Q", "layer"), ("mean:Q", "mean"), ("lo:Q", "CI from"), ("hi:Q", "CI to")
         ),
     )
@@ -262,7 +277,7 @@ def dots(rows: list[Row], field: str, order: list[str], value: str, title: str, 
         y=alt.Y(f"{field}:N", sort=order, title=None, scale=alt.Scale(paddingInner=0.35), axis=alt.Axis(grid=False)),
         yOffset=alt.YOffset("arm:N", sort=theme.arm_order(arms)),
         color=arm_colour(arms, legend=True),
-        tooltip=_tips(
+        tooltip=tips(
             (f"{field}:N", field),
             ("arm:N", "arm"),
             (f"{value}:Q", title),
@@ -281,60 +296,6 @@ def dots_height(rows: list[Row], field: str) -> int:
     """Return the height in pixels of a ``dots`` chart: a line per arm, a gap between rows of ``field``."""
     arms = len({row["arm"] for row in rows})
     return len({row[field] for row in rows}) * (11 * arms + 12)
-
-
-def interventions(data: RunData) -> Figure | None:
-    """Return the refusal phrase rate with the direction left alone, ablated and added, on the report split."""
-    rows = [row for row in data.table("interventions") if row["refusal_rate"] is not None and row["split"] == "report"]
-    if not rows:
-        return None
-    words = {
-        "none": "left alone",
-        "random direction ablated": "random ablated",
-        "random direction added": "random added",
-        "set to the harmless mean": "set to harmless",
-        "set to the harmful mean": "set to harmful",
-    }
-    shown = [{**row, "what": f"{row['kind']}: {words.get(row['intervention'], row['intervention'])}"} for row in rows]
-    shown.sort(key=lambda row: (row["kind"], row["intervention"] != "none"))
-    order = list(dict.fromkeys(row["what"] for row in shown))
-    base = alt.Chart(MAIN).encode(
-        y=alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=170)),
-        color=alt.Color("kind:N", scale=alt.Scale(range=theme.POSITION_COLOURS), legend=None),
-        tooltip=_tips(
-            ("what:N", "direction"), ("refusal_rate:Q", "rate"), ("refusal_lo:Q", "CI from"), ("refusal_hi:Q", "CI to")
-        ),
-    )
-    axis = alt.Axis(format=".0%", tickCount=5)
-    bar = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
-        x=alt.X("refusal_lo:Q", title="refusal phrase rate", scale=alt.Scale(domain=[0, 1]), axis=axis),
-        x2="refusal_hi:Q",
-    )
-    dot = base.mark_point(size=75, filled=True, opacity=1).encode(
-        x="refusal_rate:Q", shape=alt.Shape("kind:N", legend=None)
-    )
-    label = base.mark_text(dy=-11, fontSize=10).encode(
-        x="refusal_rate:Q", text=alt.Text("refusal_rate:Q", format=".0%")
-    )
-    say = "Refusal phrase rate without a suffix: " + ", ".join(
-        f"{row['what']} {100 * row['refusal_rate']:.0f} %" for row in shown
-    )
-    caption = (
-        "No suffix: the refusal direction left alone, ablated at every layer, taken out of the weights "
-        "(orthogonalised), added at its own layer, or with its projection set to the mean of the other kind of prompts "
-        "at every layer; and a random direction of the same length as a control."
-    )
-    columns = (
-        ("kind", "prompts"),
-        ("intervention", "direction"),
-        ("alpha", "α"),
-        ("refusal_rate", "rate"),
-        ("refusal_lo", "CI from"),
-        ("refusal_hi", "CI to"),
-        ("n_prompts", "n"),
-    )
-    spec = finish(alt.layer(bar, dot, label), shown, max(52 * len(shown), 130), say)
-    return Figure("interventions", "The direction itself", caption, say, columns, (View("all", spec),))
 
 
 def position_label(position: int, token: str | None) -> str:

@@ -53,11 +53,12 @@ def causal_tests(data: RunData) -> Figure | None:
 
 
 def _chart(rows: list[Row], order: list[str], key: str) -> dict[str, Any]:
+    legend = alt.Legend(orient="bottom", title=None, columns=2)  # one for colour and shape
     base = alt.Chart(MAIN).encode(
         y=alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=330)),
         color=alt.Color(
             "set:N", scale=alt.Scale(domain=list(SETS), range=theme.POSITION_COLOURS[: len(SETS)]),
-            legend=alt.Legend(orient="bottom", title=None),
+            legend=legend,
         ),
         tooltip=[
             alt.Tooltip("what:N", title="intervention"),
@@ -71,7 +72,7 @@ def _chart(rows: list[Row], order: list[str], key: str) -> dict[str, Any]:
         x=alt.X(f"{key}_lo:Q", title="share of the suffix's effect undone", axis=axis), x2=f"{key}_hi:Q"
     )
     dot = base.mark_point(size=60, filled=True, opacity=1).encode(
-        x=f"{key}:Q", shape=alt.Shape("set:N", scale=alt.Scale(domain=list(SETS)), legend=None)
+        x=f"{key}:Q", shape=alt.Shape("set:N", scale=alt.Scale(domain=list(SETS)), legend=legend)
     )
     shown = [row for row in rows if row[key] is not None]
     say = f"Dots with intervals: share of the suffix's effect that {len(order)} interventions undo."

@@ -17,16 +17,17 @@ from reports.charts import (
     dots,
     dots_height,
     finish,
-    interventions,
+    head_name,
     position_label,
     projection_profile,
     refusal_rates,
+    tips,
 )
 from reports.charts_causal import causal_tests
+from reports.charts_circuit import circuit
+from reports.charts_heads import head_grid
 from reports.data import Row, RunData
 
-GLYPH_FROM = 0.12
-"""Heads below this share of the largest |contribution| carry no sign glyph."""
 MAX_POINTS = 500
 
 
@@ -38,6 +39,7 @@ def figures(data: RunData) -> dict[str, Figure]:
         attention_shift,
         interventions,
         head_grid,
+        circuit,
         head_shift,
         causal_tests,
         candidates,
@@ -47,97 +49,58 @@ def figures(data: RunData) -> dict[str, Figure]:
     return {figure.id: figure for figure in made if figure is not None}
 
 
-def head_name(layer: int, head: int) -> str:
-    """Return the usual name of a head, L16.H4."""
-    return f"L{layer}.H{head}"
-
-
-def head_grid(data: RunData) -> Figure | None:
-    """Return layer × head contributions to the projection at chat[-1]: without suffix, with it, and the difference."""
-    rows = [row for row in data.table("heads") if row["split"] == "report" and row["contribution"] is not None]
-    by_arm: dict[str, dict[tuple[int, int], Row]] = {}
-    for row in rows:
-        by_arm.setdefault(row["arm"], {})[(row["layer"], row["head"])] = row
-    top = {(row["layer"], row["head"]): row["rank"] for row in data.table("top_heads")}
-    states: list[tuple[str, list[Row]]] = []
-    states += [
-        (arm, [_cell(row, row["contribution"], top) for row in by_arm[arm].values()])
-        for arm in ("none", "adversarial", "random")
-        if arm in by_arm
-    ]
-    for against in ("none", "random"):
-        pairs = by_arm.get("adversarial", {}), by_arm.get(against, {})
-        if all(pairs):
-            both = sorted(pairs[0].keys() & pairs[1].keys())
-            cells = [
-                _cell(
-                    {**pairs[0][k], "lo": None, "hi": None},
-                    pairs[0][k]["contribution"] - pairs[1][k]["contribution"],
-                    top,
-                )
-                for k in both
-            ]
-            states.append((f"adversarial − {against}", cells))
-    if not states:
+def interventions(data: RunData) -> Figure | None:
+    """Return the refusal phrase rate with the direction left alone, ablated and added, on the report split."""
+    rows = [row for row in data.table("interventions") if row["refusal_rate"] is not None and row["split"] == "report"]
+    if not rows:
         return None
-    bound = max(abs(cell["value"]) for _, cells in states for cell in cells) or 1.0
-    say = "Grid of layers and heads: what each head writes along the refusal direction at chat[-1]; + towards, − away."
-    views = tuple(View(label, _grid(cells, bound, data, say)) for label, cells in states)
+    words = {
+        "none": "left alone",
+        "random direction ablated": "random ablated",
+        "random direction added": "random added",
+        "set to the harmless mean": "set to harmless",
+        "set to the harmful mean": "set to harmful",
+    }
+    shown = [{**row, "what": f"{row['kind']}: {words.get(row['intervention'], row['intervention'])}"} for row in rows]
+    shown.sort(key=lambda row: (row["kind"], row["intervention"] != "none"))
+    order = list(dict.fromkeys(row["what"] for row in shown))
+    base = alt.Chart(MAIN).encode(
+        y=alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=170)),
+        color=alt.Color("kind:N", scale=alt.Scale(range=theme.POSITION_COLOURS), legend=None),
+        tooltip=tips(
+            ("what:N", "direction"), ("refusal_rate:Q", "rate"), ("refusal_lo:Q", "CI from"), ("refusal_hi:Q", "CI to")
+        ),
+    )
+    axis = alt.Axis(format=".0%", tickCount=5)
+    bar = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
+        x=alt.X("refusal_lo:Q", title="refusal phrase rate", scale=alt.Scale(domain=[0, 1]), axis=axis),
+        x2="refusal_hi:Q",
+    )
+    dot = base.mark_point(size=75, filled=True, opacity=1).encode(
+        x="refusal_rate:Q", shape=alt.Shape("kind:N", legend=None)
+    )
+    label = base.mark_text(dy=-11, fontSize=10).encode(
+        x="refusal_rate:Q", text=alt.Text("refusal_rate:Q", format=".0%")
+    )
+    say = "Refusal phrase rate without a suffix: " + ", ".join(
+        f"{row['what']} {100 * row['refusal_rate']:.0f} %" for row in shown
+    )
     caption = (
-        "What each head writes along the refusal direction at chat[-1], mean over the report split: a share of the "
-        "write, not the effect of deleting the head. Ringed: top heads, chosen on the select split, shown on the "
-        "report split. One colour scale for all views; + towards refusal, − away from it."
+        "No suffix: the refusal direction left alone, ablated at every layer, taken out of the weights "
+        "(orthogonalised), added at its own layer, or with its projection set to the mean of the other kind of prompts "
+        "at every layer; and a random direction of the same length as a control."
     )
     columns = (
-        ("layer", "layer"),
-        ("head", "head"),
-        ("value", "contribution"),
-        ("lo", "CI from"),
-        ("hi", "CI to"),
-        ("rank", "rank"),
+        ("kind", "prompts"),
+        ("intervention", "direction"),
+        ("alpha", "α"),
+        ("refusal_rate", "rate"),
+        ("refusal_lo", "CI from"),
+        ("refusal_hi", "CI to"),
+        ("n_prompts", "n"),
     )
-    return Figure("heads", "Contribution of every head", caption, say, columns, views)
-
-
-def _cell(row: Row, value: float, top: dict[tuple[int, int], int]) -> Row:
-    key = (row["layer"], row["head"])
-    return {
-        "layer": row["layer"],
-        "head": row["head"],
-        "value": value,
-        "lo": row.get("lo"),
-        "hi": row.get("hi"),
-        "rank": top.get(key),
-    }
-
-
-def _grid(cells: list[Row], bound: float, data: RunData, say: str) -> dict[str, Any]:
-    for cell in cells:
-        share = cell["value"] / bound
-        cell["sign"] = "" if abs(share) < GLYPH_FROM else "+" if share > 0 else "−"
-    tips = [
-        alt.Tooltip(f"{name}:Q", title=title)
-        for name, title in (("layer", "layer"), ("head", "head"), ("value", "contribution"))
-    ]
-    base = alt.Chart(MAIN).encode(
-        x=alt.X(
-            "layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True), scale=alt.Scale(paddingInner=0.06)
-        ),
-        y=alt.Y("head:O", title="head", scale=alt.Scale(paddingInner=0.06)),
-        tooltip=tips,
-    )
-    colour = alt.Color(
-        "value:Q",
-        scale=alt.Scale(domain=[-bound, bound], domainMid=0, range="diverging", interpolate="rgb"),
-        legend=alt.Legend(orient="bottom", title="contribution", gradientLength=180, gradientThickness=8, tickCount=5),
-    )
-    cell_mark = base.mark_rect(cornerRadius=1).encode(color=colour)
-    ring = base.mark_rect(style="marked", fillOpacity=0, strokeWidth=1.5, cornerRadius=1).transform_filter(
-        "datum.rank != null"
-    )
-    glyph = base.mark_text(fontSize=10, fontWeight=600, baseline="middle").encode(text="sign:N")
-    step = 20 if data.summary.n_heads <= 16 else 13
-    return finish(alt.layer(cell_mark, ring, glyph), cells, step * len({cell["head"] for cell in cells}), say)
+    spec = finish(alt.layer(bar, dot, label), shown, max(52 * len(shown), 130), say)
+    return Figure("interventions", "The direction itself", caption, say, columns, (View("all", spec),))
 
 
 def head_shift(data: RunData) -> Figure | None:

@@ -36,6 +36,8 @@ MISSING_MEANS = {
     "carried": "findings/carried.parquet – what carries the fall in projection",
     "factors": "findings/factors.parquet – why the instruction counts less",
     "causal": "findings/causal.parquet – the causal tests",
+    "sweep": "findings/sweep.parquet – the effect of ablating every head alone",
+    "circuit": "findings/circuit.parquet – paths into the top heads",
     "patterns": "findings/patterns.json – attention patterns of real prompts",
     "checks": "findings/checks.json – identities and controls",
 }
@@ -226,7 +228,10 @@ def _read_table(path: Path, columns: Sequence[str]) -> list[Row] | None:
     return rows
 
 
-_TEXT = {"arm", "split", "kind", "measure", "against", "intervention", "region", "verdict", "reply", "token", "status"}
+_TEXT = {
+    "arm", "split", "kind", "measure", "against", "intervention", "region", "verdict", "reply", "token", "status",
+    "term", "factor", "test", "heads", "on", "run",
+}  # fmt: skip
 _FREE = {"prompt_id", "suffix_id", "refused"}
 
 

@@ -9,7 +9,6 @@ import unicodedata
 from typing import Any
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_JSON_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "'": "\\u0027"}
 _CONTROL_NAMES = (
     "NUL SOH STX ETX EOT ENQ ACK BEL BS HT LF VT FF CR SO SI DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US"
 )
@@ -70,13 +69,9 @@ def lean(value: Any, digits: int = 4) -> Any:
     raise TypeError(f"not JSON-ready: {type(value).__name__}")
 
 
-def json_for_html(value: Any) -> str:
-    """Return JSON that is safe inside ``<script type="application/json">``: ASCII only, no ``<``, ``>`` or ``&``.
-
-    Lone surrogates and U+2028/9 are written as escapes, so the text is valid UTF-8 and parses to the same data.
-    """
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return re.sub(r"[<>&']", lambda match: _JSON_UNSAFE[match.group()], text)
+def json_bytes(value: Any) -> bytes:
+    """Return JSON as ASCII bytes: lone surrogates and line separators are escapes that parse to themselves."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def script_for_html(source: str) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 
 from reports import mechanism, text, theme
 from reports.attention import prompt_views
-from reports.charts import Figure, position_label
-from reports.charts_more import head_name
+from reports.charts import Figure, head_name, position_label
 from reports.data import MISSING_MEANS, Row, RunData
 from reports.escape import lean, visible
 from reports.numbers import count, plain, seconds
+from reports.pinned import pinned_heads
 from reports.schema import Suffix
 
 
@@ -43,16 +43,21 @@ def payload(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
     """Return what the page's script reads: chart specs, themes, prompt views, replies. Floats have 4 digits."""
     return {
         "themes": {name: theme.vega_config(name) for name in ("light", "dark")},
-        "figures": {name: _figure(figure) for name, figure in charts.items()},
+        "figures": {name: figure_payload(figure) for name, figure in charts.items()},
         "prompts": prompt_views(data, budget.patterns),
         "replies": replies(data, budget),
+        "pinned": pinned_heads(data),
     }
 
 
-def _figure(figure: Figure) -> dict[str, Any]:
+def figure_payload(figure: Figure) -> dict[str, Any]:
+    """Return a figure as the page's script reads it."""
     return {
         "columns": figure.columns,
-        "views": [{"label": view.label, "spec": _shown(view.spec)} for view in figure.views],
+        "views": [
+            {"label": view.label, "spec": _shown(view.spec), "measure": view.measure, "arm": view.arm}
+            for view in figure.views
+        ],
     }
 
 

@@ -172,6 +172,18 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "score_recovered",
         "n_prompts",
     ),
+    "sweep": ("run", "layer", "head", "projection_effect", "projection_p"),
+    "circuit": (
+        "arm",
+        "kind",
+        "source_layer",
+        "source_head",
+        "position",
+        "region",
+        "target_layer",
+        "target_head",
+        "weight",
+    ),
     "shift": ("arm", "layer", "head", "region", "attention", "attention_lo", "attention_hi", "contribution"),
 }
 """Columns that each findings table must have; further ones are used where present."""

@@ -210,7 +210,7 @@ def edge_rows(arms: dict[str, Paths], kept: Sequence[tuple[Any, ...]]) -> list[d
             rows.append(
                 {
                     "arm": arm, "kind": kind, "source_layer": layer, "source_head": head,
-                    "token": token, "region": region,
+                    "position": token, "region": region,
                     "target_layer": None if target is None else target[0],
                     "target_head": None if target is None else target[1],
                     "weight": found.estimate, "lo": found.lo, "hi": found.hi, "n_prompts": found.n_prompts,

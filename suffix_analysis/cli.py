@@ -155,12 +155,33 @@ def _ability_line(row: dict[str, Any]) -> str:
 
 
 @app.command
-def report(run: Path, *, out: Annotated[Path | None, Parameter(help="Where to write the page.")] = None) -> None:
-    """Build the HTML report of a run folder."""
+def report(
+    run: Path,
+    other: Path | None = None,
+    *,
+    out: Annotated[Path | None, Parameter(help="Where to write the page.")] = None,
+    redact: Annotated[bool, Parameter(help="Replace suffixes, targets and replies by lengths and hashes.")] = False,
+    figures: Annotated[
+        Path | None, Parameter(help="Folder for figures (SVG, PNG), tables (CSV) and the circuit (JSON) instead.")
+    ] = None,
+) -> None:
+    """Build the HTML report of a RUN folder; with an OTHER one, a page that shows the two side by side."""
     from reports import ReportError, build_report
 
+    if figures is not None and (other is not None or redact or out is not None):
+        raise UsageError("--figures writes files of one run as they are; leave the other run, --redact and --out out.")
     try:
-        print(build_report(run, out))
+        if figures is not None:
+            from reports.export import save_figures
+
+            written = save_figures(run, figures)
+            print(f"{len(written)} files in {figures}")
+        elif other is not None:
+            from reports.compare import build_comparison
+
+            print(build_comparison(run, other, out, redact=redact))
+        else:
+            print(build_report(run, out, redact=redact))
     except ReportError as error:
         raise UserError(str(error)) from error
 

@@ -318,3 +318,39 @@ def causal() -> list[dict[str, Any]]:
         around = (None, None, None) if refused is None else (refused, refused - 0.1, min(1.0, refused + 0.06))
         rows.append(row | dict(zip(("refused", "refused_lo", "refused_hi"), around, strict=True)))
     return rows
+
+
+def sweep(rng: np.random.Generator, top: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": run, "layer": layer, "head": head, "n_prompts": 32, "projection_p": 0.001 if hit else 0.6,
+            "projection_effect": (-1.5 if hit else 0.0) + float(rng.normal(0, 0.05)),
+            "score_effect": 0.0, "score_p": 1.0,
+        }
+        for run in ("none", "adversarial")
+        for layer in range(LAYERS)
+        for head in range(HEADS)
+        for hit in ((layer, head) in top[:3],)
+    ]  # fmt: skip
+
+
+def circuit(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+
+    def edge(kind: str, weight: float, **where: Any) -> None:
+        blank = dict.fromkeys(("source_layer", "source_head", "position", "region", "target_layer", "target_head"))
+        for arm, keep in (("none", 1.0), ("adversarial", 0.35)):
+            rows.append(
+                {"arm": arm, "kind": kind, **blank, **where, "weight": weight * keep, "lo": weight * keep - 0.1,
+                 "hi": weight * keep + 0.1, "n_prompts": 32}
+            )  # fmt: skip
+
+    for i, (layer, head) in enumerate(top[:5]):
+        target = {"target_layer": layer, "target_head": head}
+        edge("region → head", 2.0 - 0.3 * i, region="instruction", **target)
+        edge("head → direction", 2.4 - 0.3 * i, source_layer=layer, source_head=head)
+        edge("early → head", 0.4, source_layer=layer - 4, source_head=1, position=-3, **target)
+        edge("mlp → head", -0.3, source_layer=layer - 2, position=-2, **target)
+    edge("region → early", 0.6, region="instruction", position=-3, target_layer=top[0][0] - 4, target_head=1)
+    edge("embedding → head", 0.2, position=-1, target_layer=top[0][0], target_head=top[0][1])
+    return rows

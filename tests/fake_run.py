@@ -21,6 +21,7 @@ from tests.fake_findings import (
     carried,
     causal,
     checks,
+    circuit,
     contrast,
     factors,
     heads,
@@ -29,6 +30,7 @@ from tests.fake_findings import (
     profile,
     rate_row,
     shift,
+    sweep,
 )
 
 HOSTILE = [
@@ -233,6 +235,8 @@ def _findings(
     _table(out / "carried.parquet", carried())
     _table(out / "factors.parquet", factors(top))
     _table(out / "causal.parquet", causal())
+    _table(out / "sweep.parquet", sweep(rng, top))
+    _table(out / "circuit.parquet", circuit(top))
     _dump(out / "patterns.json", patterns(rng, prompts, top, bad))
     _dump(out / "checks.json", checks(bad))
 

@@ -1,14 +1,59 @@
-// Theme switch and charts. Specs and data come from the payload; nothing is fetched.
+// The page's script: charts, the pinned head, prompts and replies, all driven by one state that is kept in the URL.
+// Text from the run is only ever set as textContent; nothing here parses markup, and nothing is fetched.
 "use strict";
-(() => {
+(async () => {
   const started = performance.now();
-  const { el, nice } = Views;
-  const payload = JSON.parse(document.getElementById("payload").textContent);
-  const root = document.documentElement;
+  const root = document.documentElement, byId = (id) => document.getElementById(id);
+
+  // Make an element: el("td.num", "text") or el("p", child, child).
+  function el(what, ...children) {
+    const [tag, ...classes] = what.split(".");
+    const node = document.createElement(tag);
+    if (classes.length) node.className = classes.join(" ");
+    for (const child of children) node.append(child);
+    return node;
+  }
+  const nice = (value) => (value == null ? "–" : (typeof value === "number" ? String(+value.toPrecision(4)) : String(value)).replace("-", "−"));
+  const percent = (value) => (value == null ? "–" : `${nice(Math.round(1000 * value) / 10)} %`);
+  const options = (select, pairs) => select.replaceChildren(...pairs.map(([value, words]) => Object.assign(el("option", words), { value })));
+  const table = (heads, rows) => el("div.scroll", el("table",
+    el("thead", el("tr", ...heads.map((words, i) => el(i ? "th.num" : "th", words)))),
+    el("tbody", ...rows.map((row) => el("tr", ...row.map((value, i) => el(i ? "td.num" : "td", value)))))));
+
+  async function unpack(text) {
+    const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+  }
+  const payload = await unpack(byId("payload").textContent.trim());
+  const heads = payload.pinned.heads;
+
+  // --- state: what is pinned and shown, in the URL fragment ------------------------------------------------------
+  const state = { head: "", prompt: 0, measure: "", arm: "" };
+  const followers = [];  // called with the names of what changed
+  function set(change) {
+    const changed = Object.keys(change).filter((key) => state[key] !== change[key]);
+    if (!changed.length) return;
+    Object.assign(state, change);
+    const kept = new URLSearchParams();
+    for (const [key, value] of Object.entries(state)) if (value) kept.set(key, value);
+    try { history.replaceState(null, "", kept.size ? `#${kept}` : location.pathname + location.search); } catch { /* a notebook's frame has no address */ }
+    for (const follow of followers) follow(changed);
+  }
+  function fromAddress() {
+    if (location.hash && !location.hash.includes("=")) return;  // a link to a section
+    const given = new URLSearchParams(location.hash.slice(1)), prompt = Number(given.get("prompt"));
+    set({
+      head: given.get("head") in heads ? given.get("head") : "",
+      prompt: Number.isInteger(prompt) && prompt >= 0 && prompt < payload.prompts.length ? prompt : 0,
+      measure: given.get("measure") || "", arm: given.get("arm") || "",
+    });
+  }
+  const pin = (name) => set({ head: name === state.head ? "" : name });
+
+  // --- charts ------------------------------------------------------------------------------------------------------
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const themeNow = () => root.dataset.theme || (dark.matches ? "dark" : "light");
-
-  const tip = document.getElementById("tip");
+  const tip = byId("tip");
   function tooltip(_handler, event, _item, value) {
     if (value == null || value === "") { tip.hidden = true; return; }
     tip.textContent = typeof value === "object"
@@ -23,46 +68,47 @@
   const charts = [...document.querySelectorAll("figure[data-figure]")].map((node) => ({
     node, plot: node.querySelector(".plot"), data: payload.figures[node.dataset.figure], at: 0, result: null,
   }));
+  const linked = (chart) => chart.data.views.some((view) => view.arm);
 
   async function draw(chart) {
-    const name = themeNow(), at = chart.at, turn = (chart.turn = (chart.turn || 0) + 1);
+    const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1);
     const narrow = chart.plot.clientWidth < 420;  // legends in two columns, else they are cut
-    const spec = JSON.parse(JSON.stringify(chart.data.views[at].spec), (key, value) =>
+    const spec = JSON.parse(JSON.stringify(chart.data.views[chart.at].spec), (key, value) =>
       (narrow && key === "columns" && value === 3 ? 2 : value));
     const stage = el("div");
     stage.style.width = "100%";
-    const old = chart.result, height = chart.plot.offsetHeight;
-    if (old) chart.plot.style.minHeight = `${height}px`;
+    if (chart.result) { chart.plot.style.minHeight = `${chart.plot.offsetHeight}px`; chart.result.finalize(); }
     chart.plot.replaceChildren(stage);
-    if (old) old.finalize();
     chart.result = null;
+    for (const param of spec.params || []) if (param.name === "pinned") param.value = state.head;
     const result = await vegaEmbed(stage, spec, {
       mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false, tooltip, config: payload.themes[name],
     });
     if (turn !== chart.turn) { result.finalize(); return; }
     chart.result = result;
+    result.view.addEventListener("click", (_event, item) => item?.datum?.name in heads && pin(item.datum.name));
     chart.plot.dataset.drawn = name;
     chart.plot.style.minHeight = "";
   }
+  const show = (chart, at) => { chart.at = at; fill(chart); return chart.plot.dataset.drawn ? draw(chart) : null; };
 
   function switches(chart) {
     const { views } = chart.data, place = chart.node.querySelector(".switch");
-    if (views.length < 2) return;
-    const choose = (at) => { chart.at = at; fill(chart); draw(chart); };
+    if (views.length < 2 || linked(chart)) return;
     if (views.length > 5) {
-      const select = el("select", ...views.map((view) => el("option", view.label)));
+      const select = el("select");
+      options(select, views.map((view, at) => [String(at), view.label]));
       select.setAttribute("aria-label", place.getAttribute("aria-label"));
-      select.addEventListener("change", () => choose(select.selectedIndex));
+      select.addEventListener("change", () => show(chart, select.selectedIndex));
       place.append(select);
       return;
     }
     views.forEach((view, at) => {
-      const button = el("button", view.label);
-      button.type = "button";
+      const button = Object.assign(el("button", view.label), { type: "button" });
       button.setAttribute("aria-pressed", String(at === 0));
       button.addEventListener("click", () => {
         for (const other of place.children) other.setAttribute("aria-pressed", String(other === button));
-        choose(at);
+        show(chart, at);
       });
       place.append(button);
     });
@@ -75,10 +121,9 @@
     if (!details.open) return;
     const rows = chart.data.views[chart.at].spec.datasets.main;
     const columns = chart.data.columns.filter(([field]) => rows.some((row) => row[field] != null));
-    const cell = (value) => el(typeof value === "number" ? "td.num" : "td", typeof value === "boolean" ? (value ? "yes" : "no") : nice(value));
-    const head = el("tr", ...columns.map(([field, title]) => el(typeof rows[0][field] === "number" ? "th.num" : "th", title)));
-    const body = rows.map((row) => el("tr", ...columns.map(([field]) => cell(row[field]))));
-    details.append(el("div.scroll", el("table", el("thead", head), el("tbody", ...body))));
+    const shown = rows.filter((row) => columns.some(([field]) => row[field] != null));
+    const cell = (value) => (typeof value === "boolean" ? (value ? "yes" : "no") : nice(value));
+    details.append(table(columns.map(([, title]) => title), shown.map((row) => columns.map(([field]) => cell(row[field])))));
   }
 
   async function save(chart) {
@@ -97,21 +142,207 @@
     chart.node.querySelector("button.svg").addEventListener("click", () => save(chart));
   }
 
-  const redraw = () => charts.forEach((chart) => chart.plot.dataset.drawn && draw(chart));
-  document.getElementById("theme").addEventListener("click", () => {
-    root.dataset.theme = themeNow() === "dark" ? "light" : "dark";
-    redraw();
+  // --- the workbench's controls: measure, arm and head drive every linked chart and panel ---------------------------
+  const bench = charts.filter(linked);
+  const known = (key) => [...new Set(bench.flatMap((chart) => chart.data.views.map((view) => view[key])).filter(Boolean))];
+  for (const key of ["measure", "arm"]) {
+    const select = byId(key);
+    if (!select) continue;
+    options(select, known(key).map((value) => [value, value]));
+    select.addEventListener("change", () => set({ [key]: select.value }));
+  }
+  const headSelect = byId("head");
+  if (headSelect) {
+    const names = Object.keys(heads).sort((a, b) => (heads[a].rank ?? 1e9) - (heads[b].rank ?? 1e9));
+    options(headSelect, [["", "all heads"], ...names.map((name) => [name, heads[name].rank ? `${name} (top ${heads[name].rank})` : name])]);
+    headSelect.addEventListener("change", () => set({ head: headSelect.value }));
+  }
+  followers.push((changed) => {
+    if (changed.includes("measure") || changed.includes("arm")) for (const chart of bench) {
+      const { views } = chart.data, fits = (view) => (!view.measure || !state.measure || view.measure === state.measure);
+      const same = views.findIndex((view) => fits(view) && view.arm === state.arm);
+      const at = same >= 0 ? same : views.findIndex(fits);
+      if (at >= 0 && at !== chart.at) show(chart, at);
+    }
+    for (const key of ["measure", "arm", "head"]) if (byId(key)) byId(key).value = state[key] || (key === "head" ? "" : known(key)[0] || "");
+    if (changed.includes("head")) for (const chart of charts) {
+      if (chart.result && chart.data.views[chart.at].spec.params?.some((param) => param.name === "pinned")) {
+        chart.result.view.signal("pinned", state.head).run();
+      }
+    }
   });
-  dark.addEventListener("change", () => { if (!root.dataset.theme) redraw(); });
 
+  function pinned() {
+    const place = byId("pinned");
+    if (!place) return;
+    const record = heads[state.head];
+    if (!record) { place.replaceChildren(el("p.quiet", "No head is pinned: click one in the grid or the circuit, or choose it above.")); return; }
+    const rows = Object.entries(record.arms).map(([arm, v]) => [arm, v[5] == null ? nice(v[0]) : `${nice(v[0])} (${nice(v[5])} to ${nice(v[6])})`, ...v.slice(1, 5).map(percent)]);
+    place.replaceChildren(el("h3", state.head, el("span.quiet", record.rank ? ` · rank ${record.rank} on the select split` : " · not among the top heads")),
+      table(["arm", ...payload.pinned.columns], rows));
+    if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, nice(value), percent(share)])));
+    for (const [run, effect, p] of record.effects) {
+      place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads.`));
+    }
+  }
+  followers.push((changed) => changed.includes("head") && pinned());
+
+  // --- prompts: token strips and attention ------------------------------------------------------------------------
+  const armName = (view) => ({ none: "without suffix", adversarial: "with the suffix" }[view.arm] || view.arm);
+  // What each token gives: of the pinned head where its pattern is stored, else of all top heads.
+  const given = (view) => (view.heads.includes(state.head) ? view.by_head[view.heads.indexOf(state.head)] : view.contribution);
+
+  function strip(view, values, most) {
+    const box = el("div.regions");
+    let at = 0;
+    for (const [name, length] of view.regions) {
+      const region = el("div.region", el("i", name));
+      if (name === "suffix" || name === "instruction") region.classList.add(name);
+      for (let k = at; k < at + length; k++) {
+        const token = el("span.tok", view.tokens[k]), value = values[k];
+        if (value != null && most > 0) {
+          const share = Math.min(1, Math.abs(value) / most), colour = value > 0 ? "var(--pos)" : "var(--neg)";
+          token.style.background = `color-mix(in srgb, ${colour} ${Math.round(70 * share)}%, transparent)`;
+          if (share > 0.1) token.style[value > 0 ? "borderTopColor" : "borderBottomColor"] = colour;
+          token.title = `${view.tokens[k]}  ${value > 0 ? "+" : ""}${nice(value)}`;
+        }
+        region.append(token);
+      }
+      at += length;
+      box.append(region);
+    }
+    return box;
+  }
+
+  let serial = 0, inView = false;
+  function patterns(record) {
+    const place = byId("cv"), values = [];
+    for (const view of record.arms) for (const head of view.attention) for (const row of head)
+      for (let k = 1; k < row.length; k++) if (row[k] > 5) values.push(row[k]);  // the first token is the sink
+    values.sort((a, b) => a - b);
+    const most = Math.max(50, values[Math.floor(values.length * 0.98)] || 1000) / 1000;
+    place.replaceChildren();
+    for (const view of record.arms) {
+      const one = view.heads.indexOf(state.head), size = view.tokens.length, target = el("div.cv");
+      target.id = `cv-${serial++}`;
+      place.append(el("div.paper", el("h4", armName(view)), target));
+      const whole = view.attention.map((head) => head.map((row) => Array.from({ length: size }, (_, k) => (k < row.length ? row[k] / 1000 : 0))));
+      CircuitsVis.render(target.id, CircuitsVis.AttentionHeads, {
+        attention: one < 0 ? whole : [whole[one]], attentionHeadNames: one < 0 ? view.heads : [view.heads[one]],
+        tokens: view.tokens.map((token) => (token.length > 12 ? token.slice(0, 11) + "…" : token)),
+        maxValue: most, minValue: -most, positiveColor: "#17569b", negativeColor: "#c84e00", maskUpperTri: true,
+      });
+    }
+    const stored = !state.head || record.arms.some((view) => view.heads.includes(state.head));
+    byId("cv-note").textContent = `Full colour from ${most.toFixed(2)} up, the same on both sides.${stored ? "" : ` Patterns are stored for the top heads only, not for ${state.head}.`}`;
+  }
+
+  function prompt() {
+    const record = payload.prompts[state.prompt];
+    if (!record || !byId("prompt")) return;
+    byId("prompt").value = String(state.prompt);
+    const most = Math.max(0, ...record.arms.flatMap((view) => given(view).filter((v) => v != null).map(Math.abs)));
+    byId("strips").replaceChildren(...record.arms.map((view) => {
+      const values = given(view), total = values.reduce((sum, v) => sum + (v || 0), 0);
+      const whose = view.heads.includes(state.head) ? state.head : "top heads";
+      return el("div.strip", el("h4", armName(view), el("span", ` · ${whose}, sum ${nice(total.toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most));
+    }));
+    const row = payload.replies.rows.find((other) => other.id === record.id);
+    byId("prompt-replies").replaceChildren();
+    if (row) opened(row, byId("prompt-replies"), ["none", "adversarial"]);
+    if (inView) patterns(record);
+  }
+  followers.push((changed) => (changed.includes("prompt") || changed.includes("head")) && prompt());
+  if (byId("prompt") && payload.prompts.length) {
+    options(byId("prompt"), payload.prompts.map((record, i) => [String(i), `${i + 1}. ${record.text.length > 110 ? record.text.slice(0, 109) + "…" : record.text}`]));
+    byId("prompt").addEventListener("change", () => set({ prompt: Number(byId("prompt").value) }));
+    const watch = new IntersectionObserver((entries) => {
+      if (inView || !entries.some((entry) => entry.isIntersecting)) return;
+      inView = true;
+      watch.disconnect();
+      patterns(payload.prompts[state.prompt]);
+    }, { rootMargin: "300px" });
+    watch.observe(byId("cv"));
+  }
+
+  // --- replies -----------------------------------------------------------------------------------------------------
+  function opened(row, box, only) {
+    for (const [arm, cell] of Object.entries(row.cells)) for (const [suffix, verdict, , score, text] of only && !only.includes(arm) ? [] : cell) {
+      const head = `${arm}${suffix ? ` · ${suffix}` : ""} · ${payload.replies.verdicts[verdict]} · refusal score ${nice(score)} · model reply, may be unpleasant`;
+      const body = el("p", payload.replies.texts[text] || "(only in the run folder)");
+      body.dir = "auto";
+      box.append(el("details.reply", el("summary", head), body));
+    }
+  }
+
+  const PAGE = 25;
+  function replies(data) {
+    const place = byId("reply-table");
+    if (!place) return;
+    const [find, kind, which, more, hits] = ["find", "kind", "which", "more", "hits"].map(byId);
+    const order = ["harmful", "harmless", "lookalike"], views = new Map(payload.prompts.map((record, i) => [record.id, i]));
+    options(kind, Object.keys(data.arms).sort((a, b) => (order.indexOf(a) + 9) % 9 - (order.indexOf(b) + 9) % 9).map((name) => [name, name]));
+    let limit = PAGE;
+    const share = (row, arm) => {
+      const cell = (row.cells[arm] || []).filter((reply) => reply[2] != null);
+      return cell.length ? cell.filter((reply) => reply[2]).length / cell.length : null;
+    };
+    function matches(row) {
+      const bare = row.kind === "harmful" ? "none" : row.kind;
+      const attacked = row.kind === "harmless" ? "harmless+adversarial" : "adversarial";
+      if (which.value === "flipped" && !(share(row, bare) >= 0.5 && share(row, attacked) < 0.5)) return false;
+      if (which.value === "kept" && !(share(row, attacked) >= 0.5)) return false;
+      const words = find.value.trim().toLowerCase();
+      row.search ??= [row.id, row.text, row.topic, ...Object.values(row.cells).flat().map((r) => data.verdicts[r[1]])].join(" ").toLowerCase();
+      return !words || row.search.includes(words);
+    }
+    function badge(cell) {
+      if (!cell || !cell.length) return el("span.quiet", "–");
+      const refused = cell.filter((reply) => reply[2]).length, mostly = refused * 2 >= cell.length;
+      const words = cell.length === 1 ? data.verdicts[cell[0][1]] : `${refused} of ${cell.length} refused`;
+      return el(mostly ? "span.badge.refused" : "span.badge.other", `${mostly ? "■" : "□"} ${words}`);
+    }
+    function line(row, arms) {
+      const text = Object.assign(el("div", row.text || row.id), { dir: "auto" }), number = Object.values(row.cells).flat().length;
+      const box = el("details", el("summary", `${number} model ${number === 1 ? "reply" : "replies"}, folded`));
+      box.addEventListener("toggle", () => box.open && box.children.length === 1 && opened(row, box));
+      const first = el("td", text, el("span.quiet", [row.topic, row.id].filter(Boolean).join(" · ")), box);
+      if (views.has(row.id)) {
+        const button = Object.assign(el("button.jump", "its tokens"), { type: "button" });
+        button.addEventListener("click", () => { set({ prompt: views.get(row.id) }); byId("prompts").scrollIntoView(); });
+        first.append(button);
+      }
+      return el("tr", first, ...arms.map((arm) => Object.assign(el("td", badge(row.cells[arm])), { title: arm })));
+    }
+    function list() {
+      const arms = data.arms[kind.value] || [], rows = data.rows.filter((row) => row.kind === kind.value && matches(row));
+      place.tHead.replaceChildren(el("tr", el("th", "prompt"), ...arms.map((arm) => el("th", arm))));
+      place.tBodies[0].replaceChildren(...rows.slice(0, limit).map((row) => line(row, arms)));
+      for (const row of place.tBodies[0].rows) arms.forEach((arm, i) => { row.cells[i + 1].dataset.arm = arm; });
+      hits.textContent = `${rows.length} prompts${data.left_out ? `, ${data.left_out} only in the run folder` : ""}`;
+      more.hidden = rows.length <= limit;
+      more.textContent = `Show all ${rows.length}`;
+    }
+    const anew = () => { limit = PAGE; list(); };
+    find.addEventListener("input", anew);
+    for (const select of [kind, which]) select.addEventListener("change", anew);
+    more.addEventListener("click", () => { limit = Infinity; list(); });
+    list();
+  }
+
+  // --- theme and start -----------------------------------------------------------------------------------------------
+  const redraw = () => charts.forEach((chart) => chart.plot.dataset.drawn && draw(chart));
+  byId("theme").addEventListener("click", () => { root.dataset.theme = themeNow() === "dark" ? "light" : "dark"; redraw(); });
+  dark.addEventListener("change", () => { if (!root.dataset.theme) redraw(); });
+  addEventListener("hashchange", fromAddress);
   const idle = () => new Promise((done) => (window.requestIdleCallback ? requestIdleCallback(done, { timeout: 200 }) : setTimeout(done, 0)));
-  (async () => {
-    for (const chart of charts.slice(0, 4)) await draw(chart);
-    root.dataset.firstMs = String(Math.round(performance.now()));
-    Views.replies(payload.replies);
-    Views.prompts(payload.prompts);
-    for (const chart of charts.slice(4)) { await idle(); await draw(chart); }
-    root.dataset.drawnMs = String(Math.round(performance.now()));
-    root.dataset.scriptMs = String(Math.round(performance.now() - started));
-  })();
+  for (const chart of charts.slice(0, 4)) await draw(chart);
+  root.dataset.firstMs = String(Math.round(performance.now()));
+  fromAddress();
+  pinned();
+  prompt();
+  replies(payload.replies);
+  for (const chart of charts.slice(4)) { await idle(); await draw(chart); }
+  root.dataset.drawnMs = String(Math.round(performance.now()));
+  root.dataset.scriptMs = String(Math.round(performance.now() - started));
 })();

@@ -91,8 +91,8 @@ def draw_patterns(page: sync_api.Page) -> None:
 def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     plots = page.locator("figure .plot")
-    assert plots.count() == 8
-    for i in range(8):
+    assert plots.count() == 10
+    for i in range(10):
         assert plots.nth(i).locator("svg path").count() > 3
     print(
         "first figures after",
@@ -110,7 +110,7 @@ def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: P
 
 def test_theme_follows_the_system_and_switches(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report, scheme="dark")
-    assert page.locator(".plot[data-drawn=dark]").count() == 8
+    assert page.locator(".plot[data-drawn=dark]").count() == 10
     back = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(back)
     page.click("#theme")
@@ -126,9 +126,10 @@ def test_views_switch_and_tables_follow(browser: sync_api.Browser, report: Path)
     page.wait_for_selector("#fig-heads tbody tr")  # the toggle event comes a moment later
     assert figure.locator("tbody tr").count() == 270
     first = figure.locator("tbody tr").first.inner_text()
-    figure.get_by_role("button", name="adversarial − none").click()
-    assert figure.locator("button[aria-pressed=true]").inner_text() == "adversarial − none"
-    assert figure.locator("tbody tr").first.inner_text() != first
+    page.select_option("#arm", "adversarial − none")
+    page.wait_for_function("first => document.querySelector('#fig-heads tbody tr').innerText !== first", arg=first)
+    page.locator("#fig-profile").get_by_role("button", name="cosine").click()
+    assert page.locator("#fig-profile button[aria-pressed=true]").inner_text() == "cosine"
     page.locator("#fig-head-shift select").select_option(label="write from instruction")
     seen.quiet()
 
@@ -201,3 +202,102 @@ def test_keyboard_reaches_the_controls_and_focus_is_seen(browser: sync_api.Brows
     page.keyboard.press("Enter")
     page.wait_for_selector("html[data-theme=dark]")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def pinned_in(page: sync_api.Page) -> str:
+    return page.locator("#pinned h3").inner_text() if page.locator("#pinned h3").count() else ""
+
+
+def test_a_head_clicked_in_the_grid_is_pinned_everywhere(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    draw_patterns(page)
+    assert page.locator("#cv canvas").count() == 2 * (8 + 1)
+    before = page.locator("#strips").inner_text()
+    # the cell of L16.H4: the first of the top heads
+    page.evaluate("document.getElementById('fig-heads').scrollIntoView({behavior: 'instant'})")
+    cells = page.locator("#fig-heads .plot .mark-rect.role-mark").first.locator("path")
+    cells.nth(16 * 9 + 4).click()
+    assert "head=L16.H4" in page.url
+    assert pinned_in(page).startswith("L16.H4")
+    assert page.input_value("#head") == "L16.H4"
+    assert "L16.H4" in page.locator("#strips").inner_text() and page.locator("#strips").inner_text() != before
+    page.wait_for_function("document.querySelectorAll('#cv canvas').length === 4")
+    faded = page.locator("#fig-circuit .plot .mark-rule path, #fig-circuit .plot .mark-rule line")
+    assert {"0.08", "0.75"} <= {faded.nth(i).get_attribute("opacity") for i in range(faded.count())}
+    cells.nth(16 * 9 + 4).click()
+    assert pinned_in(page) == "" and "head=" not in page.url
+    seen.quiet()
+
+
+def test_the_address_restores_what_was_chosen(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    page.select_option("#head", "L14.H7")
+    page.select_option("#arm", "adversarial")
+    page.select_option("#measure", "effect of ablating")
+    page.select_option("#prompt", "2")
+    address = page.url
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    again = context.new_page()
+    again.goto(address)
+    again.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
+    assert pinned_in(again).startswith("L14.H7")
+    assert again.input_value("#arm") == "adversarial" and again.input_value("#measure") == "effect of ablating"
+    assert again.input_value("#prompt") == "2"
+    assert again.locator("#strips").inner_text() == page.locator("#strips").inner_text()
+    again.goto(address.split("#")[0] + "#head=nonsense&prompt=99&arm=<b>")
+    again.reload()
+    again.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
+    assert pinned_in(again) == "" and again.input_value("#prompt") == "0"
+    seen.quiet()
+
+
+def test_one_arm_drives_grid_and_circuit(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    texts = [page.locator(f"#fig-{name} .plot").inner_html() for name in ("heads", "circuit")]
+    page.select_option("#arm", "adversarial − none")
+    for name, before in zip(("heads", "circuit"), texts, strict=True):
+        page.wait_for_function(
+            "([name, before]) => document.querySelector(`#fig-${name} .plot`).innerHTML !== before", arg=[name, before]
+        )
+    seen.quiet()
+
+
+def test_a_prompt_of_the_list_opens_its_tokens(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    button = page.locator("#reply-table .jump").nth(1)
+    button.click()
+    assert page.input_value("#prompt") == "1" and "prompt=1" in page.url
+    assert page.locator("#prompt-replies details.reply").count() == 2
+    assert page.locator("#prompt-replies details[open]").count() == 0, "replies stay folded"
+    seen.quiet()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser: sync_api.Browser, report: Path, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    page, _ = open_page(browser, report, scheme=scheme)
+    page.select_option("#head", "L16.H4")
+    draw_patterns(page)
+    found = axe.Axe().run(page)
+    serious = [v for v in found.response["violations"] if v["impact"] in ("serious", "critical")]
+    assert [(v["id"], [node["html"][:120] for node in v["nodes"][:3]]) for v in serious] == []
+
+
+def test_nothing_shifts_while_it_draws(browser: sync_api.Browser, report: Path) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.add_init_script(
+        "window.shift = 0; new PerformanceObserver(list => { for (const e of list.getEntries()) if (!e.hadRecentInput)"
+        " window.shift += e.value; }).observe({type: 'layout-shift', buffered: true});"
+    )
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
+    assert page.evaluate("window.shift") < 0.1
+
+
+def test_it_prints(browser: sync_api.Browser, report: Path) -> None:
+    page, _ = open_page(browser, report)
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert not page.locator("#theme").is_visible()
+    assert len(page.pdf()) > 50_000

@@ -1,0 +1,172 @@
+"""The circuit: where the top heads take the refusal direction from, through which earlier heads, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+from reports.charts import MAIN, PINNED, Figure, View, finish, head_name
+from reports.data import Row, RunData
+from reports.escape import visible
+from reports.numbers import plain
+
+REGION_AT = {"instruction": 0.0, "suffix": 1.2, "system": 2.4, "bos": 3.2, "chat": 4.0}
+TOKENS_FROM, HEADS_AT, END_AT = 5.6, 0.9, 2.6
+BOTTOM = -2.0
+
+
+def circuit(data: RunData) -> Figure | None:
+    """Return the graph of paths into the top heads: without the suffix, with it, and the difference."""
+    rows = [row for row in data.table("circuit") if row["weight"] is not None]
+    arms = {arm: [row for row in rows if row["arm"] == arm] for arm in ("none", "adversarial")}
+    if not all(arms.values()):
+        return None
+    layers = data.summary.n_layers
+    end = data.summary.direction.layer if data.summary.direction else layers
+    top = 2 + max([end, *(row["target_layer"] for row in rows if row["target_layer"] is not None)])
+    tokens = min((row["position"] for row in rows if row["position"] is not None), default=-1)
+    states = {"without suffix": _weights(arms["none"]), "with the suffix": _weights(arms["adversarial"])}
+    states["difference"] = {
+        key: weight - states["without suffix"][key] for key, weight in states["with the suffix"].items()
+    }
+    most = max(abs(weight) for found in states.values() for weight in found.values()) or 1.0
+    say = "Graph of layers against sources: edges from regions and earlier heads into the top heads and the direction."
+    views = []
+    arm_of = dict(zip(states, ("none", "adversarial", "adversarial − none"), strict=True))
+    for label, weights in states.items():
+        edges = [_edge(key, weight, most, end, tokens) for key, weight in weights.items()]
+        shown = [*edges, *_nodes(edges)]
+        views.append(View(label, finish(_chart(top, tokens), shown, 430, say), arm=arm_of[label]))
+    caption = (
+        "Up: layers. Left to right: where the top heads look from chat[−1] (regions of the prompt), earlier heads and "
+        "MLPs at the chat tokens, the top heads, the refusal direction. An edge is as thick as what passes along r̂; "
+        "solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; edges of at least 2 % "
+        "of the projection on the select split are shown, with weights of the report split. Click a head to pin it."
+    )
+    columns = (
+        ("from", "from"),
+        ("to", "to"),
+        ("weight", "along r̂"),
+    )
+    return Figure("circuit", "Circuit into the refusal direction", caption, say, columns, tuple(views))
+
+
+Key = tuple[Any, ...]
+
+
+def _weights(rows: list[Row]) -> dict[Key, float]:
+    names = ("kind", "source_layer", "source_head", "position", "region", "target_layer", "target_head")
+    return {tuple(row[name] for name in names): row["weight"] for row in rows}
+
+
+def _edge(key: Key, weight: float, most: float, end: int, tokens: int) -> Row:
+    """One edge with both its ends placed."""
+    kind, layer, head, token, region, target_layer, target_head = key
+    heads_at = TOKENS_FROM - tokens * 1.0 + HEADS_AT
+    at_token = None if token is None else TOKENS_FROM + (token - tokens)
+    place = f" at chat[{str(token).replace('-', '−')}]"
+    target = None if target_layer is None else head_name(target_layer, target_head)
+    if kind == "head → direction":
+        source = head_name(layer, head)
+        start, stop = (heads_at + 0.25 * (head % 3), layer), (heads_at + END_AT, end)
+        return _row(source, "refusal direction", start, stop, weight, most, source)
+    assert target is not None
+    to_head = (heads_at + 0.25 * (target_head % 3), target_layer)
+    if kind == "region → head":
+        return _row(visible(region), target, (REGION_AT.get(region, 4.0), BOTTOM), to_head, weight, most, target)
+    assert at_token is not None
+    if kind == "region → early":
+        start = (REGION_AT.get(region, 4.0), BOTTOM)
+        return _row(visible(region), target + place, start, (at_token, target_layer), weight, most, target)
+    if kind == "early → head":
+        source = head_name(layer, head) + place
+        return _row(source, target, (at_token, layer), to_head, weight, most, target)
+    source = ("embedding" if layer is None else f"MLP {layer}") + place
+    start = (at_token + 0.35, BOTTOM if layer is None else layer)
+    return _row(source, target, start, to_head, weight, most, target)
+
+
+def _row(
+    source: str,
+    target: str,
+    start: tuple[float, float],
+    stop: tuple[float, float],
+    weight: float,
+    most: float,
+    name: str,
+) -> Row:
+    return {
+        "from": source, "to": target, "weight": weight, "share": abs(weight) / most, "sign": "−" if weight < 0 else "+",
+        "x": start[0], "y": start[1], "x2": stop[0], "y2": stop[1], "name": name, "node": None,
+        "tip": f"{source} → {target}: {plain(weight)}",
+    }  # fmt: skip
+
+
+def _nodes(edges: list[Row]) -> list[Row]:
+    """The ends of the edges, each once."""
+    found: dict[str, Row] = {}
+    for edge in edges:
+        for label, x, y in ((edge["from"], edge["x"], edge["y"]), (edge["to"], edge["x2"], edge["y2"])):
+            bare = label.split(" at chat")[0]
+            is_head = bare.startswith("L") and ".H" in bare
+            found[label] = {
+                "node": label, "label": bare, "x": x, "y": y, "name": bare if is_head else "", "sign": None,
+                "kind": "head" if is_head else "other", "tip": label,
+            }  # fmt: skip
+    return list(found.values())
+
+
+def _chart(top: int, tokens: int) -> Any:
+    right = TOKENS_FROM - tokens + HEADS_AT + END_AT + 0.6
+    x = alt.X("x:Q", axis=None, scale=alt.Scale(domain=[-0.6, right], nice=False))
+    y = alt.Y(
+        "y:Q",
+        title="layer",
+        axis=alt.Axis(tickMinStep=1, grid=False, values=list(range(0, top, 5))),
+        scale=alt.Scale(domain=[BOTTOM - 1.2, top], nice=False),
+    )
+    legend = alt.Legend(
+        orient="bottom", title="towards (+) or away from (−) refusal", titleLimit=400
+    )  # one for colour and dash
+    near = "pinned == '' || datum.name == pinned"
+    base = alt.Chart(MAIN)
+    edges = (
+        base.mark_rule(strokeCap="round")
+        .transform_filter("datum.node == null")
+        .encode(
+            x=x,
+            y=y,
+            x2="x2:Q",
+            y2="y2:Q",
+            size=alt.Size("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.4, 9]), legend=None),
+            color=alt.Color(
+                "sign:N",
+                scale=alt.Scale(domain=["+", "−"], range=["#d8773a", "#3f8fca"]),
+                legend=legend,
+            ),
+            strokeDash=alt.StrokeDash(
+                "sign:N", scale=alt.Scale(domain=["+", "−"], range=[[1, 0], [5, 4]]), legend=legend
+            ),
+            opacity=alt.condition(near, alt.value(0.75), alt.value(0.08)),
+            tooltip=alt.Tooltip("tip:N", title="edge"),
+        )
+    )
+    nodes = base.mark_point(size=55, filled=True, style="marked").transform_filter("datum.node != null")
+    marks = nodes.encode(
+        x=x, y=y,
+        shape=alt.Shape("kind:N", scale=alt.Scale(domain=["head", "other"], range=["circle", "square"]), legend=None),
+        opacity=alt.condition(f"datum.kind == 'other' || {near}", alt.value(1), alt.value(0.25)),
+        tooltip=alt.Tooltip("tip:N", title="node"),
+    )  # fmt: skip
+    labels = (
+        base.mark_text(fontSize=10, dy=-9)
+        .transform_filter("datum.node != null")
+        .encode(
+            x=x,
+            y=y,
+            text="label:N",
+            opacity=alt.condition(f"datum.kind == 'other' || {near}", alt.value(1), alt.value(0.2)),
+        )
+    )
+    return alt.layer(edges, marks, labels).add_params(PINNED)

@@ -1,0 +1,121 @@
+"""The head grid: layer × head maps of contributions, attention shifts and causal effects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+from reports.charts import MAIN, PINNED, Figure, View, finish, head_name
+from reports.data import Row, RunData
+
+MEASURES = {
+    "contribution": "contribution",
+    "attention to the instruction": "attention_instruction",
+    "attention to the suffix": "attention_suffix",
+    "effect of ablating": None,
+}
+"""What the grid shows, and the column of findings/heads.parquet whose difference between arms it is."""
+GLYPH_FROM = 0.12
+"""Heads below this share of the largest |contribution| carry no sign glyph."""
+
+
+def head_grid(data: RunData) -> Figure | None:
+    """Return layer × head maps: contributions, differences, attention shifts and effects of ablating each head."""
+    rows = [row for row in data.table("heads") if row["split"] == "report" and row["contribution"] is not None]
+    by_arm: dict[str, dict[tuple[int, int], Row]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], {})[(row["layer"], row["head"])] = row
+    if not by_arm:
+        return None
+    top = {(row["layer"], row["head"]): row["rank"] for row in data.table("top_heads")}
+    maps: dict[str, dict[str, list[Row]]] = {measure: {} for measure in MEASURES}
+    for arm in ("none", "adversarial", "random"):
+        if arm in by_arm:
+            maps["contribution"][arm] = [
+                _cell(row, row["contribution"], top, keep=True) for row in by_arm[arm].values()
+            ]
+    for against in ("none", "random"):
+        for measure, key in MEASURES.items():
+            cells = _difference(by_arm, against, key, top) if key else []
+            if cells:
+                maps[measure][f"adversarial − {against}"] = cells
+    for run in ("none", "adversarial"):
+        own = [row for row in data.table("sweep") if row["run"] == run and row["projection_effect"] is not None]
+        if own:
+            cells = [_cell(row, row["projection_effect"], top) | {"p": row["projection_p"]} for row in own]
+            maps["effect of ablating"][run] = cells
+    say = "Grid of layers and heads: what each head writes along the refusal direction at chat[-1]; + towards, − away."
+    views = []
+    for measure, states in maps.items():
+        bound = max((abs(cell["value"]) for cells in states.values() for cell in cells), default=0.0) or 1.0
+        for arm, cells in states.items():
+            views.append(View(f"{measure}: {arm}", _grid(cells, bound, data, say, measure), measure, arm))
+    caption = (
+        "Contribution: what each head writes along the refusal direction at chat[-1], mean over the report split; a "
+        "share of the write, not the effect of deleting the head. Attention: change of the share that chat[-1] gives a "
+        "region. Effect of ablating: change of the projection when that head alone gives its mean at the chat tokens. "
+        "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour. "
+        "Click a head to pin it."
+    )
+    columns = (
+        ("layer", "layer"),
+        ("head", "head"),
+        ("value", "value"),
+        ("lo", "CI from"),
+        ("hi", "CI to"),
+        ("p", "p (all heads)"),
+        ("rank", "rank"),
+    )
+    return Figure("heads", "Every head", caption, say, columns, tuple(views))
+
+
+def _difference(
+    by_arm: dict[str, dict[tuple[int, int], Row]], against: str, key: str, top: dict[tuple[int, int], int]
+) -> list[Row]:
+    """The adversarial arm minus another, head by head."""
+    ours, theirs = by_arm.get("adversarial", {}), by_arm.get(against, {})
+    both = sorted(ours.keys() & theirs.keys())
+    pairs = [(ours[k], theirs[k]) for k in both if ours[k].get(key) is not None and theirs[k].get(key) is not None]
+    return [_cell(mine, mine[key] - other[key], top) for mine, other in pairs]
+
+
+def _cell(row: Row, value: float, top: dict[tuple[int, int], int], *, keep: bool = False) -> Row:
+    layer, head = row["layer"], row["head"]
+    return {
+        "layer": layer, "head": head, "name": head_name(layer, head), "value": value,
+        "lo": row.get("lo") if keep else None, "hi": row.get("hi") if keep else None, "rank": top.get((layer, head)),
+    }  # fmt: skip
+
+
+def _grid(cells: list[Row], bound: float, data: RunData, say: str, measure: str) -> dict[str, Any]:
+    for cell in cells:
+        share = cell["value"] / bound
+        cell["sign"] = "" if abs(share) < GLYPH_FROM else "+" if share > 0 else "−"
+    tips = [
+        alt.Tooltip(field, title=title)
+        for field, title in (("name:N", "head"), ("value:Q", measure), ("rank:Q", "rank"))
+    ]
+    base = alt.Chart(MAIN).encode(
+        x=alt.X(
+            "layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True), scale=alt.Scale(paddingInner=0.06)
+        ),
+        y=alt.Y("head:O", title="head", scale=alt.Scale(paddingInner=0.06)),
+        tooltip=tips,
+    )
+    colour = alt.Color(
+        "value:Q",
+        scale=alt.Scale(domain=[-bound, bound], domainMid=0, range="diverging", interpolate="rgb"),
+        legend=alt.Legend(orient="bottom", title=measure, gradientLength=180, gradientThickness=8, tickCount=5),
+    )
+    cell_mark = base.mark_rect(cornerRadius=1, cursor="pointer").encode(color=colour)
+    ring = base.mark_rect(style="marked", fillOpacity=0, strokeWidth=1.5, cornerRadius=1).transform_filter(
+        "datum.rank != null"
+    )
+    pin = base.mark_rect(style="marked", fillOpacity=0, strokeWidth=4, cornerRadius=1).encode(
+        opacity=alt.condition("datum.name == pinned", alt.value(1), alt.value(0))
+    )
+    glyph = base.mark_text(fontSize=10, fontWeight=600, baseline="middle").encode(text="sign:N")
+    step = 20 if data.summary.n_heads <= 16 else 13
+    chart = alt.layer(cell_mark, ring, pin, glyph).add_params(PINNED)
+    return finish(chart, cells, step * len({cell["head"] for cell in cells}), say)

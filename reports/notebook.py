@@ -1,0 +1,42 @@
+"""Results in notebooks: the same page in a frame, made by the same renderer; nothing is asked of the network."""
+
+from __future__ import annotations
+
+import html
+import sys
+from typing import Any
+
+HEIGHT = 860
+
+
+def register() -> bool:
+    """Let IPython show ``suffix_analysis`` findings as a report; returns whether there is an IPython to tell."""
+    module = sys.modules.get("IPython")
+    shell = module.get_ipython() if module is not None else None
+    if shell is None:
+        return False
+    formatter = shell.display_formatter.formatters["text/html"]
+    formatter.for_type_by_name("suffix_analysis.records", "Findings", findings_html)
+    return True
+
+
+def findings_html(findings: Any) -> str:
+    """Return findings as a page in a frame of its own, where nothing can reach the notebook."""
+    from reports.build import render
+    from reports.data import RunData
+    from reports.schema import COLUMNS, Check, Pattern, Summary
+
+    data = RunData(
+        name="findings",
+        config="",
+        summary=Summary.model_validate(findings.summary),
+        prompts=(),
+        tables={name: rows for name, rows in findings.tables.items() if name in COLUMNS},
+        patterns=tuple(Pattern.model_validate(row) for row in findings.patterns),
+        checks=tuple(Check.model_validate(row) for row in findings.checks),
+    )
+    page = html.escape(render(data).decode("utf-8"), quote=True)
+    return (
+        f'<iframe sandbox="allow-scripts" title="suffix analysis" srcdoc="{page}" '
+        f'style="width:100%;height:{HEIGHT}px;border:0"></iframe>'
+    )

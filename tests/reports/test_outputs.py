@@ -1,0 +1,134 @@
+"""What comes out beside the page: redacted and compared pages, figures, tables, graphs, notebook display."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reports import ReportError, build_report
+from reports.compare import build_comparison
+from reports.data import read_run
+from reports.export import circuit_graphs, save_figures
+from reports.notebook import findings_html, register
+from reports.redact import redact, stand_in
+from tests.fake_run import make_fake_run
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fake_run(tmp_path_factory.mktemp("outputs") / "fake", n_prompts=12)
+
+
+def whole_text(page: Path) -> str:
+    """Everything the file holds, the packed payload included."""
+    text = page.read_text("utf-8")
+    packed = text.split('id="payload">')[1].split("</script>")[0]
+    return text + gzip.decompress(base64.b64decode(packed)).decode("ascii")
+
+
+def test_a_redacted_report_holds_no_suffix_target_or_reply(fake: Path) -> None:
+    page = build_report(fake, redact=True)
+    assert page.name == "report-redacted.html"
+    text = whole_text(page)
+    data = read_run(fake)
+    target = data.summary.target
+    assert target is not None and target not in text
+    for suffix in data.suffixes:
+        assert suffix.text.strip()[:12] not in text, suffix.text
+        assert " ".join(map(str, suffix.ids[:4])) not in text
+    for row in data.table("replies"):
+        assert row["reply"] not in text and json.dumps(row["reply"])[1:-1] not in text
+    assert stand_in(data.suffixes[0].text)[:20] in text, "its length and hash are there"
+    assert "96" in text, "and the numbers are"
+    # the same file unredacted holds them, so the test can fail
+    assert data.suffixes[1].text.strip()[:12] in whole_text(build_report(fake))
+
+
+def test_redaction_keeps_what_was_equal_equal(fake: Path) -> None:
+    before, after = read_run(fake), redact(read_run(fake))
+    texts = [row["reply"] for row in before.table("replies")]
+    hidden = [row["reply"] for row in after.table("replies")]
+    assert len(set(texts)) == len(set(hidden))
+    assert redact(read_run(fake)).summary.target == stand_in(before.summary.target or "")
+    suffix_tokens = [t for p in after.patterns for t, r in zip(p.tokens, p.regions, strict=True) if r == "suffix"]
+    assert suffix_tokens and all(t.startswith("[") and t.endswith("]") for t in suffix_tokens)
+
+
+def test_two_runs_stand_side_by_side(fake: Path, tmp_path: Path) -> None:
+    other = make_fake_run(tmp_path / "other", n_prompts=12, seed=1)
+    page = build_comparison(fake, other, tmp_path / "both.html")
+    text = page.read_text("utf-8")
+    assert "fake" in text and "other" in text
+    for side in "ab":
+        for name in ("refusal", "profile", "causal", "heads", "circuit"):
+            assert f'data-figure="{name}-{side}"' in text
+    assert "share of the fall, top heads" in text
+    assert page.read_bytes() == build_comparison(fake, other, tmp_path / "again.html").read_bytes()
+    hidden = whole_text(build_comparison(fake, other, tmp_path / "hidden.html", redact=True))
+    assert read_run(fake).suffixes[0].text.strip() not in hidden
+
+
+def test_every_figure_comes_as_svg_and_png_and_every_table_as_csv(fake: Path, tmp_path: Path) -> None:
+    written = save_figures(fake, tmp_path / "out")
+    names = {path.name for path in written}
+    assert {"refusal.svg", "refusal.png", "circuit-difference.svg", "profile-normalised.png"} <= names
+    for path in written:
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
+        if path.suffix == ".svg":
+            assert path.read_text("utf-8").startswith("<svg")
+    header = (tmp_path / "out" / "refusal.csv").read_text("utf-8").splitlines()[0]
+    assert '"arm"' in header
+    assert (tmp_path / "out" / "causal.csv").exists()
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ReportError, match="cannot be written"):
+        save_figures(fake, blocked)
+
+
+def test_the_circuit_is_a_graph_that_holds_together(fake: Path) -> None:
+    graphs = circuit_graphs(read_run(fake))
+    assert set(graphs) == {"none", "adversarial"}
+    graph = graphs["none"]
+    ids = [node["node_id"] for node in graph["nodes"]]
+    assert len(ids) == len(set(ids))
+    assert all(link["source"] in ids and link["target"] in ids for link in graph["links"])
+    assert [node["clerp"] for node in graph["nodes"] if node["is_target_logit"]] == ["refusal direction"]
+    size = len(graph["metadata"]["prompt_tokens"])
+    assert all(0 <= node["ctx_idx"] < size for node in graph["nodes"])
+    json.dumps(graph)
+
+
+class Findings:
+    """What the notebook is given: the fields of suffix_analysis.records.Findings."""
+
+    def __init__(self, run: Path) -> None:
+        data = read_run(run)
+        self.tables = data.tables
+        self.summary = json.loads((run / "findings" / "summary.json").read_text("utf-8"))
+        self.checks = [check.model_dump() for check in data.checks]
+        self.patterns = [pattern.model_dump() for pattern in data.patterns]
+
+
+def test_a_notebook_shows_findings_in_a_frame_of_their_own(fake: Path) -> None:
+    shown = findings_html(Findings(fake))
+    assert shown.startswith('<iframe sandbox="allow-scripts"') and shown.count("<") == 2
+    assert "data-figure=&quot;heads&quot;" in shown
+
+
+def test_ipython_is_told_and_its_absence_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
+    assert register() is False
+    told: list[Any] = []
+    formatter = types.SimpleNamespace(for_type_by_name=lambda *args: told.append(args))
+    shell = types.SimpleNamespace(display_formatter=types.SimpleNamespace(formatters={"text/html": formatter}))
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert register() is True
+    assert told == [("suffix_analysis.records", "Findings", findings_html)]
