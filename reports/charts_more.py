@@ -58,6 +58,8 @@ def interventions(data: RunData) -> Figure | None:
         "none": "left alone",
         "random direction ablated": "random ablated",
         "random direction added": "random added",
+        "random direction set to the harmless mean": "random set to harmless",
+        "random direction set to the harmful mean": "random set to harmful",
         "set to the harmless mean": "set to harmless",
         "set to the harmful mean": "set to harmful",
     }

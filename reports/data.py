@@ -230,7 +230,7 @@ def _read_table(path: Path, columns: Sequence[str]) -> list[Row] | None:
 
 _TEXT = {
     "arm", "split", "kind", "measure", "against", "intervention", "region", "verdict", "reply", "token", "status",
-    "term", "factor", "test", "heads", "on", "run",
+    "term", "factor", "task", "metric", "test", "heads", "on", "run",
 }  # fmt: skip
 _FREE = {"prompt_id", "suffix_id", "refused"}
 

@@ -11,7 +11,7 @@ from reports.attention import prompt_views
 from reports.charts import Figure, head_name, position_label
 from reports.data import MISSING_MEANS, Row, RunData
 from reports.escape import lean, visible
-from reports.numbers import count, plain, seconds
+from reports.numbers import count, plain, plain_ci, seconds
 from reports.pinned import pinned_heads
 from reports.schema import Suffix
 
@@ -140,6 +140,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
             for row in sorted(data.table("top_heads"), key=lambda row: row["rank"] or 0)
         ],
         "mechanism": mechanism.context(data),
+        "abilities": [_ability_row(row) for row in data.table("abilities")],
         "runners": runners_up(data),
         "config": clip(visible(data.config, newlines=True), 20_000),
         "versions": versions(data.env),
@@ -185,6 +186,18 @@ def _contrast_row(row: Row) -> dict[str, Any]:
         "ci": f"{plain(row['lo'])} to {plain(row['hi'])}",
         "n": f"{row['n_prompts']} × {row['n_suffixes']}",
         "descriptive": bool(row.get("descriptive")),
+    }
+
+
+def _ability_row(row: Row) -> dict[str, Any]:
+    return {
+        "task": f"{visible(row['task'] or '')}, {visible(row['metric'] or '')}",
+        "intervention": visible(row["intervention"] or ""),
+        "value": plain(row["value"], 3)
+        if row["value"] is not None
+        else visible(str(row.get("note") or "not available")),
+        "change": plain_ci(row["change"], row["lo"], row["hi"], 3) if row["change"] is not None else "–",
+        "n": row["n"],
     }
 
 

@@ -160,6 +160,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "profile": ("arm", "layer", "measure", "mean", "lo", "hi", "n_prompts"),
     "heads": ("arm", "split", "layer", "head", "contribution"),
     "top_heads": ("rank", "layer", "head", "select_contribution"),
+    "abilities": ("task", "metric", "intervention", "value", "change", "lo", "hi", "n"),
     "carried": ("term", "value", "lo", "hi", "share", "share_lo", "share_hi"),
     "factors": ("layer", "head", "factor", "value", "lo", "hi", "share", "share_lo", "share_hi"),
     "causal": (

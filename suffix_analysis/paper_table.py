@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,20 +54,31 @@ def random_directions(vector: Float[Tensor, " d_model"], count: int, seed: int) 
 def plans(model: Model, direction: Direction, alpha: float, n_controls: int, seed: int) -> list[Plan]:
     """The table's lines: interventions on harmful and on harmless prompts, then the same with random directions."""
     vector, layer = direction.vector, direction.layer
-    harmless, harmful = direction.means_harmless @ direction.unit, direction.means_harmful @ direction.unit
+
+    def level(means: Tensor, along: Tensor) -> Tensor:
+        return means.to(along) @ (along / along.norm())
+
+    harmless, harmful = level(direction.means_harmless, vector), level(direction.means_harmful, vector)
     lines = [
         Plan("none", "harmful", contextlib.nullcontext),
-        Plan("ablated", "harmful", lambda: ablate(model, vector)),
-        Plan("orthogonalised", "harmful", lambda: orthogonalised(model, vector)),
-        Plan("set to the harmless mean", "harmful", lambda: set_projection(model, vector, harmless)),
+        Plan("ablated", "harmful", partial(ablate, model, vector)),
+        Plan("orthogonalised", "harmful", partial(orthogonalised, model, vector)),
+        Plan("set to the harmless mean", "harmful", partial(set_projection, model, vector, harmless)),
         Plan("none", "harmless", contextlib.nullcontext),
-        Plan("added", "harmless", lambda: add(model, vector, layer, alpha), alpha),
-        Plan("set to the harmful mean", "harmless", lambda: set_projection(model, vector, harmful)),
+        Plan("added", "harmless", partial(add, model, vector, layer, alpha), alpha),
+        Plan("set to the harmful mean", "harmless", partial(set_projection, model, vector, harmful)),
     ]
     for i, other in enumerate(random_directions(vector, n_controls, seed), 1):
+        levels = [level(means, other) for means in (direction.means_harmless, direction.means_harmful)]
+        controls: list[tuple[str, str, Callable[[], Any]]] = [
+            ("ablated", "harmful", partial(ablate, model, other)),
+            ("added", "harmless", partial(add, model, other, layer, alpha)),
+            ("set to the harmless mean", "harmful", partial(set_projection, model, other, levels[0])),
+            ("set to the harmful mean", "harmless", partial(set_projection, model, other, levels[1])),
+        ]
         lines += [
-            Plan("random direction ablated", "harmful", lambda r=other: ablate(model, r), None, i),  # type: ignore[misc]
-            Plan("random direction added", "harmless", lambda r=other: add(model, r, layer, alpha), alpha, i),  # type: ignore[misc]
+            Plan(f"random direction {name}", kind, context, alpha if name == "added" else None, i)
+            for name, kind, context in controls
         ]
     return lines
 

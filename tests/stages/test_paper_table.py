@@ -58,7 +58,13 @@ def test_table_has_every_line_and_the_replies_behind_it() -> None:
         ("added", "harmless"),
         ("set to the harmful mean", "harmless"),
     ]
-    assert names[7:] == [("random direction ablated", "harmful"), ("random direction added", "harmless")] * 2
+    controls = [
+        ("random direction ablated", "harmful"),
+        ("random direction added", "harmless"),
+        ("random direction set to the harmless mean", "harmful"),
+        ("random direction set to the harmful mean", "harmless"),
+    ]
+    assert names[7:] == controls * 2
     texts = {(r["intervention"], r["prompt_id"], r["control"]): r["reply"] for r in replies}
     assert len(texts) == len(replies) == 4 * 2 + 3 * 3 + 2 * (2 + 3)
     # the same edit in three ways gives the same words: this direction's means are 0
