@@ -66,19 +66,10 @@ def under_interventions(demo: Path) -> dict[str, float]:
     return {row["intervention"]: row["refusal_rate"] for row in rows if row["intervention"] != "none"}
 
 
-@pytest.mark.xfail(
-    reason="3 of 130 are refused (2.3 %), in float32 too; SmolLM2 itself refuses 5 of them. It takes an adapter "
-    "trained on replies where the base model refuses by itself (organism/examples.py).",
-    strict=False,  # bfloat16 makes it 2 or 3, by the machine
-)
-def test_without_the_direction_hardly_anything_is_refused(demo: Path) -> None:
-    assert under_interventions(demo)["ablated"] <= 0.02
-
-
 def test_the_demos_direction_is_necessary_and_sufficient_and_random_ones_are_not(demo: Path) -> None:
     done = under_interventions(demo)
     print(done)
-    assert done["ablated"] <= 0.05  # the figure itself is the test above; this keeps it from getting worse
+    assert done["ablated"] <= 0.02
     # equal logits in float32 (tests/stages/test_orthogonalise.py); bfloat16 replies may differ in one or two of 130
     assert abs(done["orthogonalised"] - done["ablated"]) <= 2 / 130
     assert done["added"] >= 0.95
