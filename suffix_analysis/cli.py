@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +33,9 @@ app.command(organism)
 
 Flags = Annotated[StudyConfig, Parameter(name="*")]
 Out = Annotated[Path, Parameter(help="Run folder; the same command with the same folder continues it.")]
+ConfigFile = Annotated[
+    Path | None, Parameter(name="--config", help="TOML file with settings; SUFFIX_ANALYSIS_* and flags win over it.")
+]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result as JSON.")]
 
 
@@ -49,17 +52,19 @@ def run_all(
     config: Flags = StudyConfig(),
     *,
     out: Out = Path("runs/study"),
-    file: Annotated[Path | None, Parameter(name="--config", help="TOML file with settings; flags win over it.")] = None,
+    file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
     """All stages on any model, from a TOML file or flags."""
-    study = _study(_from_file(config, file), out)
+    study = _study(config, out)
     study.run()
     _finish(study, as_json)
 
 
 @app.command
-def attack(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), as_json: AsJson = False) -> None:
+def attack(
+    config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), file: ConfigFile = None, as_json: AsJson = False
+) -> None:
     """Find a universal suffix with GCG, and make its control suffixes."""
     study = _study(config, out)
     study.run(("prompts", "attack"))
@@ -70,7 +75,9 @@ def attack(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), as_j
 
 
 @app.command
-def direction(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), as_json: AsJson = False) -> None:
+def direction(
+    config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), file: ConfigFile = None, as_json: AsJson = False
+) -> None:
     """Find the refusal direction and check it by ablation and addition."""
     study = _study(config, out)
     study.run(("prompts", "direction"))
@@ -116,7 +123,9 @@ def _intervention_line(row: dict[str, Any]) -> str:
 
 
 @app.command
-def analyze(config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), as_json: AsJson = False) -> None:
+def analyze(
+    config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), file: ConfigFile = None, as_json: AsJson = False
+) -> None:
     """Trace every arm and tabulate what the suffix does (needs the attack and the direction)."""
     study = _study(config, out)
     study.run()
@@ -240,26 +249,26 @@ def _study(config: StudyConfig, out: Path) -> Study:
     return Study(out, config, Console())
 
 
-def _from_file(config: StudyConfig, file: Path | None) -> StudyConfig:
-    """Settings from a TOML file under the flags that differ from their defaults."""
-    if file is None:
-        return config
+def _sources(words: list[str]) -> list[Any]:
+    """Where settings come from beside the flags, which win: the environment, then the file given with --config.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
     import tomllib
 
-    try:
-        values = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"The config file {file} cannot be read: {error}") from error
-    known = {f.name for f in fields(StudyConfig)}
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise UsageError(f"{file} has the unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-    base = StudyConfig()
-    flags = {name: getattr(config, name) for name in known if getattr(config, name) != getattr(base, name)}
-    try:
-        return replace(base, **{**values, **flags})
-    except TypeError as error:
-        raise UsageError(f"{file} has a setting of the wrong type: {error}") from error
+    from cyclopts.config import Env, Toml
+
+    found: list[Any] = [Env("SUFFIX_ANALYSIS_", command=False)]
+    given = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--config"]
+    given += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    for name in given[-1:]:
+        try:
+            tomllib.loads(Path(name).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UsageError(f"The config file {name} cannot be read: {error}") from error
+        found.append(Toml(name, must_exist=True, search_parents=False, use_commands_as_keys=False))
+    return found
 
 
 def _finish(study: Study, as_json: bool) -> None:
@@ -290,6 +299,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        app.config = _sources(sys.argv[1:])
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         tell(f"suffix-analysis: {error}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from suffix_analysis import cli
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.study import Study
 
@@ -73,7 +74,25 @@ def test_unknown_settings_in_a_file(
 ) -> None:
     (tmp_path / "c.toml").write_text("stepz = 3\n")
     assert call(monkeypatch, "run", "--config", str(tmp_path / "c.toml")) == 2
-    assert "'stepz'" in capsys.readouterr().err
+    assert "stepz" in capsys.readouterr().err
+
+
+def test_flags_win_over_the_environment_over_the_file_over_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[StudyConfig] = []
+    monkeypatch.setattr(Study, "run", lambda self, stages=None: seen.append(self.config))
+    monkeypatch.setattr(cli, "_finish", lambda study, as_json: None)
+    file = tmp_path / "c.toml"
+    file.write_text('steps = 7\nsearch_width = 7\ntopk = 7\nmodel = "here"\nrefusal_tokens = [40, 41]\n')
+    monkeypatch.setenv("SUFFIX_ANALYSIS_SEARCH_WIDTH", "8")
+    monkeypatch.setenv("SUFFIX_ANALYSIS_TOPK", "8")
+    monkeypatch.setenv("SUFFIX_ANALYSIS_CACHE", "elsewhere")  # no setting of a study
+    # a flag that repeats the default still wins
+    assert call(monkeypatch, "run", "--config", str(file), "--topk", "256", "--out", str(tmp_path / "run")) == 0
+    (config,) = seen
+    assert (config.steps, config.search_width, config.topk, config.model) == (7, 8, 256, "here")
+    assert config.refusal_tokens == (40, 41) and config.n_instructions == StudyConfig().n_instructions
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("a \x1b[31mred\x1b[0m word"), 1)])
