@@ -14,8 +14,9 @@ class StudyConfig:
 
     Attributes:
         model: "embedded", a local folder, a GGUF file or a hub id.
-        harmful: harmful prompts: "embedded" or a file.
-        harmless: harmless prompts: "embedded" or a file.
+        adapter: a LoRA adapter on the model: a folder or a hub id.
+        harmful: harmful prompts: "embedded", a file, or a Hugging Face dataset (see load_prompts).
+        harmless: harmless prompts, likewise.
         suffixes: a suffixes.jsonl to analyse instead of attacking.
         target: what the attack makes the reply begin with.
         n_instructions: instructions the universal suffix is trained on (from the select split).
@@ -52,6 +53,7 @@ class StudyConfig:
     """
 
     model: str = "embedded"
+    adapter: str | None = None
     harmful: str = "embedded"
     harmless: str = "embedded"
     suffixes: str | None = None

@@ -141,6 +141,7 @@ def load_model(
     system: str | None = None,
     device: Device = None,
     four_bit: bool = False,
+    adapter: str | None = None,
 ) -> Model:
     """Load a chat model.
 
@@ -151,10 +152,11 @@ def load_model(
         device: where to put it, by default the GPU when there is one; ``"auto"`` spreads a large one over GPUs, memory
             and disk, and a mapping (module name → device or ``"disk"``) says exactly how.
         four_bit: quantise the weights (bitsandbytes).
+        adapter: a LoRA adapter (a folder or a hub id, as PEFT saves them) that is merged into the weights.
 
     Raises:
-        UserError: nothing of that name, no weights, too little memory, no chat template, or an architecture that is
-            not in :mod:`suffix_analysis.families` and does not satisfy the identities.
+        UserError: nothing of that name, no weights, too little memory, no chat template, an adapter that does not fit,
+            or an architecture that is not in :mod:`suffix_analysis.families` and does not satisfy the identities.
     """
     if name == "embedded":
         from suffix_analysis.organism.weights import load_embedded
@@ -165,14 +167,34 @@ def load_model(
         hf, tokenizer, path = _load_hf(name, dtype, device, four_bit)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"The tokenizer of {name!r} has no chat template; use an instruction-tuned model.")
+    if adapter is not None:
+        hf = _with_adapter(hf, adapter)
     if not is_spread(device) and not stays_put(hf):
         hf = hf.to(device or default_device())
-    model = Model(name, hf.eval(), tokenizer, system, path)
+    model = Model(name if adapter is None else f"{name} + {Path(adapter).name}", hf.eval(), tokenizer, system, path)
     if hf.config.get_text_config().model_type not in known_architectures():
         from suffix_analysis.identities import require_identities
 
         require_identities(model)
     return model
+
+
+def _with_adapter(hf: Any, adapter: str) -> Any:
+    """The model with a LoRA adapter merged into its weights."""
+    from peft import PeftModel
+
+    if stays_put(hf):
+        raise UserError(
+            f"The adapter {adapter!r} cannot be merged into quantised or offloaded weights; load them whole."
+        )
+    local = Path(adapter).expanduser()
+    if local.exists() and not (local / "adapter_config.json").is_file():
+        raise UserError(f"{adapter!r} holds no adapter_config.json; give a folder as PEFT's save_pretrained writes it.")
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(hf, str(local) if local.exists() else adapter).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"The adapter {adapter!r} does not go onto this model: {first_line(error)}") from error
 
 
 def source_of(name: str) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Prompt sets: the embedded one, and CSV, JSON, JSONL, parquet and text files."""
+"""Prompt sets: the embedded one, CSV, JSON, JSONL, parquet and text files, and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from suffix_analysis.errors import UserError
+from suffix_analysis.errors import UserError, first_line
 
 Kind = Literal["harmful", "harmless", "lookalike"]
 Split = Literal["fit", "select", "report"]
@@ -42,13 +42,15 @@ def load_prompts(
     """Load prompts.
 
     Args:
-        source: ``"embedded"`` or a .csv, .json, .jsonl, .parquet or .txt file (one prompt a line).
+        source: ``"embedded"``, a .csv, .json, .jsonl, .parquet or .txt file (one prompt a line), or a Hugging Face
+            dataset as ``hf:owner/name``, with ``@revision``, ``/config`` and ``#split`` where they are needed, e.g.
+            ``hf:walledai/AdvBench@main#train``.
         split: fit, select or report; all if left out.
         kind: harmful, harmless or lookalike; all if left out.
         column: the column that holds the prompt; recognised by its usual names if left out.
 
     Raises:
-        UserError: the file is missing, empty, not UTF-8, of an unknown kind, or lacks the column.
+        UserError: the file or dataset is missing, empty, not UTF-8, of an unknown kind, or lacks the column.
     """
     if split is not None and split not in SPLITS:
         raise UserError(f"There is no split {split!r}; choose {', '.join(SPLITS)}.")
@@ -58,7 +60,9 @@ def load_prompts(
         text = (resources.files("suffix_analysis.organism") / "data" / "prompts.jsonl").read_text("utf-8")
         prompts = [Prompt(**json.loads(line)) for line in text.splitlines()]
     else:
-        prompts = _from_rows(_read(Path(source)), Path(source), column)
+        text = str(source)
+        rows = _from_hub(text.removeprefix("hf:")) if text.startswith("hf:") else _read(Path(source))
+        prompts = _from_rows(rows, Path(text.split("#")[0]), column)
     chosen = [
         p for p in prompts if (split is None or p.split in ("", split)) and (kind is None or p.kind in ("", kind))
     ]
@@ -96,6 +100,26 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}); mend or remove it.") from error
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _from_hub(name: str) -> list[dict[str, Any]]:
+    """Rows of a Hugging Face dataset; all splits' where none is named. No code of the dataset's own is run."""
+    rest, _, split = name.partition("#")
+    rest, _, revision = rest.partition("@")
+    parts = rest.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise UserError(
+            f"'hf:{name}' is no dataset; write hf:owner/name, with @revision, /config and #split as needed."
+        )
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset("/".join(parts[:2]), *parts[2:], split=split or None, revision=revision or None)
+    except Exception as error:  # the library raises many kinds, each with a sentence of its own
+        raise UserError(f"The dataset 'hf:{name}' cannot be loaded: {first_line(error)}") from error
+    tables = found.values() if isinstance(found, dict) else [found]
+    # its own column of that name would be taken for our splits
+    return [{k: v for k, v in row.items() if k != "split"} for table in tables for row in table]
 
 
 def _object(row: Any, path: Path, number: int) -> dict[str, Any]:

@@ -59,8 +59,9 @@ class Study:
         if self._model is None:
             config = self.config
             self._model = load_model(
-                config.model, dtype=getattr(torch, config.dtype), device=config.device, four_bit=config.four_bit
-            )
+                config.model, dtype=getattr(torch, config.dtype), device=config.device, four_bit=config.four_bit,
+                adapter=config.adapter,
+            )  # fmt: skip
             self._model.twin(self.fast_dtype)
         return self._model
 
