@@ -20,7 +20,15 @@ from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import opens_refusal
-from suffix_analysis.runs import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from suffix_analysis.runs import (
+    append_jsonl,
+    read_json,
+    read_jsonl,
+    read_suffixes,
+    write_json,
+    write_jsonl,
+    write_suffixes,
+)
 
 EVAL_EVERY = 5
 
@@ -153,6 +161,40 @@ def best_suffix(rows: Sequence[dict[str, Any]], train: Sequence[Prompt], seed: i
         loss=row["loss"],
         seed=seed,
     )
+
+
+def one_attack(
+    model: Model,
+    number: int,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    tokens: Sequence[int],
+    config: StudyConfig,
+    folder: Path,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Suffix:
+    """Attack ``number`` of a pool (from 0), with a seed of its own; what ``folder`` holds of it is not done again."""
+    done = folder / "suffix.jsonl"
+    if done.exists():
+        return read_suffixes(done)[0]
+    own = replace(config, seed=config.seed + number)
+    folder.mkdir(parents=True, exist_ok=True)
+    attack, told = build_attack(model, train, own)
+    for sentence in told:
+        say(sentence)
+    for progress in run_attack(attack, model, train, held_out, tokens, own, folder):
+        on_progress(progress)
+    # a single attack is the adversarial arm whatever it reached; the numbers say what that is
+    flip_below = config.flip_below if config.n_attacks > 1 else 1.0
+    suffix = best_suffix(read_jsonl(folder / "steps.jsonl"), train, own.seed, flip_below)
+    write_suffixes(done, [suffix])
+    return suffix
+
+
+def pool_folder(run: Path, number: int) -> Path:
+    """Where an attack of the pool keeps its files; the first one's stand in the run folder itself."""
+    return run if number == 0 else run / "attacks" / str(number + 1)
 
 
 def numbered(suffixes: Sequence[Suffix]) -> list[Suffix]:

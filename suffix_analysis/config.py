@@ -50,6 +50,10 @@ class StudyConfig:
         dtype: the model's own precision: float32, bfloat16 or float16.
         device: cpu, cuda, or auto, which spreads a large model over GPUs, memory and disk; the GPU if there is one.
         four_bit: quantise the weights to four bits (needs bitsandbytes).
+        executor: where the attacks of a pool run: local (one after the other) or ray (side by side; extra ray).
+        address: of a Ray cluster; a local one is started if left out.
+        attack_cpus: processors of each attack under Ray.
+        attack_gpus: GPUs of each attack under Ray; parts of one may be given.
     """
 
     model: str = "embedded"
@@ -87,12 +91,16 @@ class StudyConfig:
     dtype: str = "float32"
     device: str | None = None
     four_bit: bool = False
+    executor: str = "local"
+    address: str | None = None
+    attack_cpus: int = 1
+    attack_gpus: float = 0.0
 
     def __post_init__(self) -> None:
         least = {
             "n_instructions": 1, "suffix_tokens": 1, "steps": 1, "n_attacks": 1, "search_width": 1, "topk": 1,
             "n_controls": 1, "n_traced": 2, "n_causal": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1,
-            "n_fit": 8, "n_select": 2, "layer_step": 1,
+            "n_fit": 8, "n_select": 2, "layer_step": 1, "attack_cpus": 1,
         }  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -108,5 +116,9 @@ class StudyConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; it is a share between 0 and 1.")
         if self.score_dtype not in ("auto", "float32", "bfloat16"):
             raise UsageError(f"score_dtype is {self.score_dtype!r}; choose auto, float32 or bfloat16.")
+        if self.executor not in ("local", "ray"):
+            raise UsageError(f"executor is {self.executor!r}; choose local or ray.")
+        if self.attack_gpus < 0:
+            raise UsageError(f"attack_gpus is {self.attack_gpus}; it must be 0 or more.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"dtype is {self.dtype!r}; choose float32, bfloat16 or float16.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -131,7 +131,15 @@ class Study:
             runs.write_suffixes(self.folder / "suffixes.jsonl", given_suffixes(Path(config.suffixes), self.model))
             return
         train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed)
-        suffixes = [self._one_attack(number, train, held_out, tokens) for number in range(config.n_attacks)]
+        if config.executor == "ray":
+            from suffix_analysis.campaign import run_pool
+
+            suffixes = run_pool(
+                self.folder, train, held_out, tokens, config,
+                lambda done: self.narrator.progress(done, config.n_attacks, "attacks done"),
+            )  # fmt: skip
+        else:
+            suffixes = [self._one_attack(number, train, held_out, tokens) for number in range(config.n_attacks)]
         best = min(suffixes, key=lambda suffix: (suffix.arm == "failed", suffix.loss or 0.0))
         controls = attacking.make_controls(self.model, best, held_out, config, self._skip)
         runs.write_suffixes(self.folder / "suffixes.jsonl", [*attacking.numbered(suffixes), *controls])
@@ -139,19 +147,17 @@ class Study:
     def _one_attack(
         self, number: int, train: Sequence[Prompt], held_out: Sequence[Prompt], tokens: Sequence[int]
     ) -> Suffix:
-        """One attack of the pool, resumable by itself; the first one's files stand in the run folder itself."""
-        config = replace(self.config, seed=self.config.seed + number)
-        folder = self.folder if number == 0 else self.folder / "attacks" / str(number + 1)
-        folder.mkdir(parents=True, exist_ok=True)
-        attack, told = attacking.build_attack(self.model, train, config)
-        for sentence in told if number == 0 else ():
-            self.narrator.say(sentence)
-        for progress in attacking.run_attack(attack, self.model, train, held_out, tokens, config, folder):
-            done = number * config.steps + progress.step.step
-            self.narrator.progress(done, config.n_attacks * config.steps, _attack_line(progress, config))
-        # a single attack is the adversarial arm whatever it reached; the numbers say what that is
-        flip_below = config.flip_below if config.n_attacks > 1 else 1.0
-        return attacking.best_suffix(runs.read_jsonl(folder / "steps.jsonl"), train, config.seed, flip_below)
+        """One attack of the pool, in this process."""
+        steps = self.config.steps
+
+        def tell(progress: attacking.Progress) -> None:
+            done = number * steps + progress.step.step
+            self.narrator.progress(done, self.config.n_attacks * steps, _attack_line(progress, self.config))
+
+        return attacking.one_attack(
+            self.model, number, train, held_out, tokens, self.config, attacking.pool_folder(self.folder, number),
+            tell, self.narrator.say if number == 0 else lambda sentence: None,
+        )  # fmt: skip
 
     def _refusal_tokens(self, select: Sequence[Prompt]) -> list[int]:
         """Discovered once on the select split and kept for every later stage."""

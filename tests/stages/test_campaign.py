@@ -1,0 +1,106 @@
+"""A pool of attacks under Ray: the same suffixes as one after the other, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from suffix_analysis import attacking
+from suffix_analysis.campaign import run_pool
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.errors import UserError
+from suffix_analysis.models import load_model
+from suffix_analysis.prompts import Prompt, load_prompts
+from suffix_analysis.records import Suffix
+from tests import tiny
+
+ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+TOKENS = [40, 41]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.hf_model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return StudyConfig(
+        model=str(folder), n_attacks=3, steps=3, search_width=8, topk=16, suffix_tokens=4, n_instructions=2,
+        executor="ray", score_dtype="float32",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prompts() -> tuple[list[Prompt], list[Prompt]]:
+    found = load_prompts("embedded", split="select", kind="harmful")
+    return found[:2], found[2:6]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], tmp_path_factory: pytest.TempPathFactory
+) -> list[Suffix]:
+    folder, model = tmp_path_factory.mktemp("local"), load_model(config.model)
+    return [
+        attacking.one_attack(model, n, *prompts, TOKENS, config, attacking.pool_folder(folder, n))
+        for n in range(config.n_attacks)
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def same(found: list[Suffix], expected: list[Suffix]) -> None:
+    assert [(s.text, s.seed, s.arm) for s in found] == [(s.text, s.seed, s.arm) for s in expected]
+    assert [s.loss for s in found] == pytest.approx([s.loss for s in expected], rel=1e-4)
+
+
+def test_side_by_side_gives_what_one_after_the_other_gives(
+    config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], expected: list[Suffix], tmp_path: Path
+) -> None:
+    done: list[int] = []
+    same(run_pool(tmp_path, *prompts, TOKENS, config, done.append), expected)
+    assert done == [1, 2, 3]
+    assert (tmp_path / "steps.jsonl").exists() and (tmp_path / "attacks" / "3" / "suffix.jsonl").exists()
+    # a finished attack never runs again: with one result gone, one task is left
+    (tmp_path / "attacks" / "2" / "suffix.jsonl").unlink()
+    done.clear()
+    same(run_pool(tmp_path, *prompts, TOKENS, config, done.append), expected)
+    assert done == [3]
+
+
+def test_a_killed_workers_attack_runs_again(
+    config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], expected: list[Suffix], tmp_path: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        for _ in range(400):
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("ray::attack") and not killed:
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    same(run_pool(tmp_path, *prompts, TOKENS, config, lambda done: None), expected)
+    thread.join()
+    assert killed, "no worker was caught at work"
+
+
+def test_a_failing_attack_is_named_and_the_others_are_kept(
+    config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="Attack 1 of 3 failed: There is no model"):
+        run_pool(tmp_path, *prompts, TOKENS, replace(config, model="./no/where/at/all"), lambda done: None)
