@@ -17,11 +17,12 @@ from torch import Tensor
 
 from suffix_analysis import causal
 from suffix_analysis.causal import Head, Readout
-from suffix_analysis.causal_tests import Runs, Test, random_heads, tests
+from suffix_analysis.causal_tests import PATCHED, Runs, Test, random_heads, tests
 from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
 from suffix_analysis.directions import Direction
 from suffix_analysis.factors import FACTORS, split_change
 from suffix_analysis.judges import is_refusal
+from suffix_analysis.mechanism_checks import check_rows, replay_error, state_error
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
@@ -63,7 +64,7 @@ def measure_mechanism(
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Tables ``carried``, ``factors``, ``causal``, ``circuit`` and ``sweep`` of suffixes on harmful report prompts.
+    """Tables ``carried``, ``factors``, ``causal``, ``circuit``, ``sweep`` and ``checks`` of suffixes on report prompts.
 
     Args:
         model: the model.
@@ -84,6 +85,7 @@ def measure_mechanism(
     plan = tests(readout, top, others, means, model.n_layers, model.n_heads)
     groups, cells = _groups(report), _Cells()
     arms: dict[str, list[Paths]] = {"none": [], "adversarial": []}
+    errors: dict[str, list[float]] = {"replays": [], "states": [], "factors": []}
     for done, group in enumerate(groups, 1):
         plain = prepare(model, [model.chat(p.text) for p in group])
         cells.add("terms none", _terms(plain, readout, top))
@@ -92,6 +94,8 @@ def measure_mechanism(
             run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
             runs = Runs(plain, run, _control(model, group, control, run))
             split = split_change(plain, run, readout.unit)
+            errors["factors"].append(split.error)
+            errors["states"].append(state_error(plain, run))
             cells.add("terms", _terms(run, readout, top), number)
             cells.add_outcome("attacked", causal.base(run, readout), number)
             cells.add("factors", torch.stack([_of(split.parts[f], top) for f in FACTORS], dim=1), number)
@@ -104,17 +108,20 @@ def measure_mechanism(
                     texts = reply(this, hooks, reply_tokens)
                     cells.add(f"replies {i}", torch.tensor([float(is_refusal(text)) for text in texts]), number)
             if number == 0:
+                errors["replays"] += [replay_error(plain), replay_error(run)]
                 for name, one in (("none", plain), ("adversarial", run)):
                     cells.add_outcome(f"sweep {name}", causal.head_sweep(one, means, readout))
                     arms[name].append(find_paths(one, readout.unit, top))
         if on_step is not None:
             on_step(done, len(groups))
+    tested = [_causal_row(cells, i, test) for i, test in enumerate(plan) if cells.complete(f"test {i} score", report)]
+    every = next(row for row in tested if row["test"] == PATCHED and row["heads"] == "all")
+    misses = [paths.error for parts in arms.values() for paths in parts]
     return {
+        "checks": check_rows(**errors, paths=misses, patched_all=every["projection_recovered"]),
         "carried": _carried_rows(cells),
         "factors": _factor_rows(cells, top),
-        "causal": [
-            _causal_row(cells, i, test) for i, test in enumerate(plan) if cells.complete(f"test {i} score", report)
-        ],
+        "causal": tested,
         "circuit": edge_rows(
             {name: joined(parts) for name, parts in arms.items()}, _edges(model, select, suffixes[0], readout, top)
         ),
@@ -261,7 +268,12 @@ def _causal_row(cells: _Cells, number: int, test: Test) -> dict[str, Any]:
             f"{measure}_recovered": share, f"{measure}_recovered_lo": lo, f"{measure}_recovered_hi": hi,
         }  # fmt: skip
     refused = cells.get(f"replies {number}")
-    rate = (None, None, None) if refused is None else rate_interval(refused[:, 0])
+    rate: tuple[float | None, float | None, float | None] = (None, None, None)
+    if refused is not None and refused.shape[1] == 1:
+        rate = rate_interval(refused[:, 0])
+    elif refused is not None:
+        both = interval(refused)
+        rate = (both.estimate, both.lo, both.hi)
     row |= dict(zip(("refused", "refused_lo", "refused_hi"), rate, strict=True))
     return row | _whole(cells.need(f"test {number} score"))
 

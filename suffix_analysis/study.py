@@ -14,6 +14,7 @@ import torch
 from attacks.config import resolve_dtype
 from suffix_analysis import attacking, replies, runs
 from suffix_analysis.analysis import analyze, harmful_of
+from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
 from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
@@ -287,6 +288,12 @@ class Study:
             reply_tokens=config.reply_tokens, seed=config.seed,
             on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
         )  # fmt: skip
+        checks = runs.read_json(findings / "checks.json")
+        own = tables.pop("checks")
+        kept = [row for row in checks if row["name"] not in {other["name"] for other in own}]
+        runs.write_json(findings / "checks.json", [*kept, *own])
+        if not any(row["test"] == ATTENTION for row in tables["causal"]):
+            self._skip("No shuffled suffix has the attack's token count everywhere, so no attention was transplanted.")
         for name, rows in tables.items():
             runs.write_table(findings / f"{name}.parquet", rows)
 
@@ -312,8 +319,11 @@ class Study:
 
     def _skip(self, sentence: str) -> None:
         """Remember what fell short, for the report, and say it."""
-        path = self.folder / "skipped.json"
-        runs.write_json(path, [*(runs.read_json(path) if path.exists() else []), sentence])
+        path, summary = self.folder / "skipped.json", self.folder / "findings" / "summary.json"
+        sentences = [*(runs.read_json(path) if path.exists() else []), sentence]
+        runs.write_json(path, sentences)
+        if summary.exists():  # a stage after the analysis
+            runs.write_json(summary, runs.read_json(summary) | {"skipped": sentences})
         self.narrator.say(sentence)
 
 

@@ -76,6 +76,13 @@ def test_tests_recover_what_was_planted_and_their_controls_do_not() -> None:
     assert recovered("random direction moved as far", "none") == [pytest.approx(0, abs=1e-4)]
 
 
+def test_the_identities_of_a_run_hold() -> None:
+    for mechanism in ("softmax", "query", "opponent", "mlp"):
+        found = {row["name"]: row for row in tables(mechanism)["checks"]}
+        assert set(found) == {"replays", "states", "factors add up", "paths add up", "all heads patched"}
+        assert all(row["passed"] for row in found.values()), found
+
+
 def test_replies_flip_with_the_projection() -> None:
     # the planted refusal is the word "no", which no phrase rule knows, so the score stands for it
     before, after = (

@@ -1,0 +1,55 @@
+"""What must hold in a run before its causal tests are worth reading; stored and shown with the findings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from suffix_analysis.forward import last_logits
+from suffix_analysis.replay import Prepared
+
+REPLAY_BOUND, SUM_BOUND, STATE_BOUND, CONTROL_BOUND = 1e-4, 1e-4, 1e-4, 1e-3
+
+
+def replay_error(run: Prepared) -> float:
+    """Largest difference between a replay's logits and a whole forward's, as a share of the largest logit."""
+    whole = last_logits(run.model.hf, run.model.tokenizer, [chat.ids for chat in run.chats])
+    return float((run.logits.to(whole) - whole).abs().max() / whole.abs().max())
+
+
+def state_error(plain: Prepared, attacked: Prepared) -> float:
+    """Largest change that the suffix makes to a value at an instruction token, as a share of the largest value.
+
+    Under a causal mask it is 0 but for rounding: padding makes sums of another order.
+    """
+    worst = 0.0
+    for before, after in zip(plain.values, attacked.values, strict=True):
+        sides = []
+        for run, values in ((plain, before), (attacked, after)):
+            mask = run.regions["instruction"][:, : values.shape[2]]
+            sides.append(values.transpose(1, 2)[mask].float())
+        worst = max(worst, float((sides[0] - sides[1]).abs().max() / sides[0].abs().max()))
+    return worst
+
+
+def check_rows(
+    replays: Sequence[float], states: Sequence[float], factors: Sequence[float], paths: Sequence[float],
+    patched_all: float | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The mechanism's identities with their bounds, as records of findings/checks.json."""
+    found = [
+        ("replays", max(replays), REPLAY_BOUND, "Replays of the chat tokens give the logits of whole forwards."),
+        ("states", max(states), STATE_BOUND, "The suffix changes no state at an instruction token."),
+        (
+            "factors add up", max(factors), SUM_BOUND,
+            "The factors of the instruction's lost contribution begin and end at the two runs they stand between.",
+        ),
+        ("paths add up", max(paths), SUM_BOUND, "Two-hop paths sum to what the top heads bring from chat tokens."),
+    ]  # fmt: skip
+    if patched_all is not None:
+        sentence = "Positive control: all heads patched from the run without a suffix bring all of the projection back."
+        found.append(("all heads patched", abs(patched_all - 1), CONTROL_BOUND, sentence))
+    return [
+        {"name": name, "value": value, "bound": bound, "passed": value <= bound, "sentence": sentence}
+        for name, value, bound, sentence in found
+    ]
