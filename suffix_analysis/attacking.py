@@ -48,21 +48,33 @@ def conversation(model: Model, instruction: str) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": f"{instruction} {attacks.PLACEHOLDER}"}]
 
 
-def split_for_attack(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split_for_attack(
+    prompts: Sequence[Prompt], n: int, seed: int, refused: Sequence[bool] | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
     """Training instructions and held-out ones, both from the select split, drawn with the seed.
+
+    With ``refused`` (whether the model refuses each prompt without a suffix), those that it answers anyway train the
+    attack only where there are not enough others: nothing can be learnt from them.
 
     Raises:
         UserError: too few prompts.
     """
-    pool = list(prompts)
+    pool = list(zip(prompts, [True] * len(prompts) if refused is None else refused, strict=True))
     if len(pool) < n + 2:
         raise UserError(f"The select split has {len(pool)} harmful prompts; {n} for training need at least {n + 2}.")
     random.Random(seed).shuffle(pool)
-    return pool[:n], pool[n:]
+    pool.sort(key=lambda pair: not pair[1])  # stable: the drawn order stays among equals
+    train = [prompt for prompt, _ in pool[:n]]
+    chosen = {id(prompt) for prompt in train}
+    return train, [prompt for prompt in prompts if id(prompt) not in chosen]
 
 
 def gcg_config(model: Model, config: StudyConfig) -> attacks.GCGConfig:
-    """The attack's settings; the initial suffix has exactly ``suffix_tokens`` tokens."""
+    """The attack's settings; the initial suffix has exactly ``suffix_tokens`` tokens.
+
+    The schedule (more replaced tokens and fewer candidates at first, momentum, and a way back from steps without a new
+    best) takes the embedded model's select prompts to the same refusal rate in fewer steps: benchmarks/README.md.
+    """
     init = " ".join(["x"] * config.suffix_tokens)
     return attacks.GCGConfig(
         num_steps=config.steps,
@@ -70,6 +82,10 @@ def gcg_config(model: Model, config: StudyConfig) -> attacks.GCGConfig:
         search_width=config.search_width,
         topk=config.topk,
         even_positions=True,
+        search_width_start=max(1, config.search_width // 2),
+        n_replace_start=min(3, config.suffix_tokens),
+        momentum=0.6,
+        patience=12,
         seed=config.seed,
         score_dtype=config.score_dtype,  # type: ignore[arg-type]
     )

@@ -25,7 +25,7 @@ class StudyConfig:
         n_attacks: attacks with the same budget and seeds of their own; 16 or more for claims about suffixes.
         flip_below: of several attacks, those that leave at most this share of unseen select prompts refused are the
             adversarial arm, the others the failed one.
-        search_width: candidates a step.
+        search_width: candidates a step; half as many at first.
         topk: tokens per position that candidates are drawn from.
         stop_below: stop the attack when at most this share of unseen select prompts is still refused (first token); one
             attack alone, because several are to have equal budgets.
@@ -67,7 +67,7 @@ class StudyConfig:
     steps: int = 100
     n_attacks: int = 1
     flip_below: float = 0.5
-    search_width: int = 64
+    search_width: int = 96
     topk: int = 256
     stop_below: float = 0.2
     n_controls: int = 8

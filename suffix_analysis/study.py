@@ -26,7 +26,7 @@ from suffix_analysis.oneness import measure_oneness
 from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import Prompt, to_jsonl
 from suffix_analysis.records import Suffix
-from suffix_analysis.refusal import discover_refusal_tokens
+from suffix_analysis.refusal import discover_refusal_tokens, opens_refusal
 
 STAGES = ("prompts", "attack", "direction", "replies", "analysis", "mechanism")
 
@@ -131,7 +131,8 @@ class Study:
         if config.suffixes is not None:
             runs.write_suffixes(self.folder / "suffixes.jsonl", given_suffixes(Path(config.suffixes), self.model))
             return
-        train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed)
+        refused = opens_refusal(self.fast, [self.model.chat(p.text).ids for p in harmful], tokens)
+        train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed, refused.tolist())
         if config.executor == "ray":
             from suffix_analysis.campaign import run_pool
 
