@@ -41,8 +41,8 @@ def circuit(data: RunData) -> Figure | None:
     caption = (
         "Up: layers. Left to right: where the top heads look from chat[−1] (regions of the prompt), earlier heads and "
         "MLPs at the chat tokens, the top heads, the refusal direction. An edge is as thick as what passes along r̂; "
-        "solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; edges of at least 2 % "
-        "of the projection on the select split are shown, with weights of the report split. Click a head to pin it."
+        "solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; shown: edges of at least "
+        "2 % of what the top heads bring (or MLPs write) on the select split, with weights of the report split."
     )
     columns = (
         ("from", "from"),
@@ -67,6 +67,9 @@ def _edge(key: Key, weight: float, most: float, end: int, tokens: int) -> Row:
     at_token = None if token is None else TOKENS_FROM + (token - tokens)
     place = f" at chat[{str(token).replace('-', '−')}]"
     target = None if target_layer is None else head_name(target_layer, target_head)
+    if kind == "mlp → direction":
+        start, stop = (heads_at + 1.2, layer), (heads_at + END_AT, end)
+        return _row(f"MLP {layer} at chat[−1]", "refusal direction", start, stop, weight, most, f"MLP {layer}")
     if kind == "head → direction":
         source = head_name(layer, head)
         start, stop = (heads_at + 0.25 * (head % 3), layer), (heads_at + END_AT, end)

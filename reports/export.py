@@ -106,6 +106,11 @@ def _ends(row: dict[str, Any], regions: list[str], n_chat: int, n_layers: int) -
     if kind == "head → direction":
         end = _node(str(n_layers + 1), 0, last, "logit", "refusal direction")
         return [head(row["source_layer"], row["source_head"], last), end | {"is_target_logit": True}]
+    if kind == "mlp → direction":
+        layer = row["source_layer"]
+        end = _node(str(n_layers + 1), 0, last, "logit", "refusal direction")
+        start = _node(str(layer), -1, last, "mlp reconstruction error", f"MLP {layer}")
+        return [start, end | {"is_target_logit": True}]
     target = head(row["target_layer"], row["target_head"], place if kind == "region → early" else last)
     if kind.startswith("region"):
         at = regions.index(row["region"]) if row["region"] in regions else 0

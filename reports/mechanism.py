@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from reports.data import Row, RunData
+from reports.escape import visible
 from reports.numbers import percent, percent_ci, plain
 
 _WORDS = {"top": "top heads", "random": "random heads", "all": "all heads", "none": "the direction"}
@@ -62,24 +63,42 @@ def _share_row(row: Row, name: str) -> dict[str, str]:
     }
 
 
+FACTOR_NAMES = {
+    "query": "a changed query",
+    "dilution": "dilution by the suffix's keys",
+    "chat keys": "the chat tokens' changed keys",
+    "displacement": "the longer distance",
+    "scale": "the norm behind attention",
+}
+
+
+def _parts(rows: list[Row], key: str, least: float) -> list[tuple[str, Row]]:
+    """Parts with a share of at least ``least`` in size, the largest first; none where a share is no number."""
+    if not rows or any(row["share"] is None for row in rows):
+        return []
+    kept = sorted((row for row in rows if abs(row["share"]) >= least), key=lambda row: -abs(row["share"]))
+    return [(FACTOR_NAMES.get(row[key], visible(str(row[key]))), row) for row in kept]
+
+
+def _listed(parts: list[tuple[str, Row]], words: str) -> str:
+    """Shares with their intervals, the first with its verb: 60 % comes from one thing, 30 % from another."""
+    told = [
+        f"{percent_ci(row['share'], row['share_lo'], row['share_hi'])} "
+        + (words if i == 0 else words.split(" ", 1 if words.startswith("comes") else 2)[-1]).format(name)
+        for i, (name, row) in enumerate(parts)
+    ]
+    return told[0] if len(told) == 1 else ", ".join(told[:-1]) + " and " + told[-1]
+
+
 def sentences(data: RunData) -> Iterator[str]:
     """Yield what the causal tests and the split of the fall say, where the tables are there."""
-    carried = {row["term"]: row for row in data.table("carried")}
-    top = carried.get("top heads")
-    factors = {row["factor"]: row for row in data.table("factors") if row["layer"] == -1}
+    terms = _parts([row for row in data.table("carried") if row["term"] != "embedding"], "term", least=0.0)
+    factors = _parts([row for row in data.table("factors") if row["layer"] == -1], "factor", least=0.1)
     clauses = []
-    if top and top["share"] is not None:
-        clauses.append(
-            "The top heads carry "
-            f"{percent_ci(top['share'], top['share_lo'], top['share_hi'])} of the fall in projection"
-        )
-    query, dilution = factors.get("query"), factors.get("dilution")
-    if query and dilution and query["share"] is not None and dilution["share"] is not None:
-        clauses.append(
-            "of the change in what they bring from the instruction "
-            f"{percent_ci(query['share'], query['share_lo'], query['share_hi'])} comes from a changed query and "
-            f"{percent_ci(dilution['share'], dilution['share_lo'], dilution['share_hi'])} from dilution"
-        )
+    if terms:
+        clauses.append(f"Of the fall in projection {_listed(terms, 'is written by {}')}")
+    if factors:
+        clauses.append(f"of what the top heads bring less from the instruction {_listed(factors, 'comes from {}')}")
     if clauses:
         yield "; ".join(clauses) + "."
     rows = [row for row in data.table("causal") if row["on"] == "attacked" and row.get("refused") is not None]
@@ -89,6 +108,7 @@ def sentences(data: RunData) -> Iterator[str]:
         for row in rows
         for test, heads, words in (
             ("projection restored", "none", "giving the projection back"),
+            ("random direction moved as far", "none", "the same step along a random direction (a control)"),
             ("suffix edges cut, mass renormalised", "all", "cutting all edges from the suffix to the chat tokens"),
         )
         if row["test"] == test and row["heads"] == heads and (row.get("dose") in (None, 1.0))

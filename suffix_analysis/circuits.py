@@ -31,7 +31,8 @@ class Paths:
     ``through_heads`` are paths region → head → chat token → head of ``into``; ``through_mlp`` and ``embedding`` what
     the token's MLPs and embedding give; ``bias`` all biases on the way. ``whole`` is what the heads bring from each
     chat token, and ``error`` the largest miss of the sum, as a share of the largest of ``whole``. ``direct`` is what
-    the heads bring from each region in one hop (chat tokens included).
+    the heads bring from each region in one hop (chat tokens included). ``mlps`` is what the MLPs write at chat[-1]
+    themselves, before the direction is read.
     """
 
     into: tuple[Head, ...]
@@ -41,17 +42,19 @@ class Paths:
     bias: Float[Tensor, "prompt into chat"]
     whole: Float[Tensor, "prompt into chat"]
     direct: Float[Tensor, "prompt into region"]
+    mlps: Float[Tensor, "prompt layer"]
     error: float
 
 
 @torch.no_grad()
-def find_paths(run: Prepared, unit: Float[Tensor, " d_model"], into: Sequence[Head]) -> Paths:
+def find_paths(run: Prepared, unit: Float[Tensor, " d_model"], into: Sequence[Head], below: int | None = None) -> Paths:
     """Split what the heads ``into`` bring to chat[-1] from the chat tokens, exactly.
 
     Args:
         run: the prompts.
         unit: r̂.
         into: the (layer, head) pairs whose input is looked into.
+        below: the layer at which the direction is read; later MLPs cannot have moved it. All count if left out.
     """
     model = run.model
     device = model.hf.device
@@ -91,9 +94,11 @@ def find_paths(run: Prepared, unit: Float[Tensor, " d_model"], into: Sequence[He
     stacked = {name: torch.stack(found, dim=1).cpu() for name, found in gathered.items()}
     total = stacked["heads"].sum(dim=(3, 4, 5)) + stacked["mlp"].sum(dim=3) + stacked["embedding"] + stacked["bias"]
     error = float((total - stacked["whole"]).abs().max() / stacked["whole"].abs().max().clamp(min=1e-30))
+    own = (run.mlp_out[:, :, -1].float() @ unit.float().to(device)).cpu()
+    own[:, model.n_layers if below is None else below :] = 0
     return Paths(
         tuple(into), stacked["heads"], stacked["mlp"], stacked["embedding"], stacked["bias"], stacked["whole"],
-        stacked["direct"], error,
+        stacked["direct"], own, error,
     )  # fmt: skip
 
 
@@ -158,7 +163,8 @@ def _bias(run: Prepared, layer: int, reading: Tensor, norm: Any, scale: Tensor |
 
 # --- the graph -------------------------------------------------------------------------------------------------------
 
-EDGE_SHARE = 0.02  # of the mean projection without a suffix: weaker edges are left out
+# of all that the top heads bring, or all that MLPs write: weaker edges are left out
+EDGE_SHARE = 0.02
 
 
 def edge_weights(paths: Paths) -> dict[tuple[Any, ...], Float[Tensor, " prompt"]]:
@@ -166,10 +172,12 @@ def edge_weights(paths: Paths) -> dict[tuple[Any, ...], Float[Tensor, " prompt"]
 
     Kinds: ``region → head`` (one hop), ``region → early`` and ``early → head`` (the two halves of paths through an
     earlier head at a chat token; the first summed over what reads it), ``mlp → head``, ``embedding → head`` and
-    ``head → direction``. The token is counted from the end: −1 is chat[-1]. What does not apply is None.
+    ``head → direction`` and ``mlp → direction``. The token is counted from the end: −1 is chat[-1]. What does not apply is None.
     """
     found: dict[tuple[Any, ...], Tensor] = {}
     n_chat, n_layers, n_heads = paths.through_heads.shape[2:5]
+    for layer in range(n_layers):
+        found["mlp → direction", layer, None, -1, None, None] = paths.mlps[:, layer]
     for i, head in enumerate(paths.into):
         for r, region in enumerate(REGIONS):
             found["region → head", None, None, None, region, head] = paths.direct[:, i, r]
@@ -191,10 +199,20 @@ def edge_weights(paths: Paths) -> dict[tuple[Any, ...], Float[Tensor, " prompt"]
     return found
 
 
-def kept_edges(select: Sequence[Paths], scale: float, share: float = EDGE_SHARE) -> list[tuple[Any, ...]]:
-    """The edges that reach ``share`` of ``scale`` on the select split in one of its arms, by mean weight."""
+def kept_edges(select: Sequence[Paths], share: float = EDGE_SHARE) -> list[tuple[Any, ...]]:
+    """The edges whose mean weight reaches a share of its kind's total in one of the select split's arms.
+
+    Totals are those of the first arm: Σ over the top heads of what each brings, and Σ over MLPs, both by size.
+    """
+    heads = float(select[0].direct.sum(dim=2).mean(dim=0).abs().sum())
+    mlps = float(select[0].mlps.mean(dim=0).abs().sum())
     weights = [edge_weights(paths) for paths in select]
-    return [key for key in weights[0] if max(abs(float(arm[key].mean())) for arm in weights) >= share * scale]
+
+    def strong(key: tuple[Any, ...]) -> bool:
+        least = share * (mlps if key[0] == "mlp → direction" else heads)
+        return max(abs(float(arm[key].mean())) for arm in weights) >= least > 0
+
+    return [key for key in weights[0] if strong(key)]
 
 
 def edge_rows(arms: dict[str, Paths], kept: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -221,7 +239,7 @@ def edge_rows(arms: dict[str, Paths], kept: Sequence[tuple[Any, ...]]) -> list[d
 
 def joined(parts: Sequence[Paths]) -> Paths:
     """The paths of several groups of prompts as one."""
-    tensors = ("through_heads", "through_mlp", "embedding", "bias", "whole", "direct")
+    tensors = ("through_heads", "through_mlp", "embedding", "bias", "whole", "direct", "mlps")
     return Paths(
         into=parts[0].into,
         error=max(part.error for part in parts),

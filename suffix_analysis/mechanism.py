@@ -71,7 +71,8 @@ def measure_mechanism(
         direction: its refusal direction; its layer is where the projection is read.
         report: harmful prompts that are measured.
         select: harmful prompts for the heads' means.
-        suffixes: adversarial ones; each is crossed with every prompt. The sweep runs for the first only.
+        suffixes: adversarial ones; each is crossed with every prompt. The sweep runs for the first only, on the first
+            group of prompts.
         top: the heads chosen on the select split.
         control: a shuffled suffix, whose attention rows the attacked run is given where the token counts are equal.
         n_random: sets of random heads, of the same layers and as many.
@@ -110,8 +111,9 @@ def measure_mechanism(
             if number == 0:
                 errors["replays"] += [replay_error(plain), replay_error(run)]
                 for name, one in (("none", plain), ("adversarial", run)):
-                    cells.add_outcome(f"sweep {name}", causal.head_sweep(one, means, readout))
-                    arms[name].append(find_paths(one, readout.unit, top))
+                    if done == 1:  # one group is enough: a sweep is many replays
+                        cells.add_outcome(f"sweep {name}", causal.head_sweep(one, means, readout))
+                    arms[name].append(find_paths(one, readout.unit, top, readout.layer))
         if on_step is not None:
             on_step(done, len(groups))
     tested = [_causal_row(cells, i, test) for i, test in enumerate(plan) if cells.complete(f"test {i} score", report)]
@@ -142,14 +144,11 @@ def _edges(
 ) -> list[tuple[Any, ...]]:
     """The circuit's edges, chosen on the select split."""
     found: dict[str, list[Paths]] = {"": [], suffix.text: []}
-    level = []
     for group in _groups(select):
         for text, parts in found.items():
             run = prepare(model, [model.chat(p.text, text) for p in group])
-            parts.append(find_paths(run, readout.unit, top))
-            if not text:
-                level.append(causal.base(run, readout).projection)
-    return kept_edges([joined(parts) for parts in found.values()], float(torch.cat(level).mean().abs()))
+            parts.append(find_paths(run, readout.unit, top, readout.layer))
+    return kept_edges([joined(parts) for parts in found.values()])
 
 
 class _Cells:

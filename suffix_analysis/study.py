@@ -283,12 +283,16 @@ class Study:
             return
         report, select = (harmful_of(prompts, split, config.n_causal) for split in ("report", "select"))
         heads = [(row["layer"], row["head"]) for row in runs.read_table(findings / "top_heads.parquet")]
-        tables = measure_mechanism(
-            self.model, self.direction(), report, select, suffixes, heads,
-            control=next((s for s in everything if s.arm == "shuffled"), None),
-            reply_tokens=config.reply_tokens, seed=config.seed,
-            on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
-        )  # fmt: skip
+        try:
+            tables = measure_mechanism(
+                self.model, self.direction(), report, select, suffixes, heads,
+                control=next((s for s in everything if s.arm == "shuffled"), None),
+                reply_tokens=config.reply_tokens, seed=config.seed,
+                on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
+            )  # fmt: skip
+        except UserError as error:  # everything before it is worth a report
+            self._skip(f"The causal tests were left out: {error}")
+            return
         checks = runs.read_json(findings / "checks.json")
         own = tables.pop("checks")
         kept = [row for row in checks if row["name"] not in {other["name"] for other in own}]

@@ -352,5 +352,6 @@ def circuit(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
         edge("early → head", 0.4, source_layer=layer - 4, source_head=1, position=-3, **target)
         edge("mlp → head", -0.3, source_layer=layer - 2, position=-2, **target)
     edge("region → early", 0.6, region="instruction", position=-3, target_layer=top[0][0] - 4, target_head=1)
+    edge("mlp → direction", 5.0, source_layer=12, position=-1)
     edge("embedding → head", 0.2, position=-1, target_layer=top[0][0], target_head=top[0][1])
     return rows

@@ -164,7 +164,10 @@
       const at = same >= 0 ? same : views.findIndex(fits);
       if (at >= 0 && at !== chart.at) show(chart, at);
     }
-    for (const key of ["measure", "arm", "head"]) if (byId(key)) byId(key).value = state[key] || (key === "head" ? "" : known(key)[0] || "");
+    // the controls say what the first linked chart shows, which may lack the chosen arm under this measure
+    const shown = bench.length ? bench[0].data.views[bench[0].at] : {};
+    for (const key of ["measure", "arm"]) if (byId(key)) byId(key).value = shown[key] || known(key)[0] || "";
+    if (headSelect) headSelect.value = state.head;
     if (changed.includes("head")) for (const chart of charts) {
       if (chart.result && chart.data.views[chart.at].spec.params?.some((param) => param.name === "pinned")) {
         chart.result.view.signal("pinned", state.head).run();
@@ -275,13 +278,13 @@
     }
   }
 
-  const PAGE = 25;
   function replies(data) {
     const place = byId("reply-table");
     if (!place) return;
     const [find, kind, which, more, hits] = ["find", "kind", "which", "more", "hits"].map(byId);
     const order = ["harmful", "harmless", "lookalike"], views = new Map(payload.prompts.map((record, i) => [record.id, i]));
     options(kind, Object.keys(data.arms).sort((a, b) => (order.indexOf(a) + 9) % 9 - (order.indexOf(b) + 9) % 9).map((name) => [name, name]));
+    const PAGE = 25;
     let limit = PAGE;
     const share = (row, arm) => {
       const cell = (row.cells[arm] || []).filter((reply) => reply[2] != null);
@@ -324,8 +327,7 @@
       more.textContent = `Show all ${rows.length}`;
     }
     const anew = () => { limit = PAGE; list(); };
-    find.addEventListener("input", anew);
-    for (const select of [kind, which]) select.addEventListener("change", anew);
+    for (const control of [find, kind, which]) control.addEventListener(control === find ? "input" : "change", anew);
     more.addEventListener("click", () => { limit = Infinity; list(); });
     list();
   }

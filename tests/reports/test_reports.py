@@ -224,9 +224,11 @@ def test_without_causal_tests_the_page_says_so(run: Path) -> None:
 
 def test_the_headline_tells_the_mechanism(run: Path) -> None:
     said = plain_text(headline(read_run(run)))
-    assert "The top heads carry 58 % (55 % to 61 %)" in said or "carry 58" in said
-    assert "62" in said and "changed query" in said and "dilution" in said
+    assert "Of the fall in projection 58" in said and "is written by top heads, 25" in said and "and 17" in said
+    assert "comes from a changed query and 31" in said and "dilution by the suffix" in said
+    assert "chat tokens' changed keys" not in said, "parts below a tenth are left to the table"
     assert "giving the projection back brings that to 93" in said
+    assert "the same step along a random direction (a control) brings that to 41" in said
 
 
 def test_numbers() -> None:
