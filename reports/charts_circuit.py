@@ -41,8 +41,8 @@ def circuit(data: RunData) -> Figure | None:
     caption = (
         "Up: layers. Left to right: where the top heads look from chat[−1] (regions of the prompt), earlier heads and "
         "MLPs at the chat tokens, the top heads, the refusal direction. An edge is as thick as what passes along r̂; "
-        "solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; shown: edges of at least "
-        "2 % of what the top heads bring (or MLPs write) on the select split, with weights of the report split."
+        "solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; shown: edges of at "
+        "least 2 % of what the top heads bring (or MLPs write) on the select split, with weights of the report split."
     )
     columns = (
         ("from", "from"),

@@ -172,7 +172,8 @@ def edge_weights(paths: Paths) -> dict[tuple[Any, ...], Float[Tensor, " prompt"]
 
     Kinds: ``region → head`` (one hop), ``region → early`` and ``early → head`` (the two halves of paths through an
     earlier head at a chat token; the first summed over what reads it), ``mlp → head``, ``embedding → head`` and
-    ``head → direction`` and ``mlp → direction``. The token is counted from the end: −1 is chat[-1]. What does not apply is None.
+    ``head → direction`` and ``mlp → direction``. The token is counted from the end: −1 is chat[-1]. What does not apply
+    is None.
     """
     found: dict[tuple[Any, ...], Tensor] = {}
     n_chat, n_layers, n_heads = paths.through_heads.shape[2:5]

@@ -24,8 +24,7 @@
     const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   }
-  const payload = await unpack(byId("payload").textContent.trim());
-  const heads = payload.pinned.heads;
+  const payload = await unpack(byId("payload").textContent.trim()), { heads } = payload.pinned;
 
   // --- state: what is pinned and shown, in the URL fragment ------------------------------------------------------
   const state = { head: "", prompt: 0, measure: "", arm: "" };
@@ -69,7 +68,6 @@
     node, plot: node.querySelector(".plot"), data: payload.figures[node.dataset.figure], at: 0, result: null,
   }));
   const linked = (chart) => chart.data.views.some((view) => view.arm);
-
   async function draw(chart) {
     const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1);
     const narrow = chart.plot.clientWidth < 420;  // legends in two columns, else they are cut
@@ -205,7 +203,7 @@
         const token = el("span.tok", view.tokens[k]), value = values[k];
         if (value != null && most > 0) {
           const share = Math.min(1, Math.abs(value) / most), colour = value > 0 ? "var(--pos)" : "var(--neg)";
-          token.style.background = `color-mix(in srgb, ${colour} ${Math.round(70 * share)}%, transparent)`;
+          token.style.background = `color-mix(in srgb, ${colour} ${Math.round(45 * share)}%, transparent)`;
           if (share > 0.1) token.style[value > 0 ? "borderTopColor" : "borderBottomColor"] = colour;
           token.title = `${view.tokens[k]}  ${value > 0 ? "+" : ""}${nice(value)}`;
         }
@@ -229,6 +227,9 @@
       const one = view.heads.indexOf(state.head), size = view.tokens.length, target = el("div.cv");
       target.id = `cv-${serial++}`;
       place.append(el("div.paper", el("h4", armName(view)), target));
+      const say = () => target.querySelectorAll("canvas:not([aria-label])").forEach((canvas, i) =>  // drawn later, by React
+        canvas.setAttribute("aria-label", `attention pattern ${i + 1}, ${armName(view)}`));
+      new MutationObserver(say).observe(target, { childList: true, subtree: true });
       const whole = view.attention.map((head) => head.map((row) => Array.from({ length: size }, (_, k) => (k < row.length ? row[k] / 1000 : 0))));
       CircuitsVis.render(target.id, CircuitsVis.AttentionHeads, {
         attention: one < 0 ? whole : [whole[one]], attentionHeadNames: one < 0 ? view.heads : [view.heads[one]],
@@ -236,8 +237,7 @@
         maxValue: most, minValue: -most, positiveColor: "#17569b", negativeColor: "#c84e00", maskUpperTri: true,
       });
     }
-    const stored = !state.head || record.arms.some((view) => view.heads.includes(state.head));
-    byId("cv-note").textContent = `Full colour from ${most.toFixed(2)} up, the same on both sides.${stored ? "" : ` Patterns are stored for the top heads only, not for ${state.head}.`}`;
+    byId("cv-note").textContent = `Full colour from ${most.toFixed(2)} up, the same on both sides.${!state.head || record.arms.some((view) => view.heads.includes(state.head)) ? "" : ` Patterns are stored for the top heads only, not for ${state.head}.`}`;
   }
 
   function prompt() {
@@ -332,7 +332,7 @@
     list();
   }
 
-  // --- theme and start -----------------------------------------------------------------------------------------------
+  // --- theme and start ---------------------------------------------------------------------------------------------
   const redraw = () => charts.forEach((chart) => chart.plot.dataset.drawn && draw(chart));
   byId("theme").addEventListener("click", () => { root.dataset.theme = themeNow() === "dark" ? "light" : "dark"; redraw(); });
   dark.addEventListener("change", () => { if (!root.dataset.theme) redraw(); });
