@@ -260,7 +260,7 @@ def _sources(words: list[str]) -> list[Any]:
     from cyclopts.config import Env, Toml
 
     found: list[Any] = [Env("SUFFIX_ANALYSIS_", command=False)]
-    given = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--config"]
+    given = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"]
     given += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     for name in given[-1:]:
         try:

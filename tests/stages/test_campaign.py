@@ -102,5 +102,5 @@ def test_a_killed_workers_attack_runs_again(
 def test_a_failing_attack_is_named_and_the_others_are_kept(
     config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="Attack 1 of 3 failed: There is no model"):
+    with pytest.raises(UserError, match=r"Attack \d of 3 failed: There is no model"):
         run_pool(tmp_path, *prompts, TOKENS, replace(config, model="./no/where/at/all"), lambda done: None)

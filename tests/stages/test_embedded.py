@@ -20,7 +20,7 @@ from suffix_analysis.study import Study
 pytestmark = pytest.mark.embedded
 SHORT = StudyConfig(
     n_instructions=2, suffix_tokens=8, steps=4, search_width=16, n_controls=2, n_traced=6, n_traced_controls=1,
-    reply_tokens=12, n_fit=24, n_select=6, layer_step=3, prompts_per_split=12,
+    reply_tokens=12, n_fit=24, n_select=6, layer_step=5, prompts_per_split=12, n_causal=4,
     kl_threshold=1.0,  # six prompts are too few for the paper's threshold
 )  # fmt: skip
 
@@ -76,6 +76,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
     assert named <= {p.name for p in finished.iterdir()}
     assert {"replies", "refusal", "contrasts", "interventions", "intervention_replies", "cost", "separation", "cascade",
             "stability", "two_directions", "candidates", "profile", "heads", "top_heads", "shift",
+            "dominance", "carried", "factors", "causal", "sweep", "circuit",
             "patterns", "checks", "summary"} == {p.stem for p in (finished / "findings").iterdir()}  # fmt: skip
     assert runs.status(finished)["state"] == "done"
     assert [row["step"] for row in runs.read_jsonl(finished / "steps.jsonl")] == [1, 2, 3, 4]

@@ -66,7 +66,7 @@ def test_table_has_every_line_and_the_replies_behind_it() -> None:
     ]
     assert names[7:] == controls * 2
     texts = {(r["intervention"], r["prompt_id"], r["control"]): r["reply"] for r in replies}
-    assert len(texts) == len(replies) == 4 * 2 + 3 * 3 + 2 * (2 + 3)
+    assert len(texts) == len(replies) == 4 * 2 + 3 * 3 + 2 * 2 * (2 + 3)
     # the same edit in three ways gives the same words: this direction's means are 0
     for i in range(2):
         for other in ("orthogonalised", "set to the harmless mean"):
