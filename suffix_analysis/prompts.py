@@ -17,6 +17,7 @@ Split = Literal["fit", "select", "report"]
 KINDS: tuple[Kind, ...] = ("harmful", "harmless", "lookalike")
 SPLITS: tuple[Split, ...] = ("fit", "select", "report")
 # Column names of the public sets: AdvBench, HarmBench, JailbreakBench, refusal_direction, XSTest, and our own.
+BEHIND = "\0behind"  # what a CSV row holds behind the header's last column; no column is called so
 TEXT_COLUMNS = ("text", "goal", "Goal", "Behavior", "instruction", "prompt", "question")
 
 
@@ -82,7 +83,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
                 return list(pyarrow.parquet.read_table(path).to_pylist())
             case ".csv":
                 with path.open(encoding="utf-8-sig", newline="") as handle:
-                    return list(csv.DictReader(handle))
+                    return [
+                        _within_header(row, path, i) for i, row in enumerate(csv.DictReader(handle, restkey=BEHIND), 1)
+                    ]
             case ".jsonl":
                 lines = path.read_text("utf-8").splitlines()
                 return [_object(json.loads(line), path, i) for i, line in enumerate(lines, 1) if line.strip()]
@@ -120,6 +123,13 @@ def _from_hub(name: str) -> list[dict[str, Any]]:
     tables = found.values() if isinstance(found, dict) else [found]
     # its own column of that name would be taken for our splits
     return [{k: v for k, v in row.items() if k != "split"} for table in tables for row in table]
+
+
+def _within_header(row: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
+    """A CSV row without what stands behind the header's columns, which must be empty."""
+    if any(row.pop(BEHIND, ())):
+        raise UserError(f"{path}: row {number} has more columns than the header; put text with commas into quotes.")
+    return row
 
 
 def _object(row: Any, path: Path, number: int) -> dict[str, Any]:

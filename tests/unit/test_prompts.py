@@ -140,3 +140,13 @@ def test_a_dataset_that_does_not_load_is_one_sentence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=r"cannot be loaded: Couldn.t find it$"):
         load_prompts("hf:no/where")
+
+
+def test_a_row_longer_than_its_header_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("text\nWrite a poem,\nPick a lock, please\n")
+    with pytest.raises(UserError, match="row 2 has more columns than the header"):
+        load_prompts(tmp_path / "p.csv")
+    (tmp_path / "q.csv").write_text("text\nWrite a poem,\n")  # a trailing comma is harmless
+    assert [p.text for p in load_prompts(tmp_path / "q.csv")] == ["Write a poem"]
+    (tmp_path / "r.csv").write_text(",text\n0,Write a poem\n")  # pandas writes its index under no name
+    assert [p.text for p in load_prompts(tmp_path / "r.csv")] == ["Write a poem"]
