@@ -40,9 +40,10 @@ def circuit(data: RunData) -> Figure | None:
         views.append(View(label, finish(_chart(top, tokens), shown, 430, say), arm=arm_of[label]))
     caption = (
         "Up: layers. Left to right: where the top heads look from chat[−1] (regions of the prompt), earlier heads and "
-        "MLPs at the chat tokens, the top heads, the refusal direction. An edge is as thick as what passes along r̂; "
-        "solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; shown: edges of at "
-        "least 2 % of what the top heads bring (or MLPs write) on the select split, with weights of the report split."
+        "MLPs at the chat tokens, the top heads, MLPs at chat[−1], the refusal direction. An edge's width is the root of "
+        "what passes along r̂; solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; "
+        "shown: edges of at least 2 % of what the top heads bring (or MLPs write) on the select split, with weights of "
+        "the report split."
     )
     columns = (
         ("from", "from"),
@@ -100,7 +101,8 @@ def _row(
     name: str,
 ) -> Row:
     return {
-        "from": source, "to": target, "weight": weight, "share": abs(weight) / most, "sign": "−" if weight < 0 else "+",
+        "from": source, "to": target, "weight": weight, "sign": "−" if weight < 0 else "+",
+        "share": (abs(weight) / most) ** 0.5,
         "x": start[0], "y": start[1], "x2": stop[0], "y2": stop[1], "name": name, "node": None,
         "tip": f"{source} → {target}: {plain(weight)}",
     }  # fmt: skip
@@ -108,12 +110,12 @@ def _row(
 
 def _nodes(edges: list[Row]) -> list[Row]:
     """The ends of the edges, each once."""
-    found: dict[str, Row] = {}
+    found: dict[tuple[str, float, float], Row] = {}
     for edge in edges:
         for label, x, y in ((edge["from"], edge["x"], edge["y"]), (edge["to"], edge["x2"], edge["y2"])):
             bare = label.split(" at chat")[0]
             is_head = bare.startswith("L") and ".H" in bare
-            found[label] = {
+            found[label, x, y] = {
                 "node": label, "label": bare, "x": x, "y": y, "name": bare if is_head else "", "sign": None,
                 "kind": "head" if is_head else "other", "tip": label,
             }  # fmt: skip

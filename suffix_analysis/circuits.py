@@ -81,14 +81,14 @@ def find_paths(run: Prepared, unit: Float[Tensor, " d_model"], into: Sequence[He
         gathered["bias"].append(constant * row[:, -run.n_chat :])
         gathered["embedding"].append((run.resid[:, 0].float() * reading).sum(-1))
         parts, mlps = [], []
-        for below in range(model.n_layers):
-            if below >= layer:  # later blocks write after the head has read
+        for earlier in range(model.n_layers):
+            if earlier >= layer:  # later blocks write after the head has read
                 parts.append(torch.zeros(len(run), run.n_chat, run.z.shape[3], len(REGIONS), device=device))
                 mlps.append(torch.zeros(len(run), run.n_chat, device=device))
                 continue
-            mlps.append((run.mlp_out[:, below].float() * reading).sum(-1))
-            parts.append(_by_source(run, below, reading, norms[below], scales[below], values[below], masks))
-            gathered["bias"][-1] = gathered["bias"][-1] + _bias(run, below, reading, norms[below], scales[below])
+            mlps.append((run.mlp_out[:, earlier].float() * reading).sum(-1))
+            parts.append(_by_source(run, earlier, reading, norms[earlier], scales[earlier], values[earlier], masks))
+            gathered["bias"][-1] = gathered["bias"][-1] + _bias(run, earlier, reading, norms[earlier], scales[earlier])
         gathered["heads"].append(torch.stack(parts, dim=2))
         gathered["mlp"].append(torch.stack(mlps, dim=2))
     stacked = {name: torch.stack(found, dim=1).cpu() for name, found in gathered.items()}

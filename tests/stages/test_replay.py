@@ -168,6 +168,11 @@ def test_paths_sum_to_what_the_heads_bring_from_chat_tokens(runs: tuple[Model, P
     traced = trace(model, list(attacked.chats), readout(model).unit)
     for i, head in enumerate(into):
         torch.testing.assert_close(paths.direct[:, i], traced.contribution[:, head[0], head[1]], atol=1e-5, rtol=1e-3)
+    written = attacked.mlp_out[:, :, -1].float() @ readout(model).unit
+    torch.testing.assert_close(paths.mlps, written, atol=1e-5, rtol=1e-4)
+    early = find_paths(attacked, readout(model).unit, into, below=1).mlps
+    torch.testing.assert_close(early[:, :1], written[:, :1], atol=1e-5, rtol=1e-4)
+    assert float(early[:, 1:].abs().max()) == 0, "MLPs behind the readout cannot have moved it"
     weights = edge_weights(paths)
     through = sum(w for key, w in weights.items() if key[0] == "early → head" and key[-1] == (2, 1))
     torch.testing.assert_close(through, paths.through_heads[:, 0].sum(dim=(1, 2, 3, 4)), atol=1e-5, rtol=1e-4)
