@@ -40,8 +40,8 @@ def circuit(data: RunData) -> Figure | None:
         views.append(View(label, finish(_chart(top, tokens), shown, 430, say), arm=arm_of[label]))
     caption = (
         "Up: layers. Left to right: where the top heads look from chat[−1] (regions of the prompt), earlier heads and "
-        "MLPs at the chat tokens, the top heads, MLPs at chat[−1], the refusal direction. An edge's width is the root of "
-        "what passes along r̂; solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; "
+        "MLPs at the chat tokens, the top heads, MLPs at chat[−1], the refusal direction. An edge's width is the root "
+        "of what passes along r̂; solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; "
         "shown: edges of at least 2 % of what the top heads bring (or MLPs write) on the select split, with weights of "
         "the report split."
     )
