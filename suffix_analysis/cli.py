@@ -175,19 +175,15 @@ def report(
     ] = None,
 ) -> None:
     """Build the HTML report of a RUN folder; with an OTHER one, a page that shows the two side by side."""
-    from reports import ReportError, build_report
+    from reports import ReportError, build_comparison, build_report, save_figures
 
     if figures is not None and (other is not None or redact or out is not None):
         raise UsageError("--figures writes files of one run as they are; leave the other run, --redact and --out out.")
     try:
         if figures is not None:
-            from reports.export import save_figures
-
             written = save_figures(run, figures)
             print(f"{len(written)} files in {figures}")
         elif other is not None:
-            from reports.compare import build_comparison
-
             print(build_comparison(run, other, out, redact=redact))
         else:
             print(build_report(run, out, redact=redact))
