@@ -80,11 +80,10 @@ def _parts(rows: list[Row], key: str, least: float) -> list[tuple[str, Row]]:
     return [(FACTOR_NAMES.get(row[key], visible(str(row[key]))), row) for row in kept]
 
 
-def _listed(parts: list[tuple[str, Row]], words: str) -> str:
+def _listed(parts: list[tuple[str, Row]], verb: str, preposition: str) -> str:
     """Shares with their intervals, the first with its verb: 60 % comes from one thing, 30 % from another."""
     told = [
-        f"{percent_ci(row['share'], row['share_lo'], row['share_hi'])} "
-        + (words if i == 0 else words.split(" ", 1 if words.startswith("comes") else 2)[-1]).format(name)
+        f"{percent_ci(row['share'], row['share_lo'], row['share_hi'])} {'' if i else verb + ' '}{preposition} {name}"
         for i, (name, row) in enumerate(parts)
     ]
     return told[0] if len(told) == 1 else ", ".join(told[:-1]) + " and " + told[-1]
@@ -96,9 +95,9 @@ def sentences(data: RunData) -> Iterator[str]:
     factors = _parts([row for row in data.table("factors") if row["layer"] == -1], "factor", least=0.1)
     clauses = []
     if terms:
-        clauses.append(f"Of the fall in projection {_listed(terms, 'is written by {}')}")
+        clauses.append(f"Of the fall in projection {_listed(terms, 'is written', 'by')}")
     if factors:
-        clauses.append(f"of what the top heads bring less from the instruction {_listed(factors, 'comes from {}')}")
+        clauses.append(f"of what the top heads bring less from the instruction {_listed(factors, 'comes', 'from')}")
     if clauses:
         yield "; ".join(clauses) + "."
     rows = [row for row in data.table("causal") if row["on"] == "attacked" and row.get("refused") is not None]

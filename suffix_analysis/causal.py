@@ -55,8 +55,12 @@ def base(prepared: Prepared, readout: Readout) -> Outcome:
 
 
 @torch.no_grad()
-def measure(prepared: Prepared, hooks: Sequence[Hook], readout: Readout, *, copies: int = 1, start: int = 0) -> Outcome:
-    """The outcome under ``hooks`` (see :func:`replay`); rows of the first prompt come first."""
+def measure(prepared: Prepared, hooks: Sequence[Hook], readout: Readout, *, copies: int = 1) -> Outcome:
+    """The outcome under ``hooks`` (see :func:`replay`); rows of the first prompt come first.
+
+    Blocks before the first that is changed are not run again.
+    """
+    start = min((int(name.split(".")[1]) for name, _ in hooks), default=0)
     unit = readout.unit.to(prepared.ids.device)
     seen: list[Tensor] = []
 
@@ -195,29 +199,11 @@ def head_sweep(
             return rows.flatten(0, 1)
 
         hooks: list[Hook] = [(f"blocks.{layer}.attn.hook_z", put)]
-        found = measure(prepared, hooks, readout, copies=n_heads, start=layer)
+        found = measure(prepared, hooks, readout, copies=n_heads)
         scores.append(found.score.view(n_prompts, n_heads))
         projections.append(found.projection.view(n_prompts, n_heads))
     whole = Outcome(torch.stack(scores, dim=1), torch.stack(projections, dim=1))
     return whole.minus(Outcome(plain.score[:, None, None], plain.projection[:, None, None]))
-
-
-def first_layer(heads: Iterable[Head]) -> int:
-    """The first layer in which a set of heads changes anything."""
-    return min((layer for layer, _ in heads), default=0)
-
-
-def patch_heads(
-    prepared: Prepared, values: Float[Tensor, "*prompt layer chat head d_head"], heads: Sequence[Head], readout: Readout
-) -> Outcome:
-    """The outcome with a set of heads replaced by ``values``: another run's ``z`` (patching), a mean, or zeros."""
-    return measure(prepared, replaced(heads, values), readout, start=first_layer(heads))
-
-
-def recovered(patched: Tensor, plain: Tensor, source: Tensor, least: float) -> float | None:
-    """Σ(patched − plain) / Σ(source − plain) over prompts; None where the mean difference is below ``least``."""
-    whole = float((source - plain).mean())
-    return None if abs(whole) < least else float((patched - plain).mean()) / whole
 
 
 def attribution(

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from suffix_analysis.causal import Head
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.placement import in_memory
 from suffix_analysis.replay import Prepared
-from suffix_analysis.residual import multiplier, post_norm, rms_norm
+from suffix_analysis.residual import multiplier, post_norms, rms_norm
+from suffix_analysis.stats import interval
 from suffix_analysis.traces import output_directions
-
-Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ def find_paths(run: Prepared, unit: Float[Tensor, " d_model"], into: Sequence[He
     """
     model = run.model
     device = model.hf.device
-    norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
+    norms = post_norms(model)
     ends = output_directions(model, unit.float().to(device), norms)
+    places = range(run.n_chat)
     scales = [
-        None if norm is None else torch.stack([norm.scale(_attention(run, n, p)) for p in range(run.n_chat)], dim=1)
+        None if norm is None else torch.stack([norm.scale(run.attention_output(n, p)) for p in places], dim=1)
         for n, norm in enumerate(norms)
     ]
     values = [_all_values(run, n) for n in range(model.n_layers)]
@@ -100,12 +101,6 @@ def find_paths(run: Prepared, unit: Float[Tensor, " d_model"], into: Sequence[He
         tuple(into), stacked["heads"], stacked["mlp"], stacked["embedding"], stacked["bias"], stacked["whole"],
         stacked["direct"], own, error,
     )  # fmt: skip
-
-
-def _attention(run: Prepared, layer: int, place: int) -> Float[Tensor, "prompt d_model"]:
-    """Attention's output at a chat token, before any norm behind it."""
-    out: Tensor = run.model.bridge.blocks[layer].attn.o.original_component(run.z[:, layer, place].flatten(1))
-    return out
 
 
 def _all_values(run: Prepared, layer: int) -> Float[Tensor, "prompt token kv_head d_head"]:
@@ -218,8 +213,6 @@ def kept_edges(select: Sequence[Paths], share: float = EDGE_SHARE) -> list[tuple
 
 def edge_rows(arms: dict[str, Paths], kept: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
     """The graph record: kept edges with their weight in every arm (mean over prompts, with its interval)."""
-    from suffix_analysis.stats import interval
-
     rows = []
     for arm, paths in arms.items():
         weights = edge_weights(paths)

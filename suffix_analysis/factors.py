@@ -23,8 +23,8 @@ from torch import Tensor
 from suffix_analysis.causal import cut
 from suffix_analysis.errors import UserError
 from suffix_analysis.replay import Hook, Prepared, replay
-from suffix_analysis.residual import post_norm
-from suffix_analysis.traces import output_directions
+from suffix_analysis.residual import post_norms
+from suffix_analysis.traces import output_directions, values_along
 
 FACTORS = ("query", "dilution", "chat keys", "displacement", "scale")
 BOUND = 1e-4  # of the largest contribution: how far the two ends may be from the runs they stand for
@@ -77,10 +77,10 @@ def split_change(plain: Prepared, attacked: Prepared, unit: Float[Tensor, " d_mo
     if [c.instruction for c in plain.chats] != [c.instruction for c in attacked.chats]:
         raise UserError("The two runs to compare have different instructions; prepare the same prompts in one order.")
     model = attacked.model
-    norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
+    norms = post_norms(model)
     weights = output_directions(model, unit.float().to(model.hf.device), norms)
     runs = {"plain": plain, "attacked": attacked}
-    along = {name: _values_along(run, weights) for name, run in runs.items()}
+    along = {name: _along(run, weights) for name, run in runs.items()}
     scales = {name: _scales(run, norms) for name, run in runs.items()}
     ends = {
         name: _contribution(run.pattern[:, :, :, -1], run, along[name]) * scales[name] for name, run in runs.items()
@@ -131,14 +131,10 @@ def _rows(plain: Prepared, attacked: Prepared, moved: frozenset[str]) -> Float[T
     return torch.stack([kept[n] for n in range(attacked.model.n_layers)], dim=1)
 
 
-def _values_along(run: Prepared, heads: Float[Tensor, "layer head d_head"]) -> Float[Tensor, "prompt layer head token"]:
+def _along(run: Prepared, weights: Float[Tensor, "layer head d_head"]) -> Float[Tensor, "prompt layer head before"]:
     """What each head would write along r̂ per unit of attention, for every token before the chat region."""
-    found = []
-    for layer, values in enumerate(run.values):
-        n_kv = values.shape[1]
-        grouped = heads[layer].view(n_kv, heads.shape[1] // n_kv, -1).to(values.device)
-        found.append(torch.einsum("bgtd,ghd->bght", values.float(), grouped).flatten(1, 2))
-    return torch.stack(found, dim=1)
+    pairs = zip(run.values, weights, strict=True)
+    return torch.stack([values_along(v.transpose(1, 2), own) for v, own in pairs], dim=1)
 
 
 def _contribution(
@@ -157,12 +153,5 @@ def _scales(run: Prepared, norms: Any) -> Float[Tensor, "prompt layer 1"]:
         if norm is None:
             found.append(torch.ones(len(run)))
         else:
-            found.append(norm.scale(attention_output(run, layer)).cpu())
+            found.append(norm.scale(run.attention_output(layer)).cpu())
     return torch.stack(found, dim=1)[:, :, None]
-
-
-def attention_output(run: Prepared, layer: int) -> Float[Tensor, "prompt d_model"]:
-    """What attention gives at chat[-1], before any norm behind it."""
-    block = run.model.bridge.blocks[layer]
-    out: Tensor = block.attn.o.original_component(run.z[:, layer, -1].flatten(1))
-    return out

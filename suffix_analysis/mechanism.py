@@ -27,7 +27,7 @@ from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
 from suffix_analysis.replay import Prepared, prepare, reply
-from suffix_analysis.residual import post_norm
+from suffix_analysis.residual import post_norms
 from suffix_analysis.stats import interval, rate_interval, ratio_interval, sign_flip_max_t
 from suffix_analysis.traces import output_directions
 
@@ -89,11 +89,13 @@ def measure_mechanism(
     errors: dict[str, list[float]] = {"replays": [], "states": [], "factors": []}
     for done, group in enumerate(groups, 1):
         plain = prepare(model, [model.chat(p.text) for p in group])
+        beside = None if control is None else prepare(model, [model.chat(p.text, control.text) for p in group])
         cells.add("terms none", _terms(plain, readout, top))
         cells.add_outcome("none", causal.base(plain, readout))
         for number, suffix in enumerate(suffixes):
             run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
-            runs = Runs(plain, run, _control(model, group, control, run))
+            # attention rows fit only where the control is token by token as long as the attacked run
+            runs = Runs(plain, run, beside if beside is not None and torch.equal(beside.mask, run.mask) else None)
             split = split_change(plain, run, readout.unit)
             errors["factors"].append(split.error)
             errors["states"].append(state_error(plain, run))
@@ -129,14 +131,6 @@ def measure_mechanism(
         ),
         "sweep": [row for name in ("none", "adversarial") for row in _sweep_rows(cells, name)],
     }
-
-
-def _control(model: Model, group: Sequence[Prompt], suffix: Suffix | None, attacked: Prepared) -> Prepared | None:
-    """The control's run, where it is token by token as long as the attacked one."""
-    if suffix is None:
-        return None
-    run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
-    return run if torch.equal(run.mask, attacked.mask) else None
 
 
 def _edges(
@@ -191,17 +185,16 @@ def _of(values: Tensor, heads: Sequence[Head]) -> Tensor:
 def _terms(run: Prepared, readout: Readout, top: Sequence[Head]) -> Float[Tensor, "prompt term"]:
     """What was written along r̂ at chat[-1] before the readout's layer, by the top heads and by everything else."""
     model, unit = run.model, readout.unit.to(run.resid.device)
-    norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
+    norms = post_norms(model)
     ends = output_directions(model, unit, norms)
     below = [head for head in top if head[0] < readout.layer]
     found = torch.zeros(len(run), len(TERMS), device=unit.device)
     found[:, 3] = run.resid[:, 0, -1].float() @ unit
     found[:, 2] = run.mlp_out[:, : readout.layer, -1].float().sum(dim=1) @ unit
     for layer, head in below:
-        z = run.z[:, layer, -1]
-        write = z[:, head].float() @ ends[layer, head]
+        write = run.z[:, layer, -1, head].float() @ ends[layer, head]
         if (norm := norms[layer]) is not None:
-            write = write * norm.scale(model.bridge.blocks[layer].attn.o.original_component(z.flatten(1)))
+            write = write * norm.scale(run.attention_output(layer))
         found[:, 0] += write
     # all else is attention: other heads (and attention biases, where there are any)
     found[:, 1] = run.resid[:, readout.layer, -1].float() @ unit - found[:, [0, 2, 3]].sum(dim=1)

@@ -78,6 +78,11 @@ class Prepared(Cached):
     pattern: Float[Tensor, "prompt layer head chat token"]
     logits: Float[Tensor, "prompt vocab"]
 
+    def attention_output(self, layer: int, place: int = -1) -> Float[Tensor, "prompt d_model"]:
+        """What attention gives at a chat token, before any norm behind it."""
+        out: Tensor = self.model.bridge.blocks[layer].attn.o.original_component(self.z[:, layer, place].flatten(1))
+        return out
+
 
 @torch.no_grad()
 def prepare(model: Model, chats: Sequence[Chat]) -> Prepared:

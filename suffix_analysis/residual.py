@@ -40,6 +40,11 @@ def post_norm(block: Any, d_model: int) -> PostNorm | None:
     return rms_norm(block.ln1_post.original_component, d_model)
 
 
+def post_norms(model: Model) -> list[PostNorm | None]:
+    """The norm behind attention of every block, or None."""
+    return [post_norm(block, model.d_model) for block in model.bridge.blocks]
+
+
 @torch.no_grad()
 def rms_norm(norm: Any, d_model: int) -> PostNorm:
     """An RMS norm module's effective weight and epsilon."""

@@ -21,7 +21,7 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
 from suffix_analysis.placement import in_memory
 from suffix_analysis.prompts import Prompt, to_prompts
-from suffix_analysis.residual import PostNorm, multiplier, post_norm
+from suffix_analysis.residual import PostNorm, multiplier, post_norms
 
 IDENTITY_BOUND = 1e-5  # of the write's length (METHODS §3)
 CLOSURE_BOUND = 1e-4  # of the final residual stream's length: a sum over all layers
@@ -80,6 +80,15 @@ def output_directions(
     return multiplier(model) * torch.stack(found)
 
 
+def values_along(
+    v: Float[Tensor, "prompt token kv_head d_head"], heads: Float[Tensor, "head d_head"]
+) -> Float[Tensor, "prompt head token"]:
+    """What each head of a block would write along r̂ per unit of attention (see :func:`output_directions`)."""
+    # query head h reads key-value head h // (H/G)
+    grouped = heads.unflatten(0, (v.shape[2], -1)).to(v.device)
+    return torch.einsum("btgd,ghd->bght", v.float(), grouped).flatten(1, 2)
+
+
 def trace(
     model: Model,
     prompts: Sequence[Prompt | str | Chat],
@@ -115,7 +124,7 @@ def trace(
         raise UserError(f"position is {position}; the prompts have {shortest} chat tokens, so −{shortest} to −1.")
     vector = direction.vector if isinstance(direction, Direction) else direction
     unit = (vector / vector.norm()).float().to(model.hf.device)
-    norms = [post_norm(block, model.d_model) for block in model.bridge.blocks]
+    norms = post_norms(model)
     heads = output_directions(model, unit, norms)
     kept: dict[int, dict[str, Any]] = {}
     for group in batches([len(chat.ids) for chat in chats]):
@@ -164,9 +173,7 @@ def _batch(
     def values(layer: int) -> Callable[[Tensor, Any], None]:
         def take(v: Tensor, hook: Any) -> None:
             seen["v", layer] = v.float()
-            # query head h reads key-value head h // (H/G)
-            grouped = heads[layer].unflatten(0, (v.shape[2], -1))
-            seen["along", layer] = torch.einsum("btgd,ghd->bght", seen["v", layer], grouped).flatten(1, 2)
+            seen["along", layer] = values_along(v, heads[layer])
 
         return take
 

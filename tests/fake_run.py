@@ -18,20 +18,16 @@ from tests.fake_findings import (
     RATES,
     WIDTH,
     candidates,
-    carried,
-    causal,
     checks,
-    circuit,
     contrast,
-    factors,
     heads,
     intervention,
     patterns,
     profile,
     rate_row,
     shift,
-    sweep,
 )
+from tests.fake_mechanism import carried, causal, circuit, factors, sweep
 
 HOSTILE = [
     "</script><script>alert('x')</script>",

@@ -21,7 +21,7 @@ from suffix_analysis.heads import region, top_heads
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.replay import Prepared, prepare
-from suffix_analysis.stats import sign_flip_max_t
+from suffix_analysis.stats import ratio_interval, sign_flip_max_t
 from suffix_analysis.traces import Traces, trace
 from tests.planted.models import (
     CARRIER,
@@ -43,6 +43,12 @@ TEXT = " ".join(SUFFIX)
 UNIT = torch.nn.functional.one_hot(torch.tensor(F["refuse"]), D_MODEL).float()
 READ = Readout(UNIT, READ_LAYER, (WORDS.index("no"),))
 EXACT = 1e-4
+
+
+def recovered(patched: torch.Tensor, plain: torch.Tensor, source: torch.Tensor) -> float | None:
+    """Which share of the way from one run to another an intervention goes."""
+    part, whole = ((x - plain).double().numpy()[:, None] for x in (patched, source))
+    return ratio_interval(part, whole)[0]
 
 
 class Case:
@@ -67,9 +73,7 @@ class Case:
     def back(self, hooks: list[causal.Hook]) -> float:
         """Which share of the fall an intervention on the attacked run undoes."""
         found = causal.measure(self.attacked, hooks, READ).projection
-        share = causal.recovered(
-            found, causal.base(self.attacked, READ).projection, causal.base(self.plain, READ).projection, 1e-6
-        )
+        share = recovered(found, causal.base(self.attacked, READ).projection, causal.base(self.plain, READ).projection)
         assert share is not None
         return share
 
@@ -182,10 +186,8 @@ def test_patching_the_planted_head_recovers_the_planted_share(planted_case: Case
         forward = planted_case.back(causal.replaced([head], plain.z))
         assert forward == pytest.approx(float(head in moved), abs=EXACT), head
         # and the other way: the attacked head in the clean run takes the projection away
-        taken = causal.patch_heads(plain, attacked.z, [head], READ).projection
-        share = causal.recovered(
-            taken, causal.base(plain, READ).projection, causal.base(attacked, READ).projection, 1e-6
-        )
+        taken = causal.measure(plain, causal.replaced([head], attacked.z), READ).projection
+        share = recovered(taken, causal.base(plain, READ).projection, causal.base(attacked, READ).projection)
         assert share == pytest.approx(float(head in moved), abs=EXACT), head
     every = [(layer, head) for layer in range(plain.z.shape[1]) for head in range(plain.z.shape[3])]
     assert planted_case.back(causal.replaced(every, plain.z)) == pytest.approx(1, abs=EXACT), "positive control"

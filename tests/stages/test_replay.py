@@ -82,7 +82,7 @@ def test_a_replaced_head_equals_the_full_recompute(runs: tuple[Model, Prepared, 
         return z
 
     nothing = torch.zeros_like(attacked.z[0])
-    found = causal.patch_heads(attacked, nothing, [(layer, head)], readout(model))
+    found = causal.measure(attacked, causal.replaced([(layer, head)], nothing), readout(model))
     close(found, whole(model, attacked, [(f"blocks.{layer}.attn.hook_z", zero)]))
     sweep = causal.head_sweep(attacked, nothing, readout(model))
     plain = causal.base(attacked, readout(model))
@@ -121,7 +121,7 @@ def test_cut_edges_equal_the_full_recompute(runs: tuple[Model, Prepared, Prepare
 def test_patching_all_heads_gives_the_other_run(runs: tuple[Model, Prepared, Prepared]) -> None:
     model, plain, attacked = runs
     every = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
-    found = causal.patch_heads(attacked, plain.z, every, readout(model))
+    found = causal.measure(attacked, causal.replaced(every, plain.z), readout(model))
     expected = causal.base(plain, readout(model))
     torch.testing.assert_close(found.score, expected.score, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.projection, expected.projection, atol=1e-5, rtol=1e-5)

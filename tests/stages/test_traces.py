@@ -75,7 +75,7 @@ def test_norms_and_multipliers_after_attention_are_part_of_the_contributions(fam
 @pytest.mark.parametrize("family", ["gemma2", "granite"])
 def test_what_stands_in_between_unknown_to_us_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(family, **({"residual_multiplier": 0.3} if family == "granite" else {}))
-    monkeypatch.setattr(traces_module, "post_norm", lambda block, d_model: None)
+    monkeypatch.setattr(traces_module, "post_norms", lambda model: [None] * model.n_layers)
     monkeypatch.setattr(traces_module, "multiplier", lambda model: 1.0)
     with pytest.raises(UserError, match="attention write"):
         trace(model, TEXTS, unit(32))

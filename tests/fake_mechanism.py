@@ -1,0 +1,96 @@
+"""Invented tables of the mechanism stage for ``fake_run``: what carries the fall, why, causal tests, sweep, circuit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.fake_findings import HEADS, LAYERS
+
+
+def shares(name: str, parts: dict[str, float], extra: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of ``carried`` or ``factors``: parts of a change of 16 units."""
+    return [
+        {
+            name: part, "value": 16 * share, "lo": 16 * share - 0.5, "hi": 16 * share + 0.5,
+            "share": share, "share_lo": share - 0.03, "share_hi": share + 0.03, "n_prompts": 32, "n_suffixes": 1,
+            **extra,
+        }
+        for part, share in parts.items()
+    ]  # fmt: skip
+
+
+def carried() -> list[dict[str, Any]]:
+    return shares("term", {"top heads": 0.58, "other heads": 0.17, "MLPs": 0.25, "embedding": 0.0}, {})
+
+
+def factors(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    parts = {"query": 0.62, "dilution": 0.31, "chat keys": 0.04, "displacement": 0.03, "scale": 0.0}
+    return [row for head in [*top, (-1, -1)] for row in shares("factor", parts, {"layer": head[0], "head": head[1]})]
+
+
+def causal() -> list[dict[str, Any]]:
+    tests = [
+        ("nothing changed", "none", "attacked", None, 0.0, 0.41),
+        ("nothing changed", "none", "none", None, 0.0, 0.96),
+    ]
+    for heads, gain in (("top", 0.5), ("random", 0.05), ("random", 0.02), ("all", 1.0)):
+        refused = 0.9 if heads == "all" else None
+        tests.append(("suffix edges cut, mass renormalised", heads, "attacked", None, 0.9 * gain, refused))
+        tests.append(("suffix edges cut, mass destroyed", heads, "attacked", None, 0.3 * gain, None))
+        tests.append(("patched from the run without suffix", heads, "attacked", None, gain, refused))
+        tests.append(("mean-ablated", heads, "none", None, 0.4 * gain, None))
+    tests += [
+        ("projection restored", "none", "attacked", d, d, 0.93 if d == 1 else None) for d in (0.25, 0.5, 0.75, 1.0)
+    ]
+    tests.append(("random direction moved as far", "none", "attacked", 1.0, 0.0, 0.41))
+    rows = []
+    for test, heads, on, dose, gain, refused in tests:
+        row: dict[str, Any] = {"test": test, "heads": heads, "on": on, "dose": dose, "n_prompts": 32, "n_suffixes": 1}
+        for measure, size in (("score", 14.0), ("projection", 16.0)):
+            row |= {
+                f"{measure}_before": -5.0, f"{measure}_after": -5.0 + gain * size, f"{measure}_effect": gain * size,
+                f"{measure}_lo": gain * size - 1, f"{measure}_hi": gain * size + 1, f"{measure}_recovered": gain,
+                f"{measure}_recovered_lo": gain - 0.05, f"{measure}_recovered_hi": gain + 0.05,
+            }  # fmt: skip
+        around = (None, None, None) if refused is None else (refused, refused - 0.1, min(1.0, refused + 0.06))
+        rows.append(row | dict(zip(("refused", "refused_lo", "refused_hi"), around, strict=True)))
+    return rows
+
+
+def sweep(rng: np.random.Generator, top: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": run, "layer": layer, "head": head, "n_prompts": 32, "projection_p": 0.001 if hit else 0.6,
+            "projection_effect": (-1.5 if hit else 0.0) + float(rng.normal(0, 0.05)),
+            "score_effect": 0.0, "score_p": 1.0,
+        }
+        for run in ("none", "adversarial")
+        for layer in range(LAYERS)
+        for head in range(HEADS)
+        for hit in ((layer, head) in top[:3],)
+    ]  # fmt: skip
+
+
+def circuit(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+
+    def edge(kind: str, weight: float, **where: Any) -> None:
+        blank = dict.fromkeys(("source_layer", "source_head", "position", "region", "target_layer", "target_head"))
+        for arm, keep in (("none", 1.0), ("adversarial", 0.35)):
+            rows.append(
+                {"arm": arm, "kind": kind, **blank, **where, "weight": weight * keep, "lo": weight * keep - 0.1,
+                 "hi": weight * keep + 0.1, "n_prompts": 32}
+            )  # fmt: skip
+
+    for i, (layer, head) in enumerate(top[:5]):
+        target = {"target_layer": layer, "target_head": head}
+        edge("region → head", 2.0 - 0.3 * i, region="instruction", **target)
+        edge("head → direction", 2.4 - 0.3 * i, source_layer=layer, source_head=head)
+        edge("early → head", 0.4, source_layer=layer - 4, source_head=1, position=-3, **target)
+        edge("mlp → head", -0.3, source_layer=layer - 2, position=-2, **target)
+    edge("region → early", 0.6, region="instruction", position=-3, target_layer=top[0][0] - 4, target_head=1)
+    edge("mlp → direction", 5.0, source_layer=12, position=-1)
+    edge("embedding → head", 0.2, position=-1, target_layer=top[0][0], target_head=top[0][1])
+    return rows
