@@ -156,7 +156,7 @@ def projection_profile(data: RunData) -> Figure | None:
         if measure == "normalised":
             mine = [row for row in mine if row["layer"] not in small]
         if mine:
-            chart = _profile_chart(mine, title, None if direction is None else direction.layer)
+            chart = layer_lines(mine, title, None if direction is None else direction.layer)
             views.append(View(label, finish(chart, mine, 250, say)))
     if not views:
         return None
@@ -190,7 +190,8 @@ def _small_gaps(rows: Sequence[Row]) -> set[int]:
     return {layer for layer, gap in gaps.items() if gap < 0.1 * largest}
 
 
-def _profile_chart(rows: list[Row], title: str, layer: int | None) -> Any:
+def layer_lines(rows: list[Row], title: str, layer: int | None = None) -> Any:
+    """Return lines over the layers with their bands, one per arm; ``layer`` gets a rule."""
     arms = {row["arm"] for row in rows}
     domain = theme.arm_domain(arms)
     legend = alt.Legend(

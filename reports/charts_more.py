@@ -26,6 +26,7 @@ from reports.charts import (
 from reports.charts_causal import causal_tests
 from reports.charts_circuit import circuit
 from reports.charts_heads import head_grid
+from reports.charts_lens import logit_lens
 from reports.data import Row, RunData
 
 MAX_POINTS = 500
@@ -42,6 +43,7 @@ def figures(data: RunData) -> dict[str, Figure]:
         circuit,
         head_shift,
         causal_tests,
+        logit_lens,
         candidates,
         loss_curve,
     )

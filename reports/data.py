@@ -36,6 +36,8 @@ MISSING_MEANS = {
     "carried": "findings/carried.parquet – what carries the fall in projection",
     "factors": "findings/factors.parquet – why the instruction counts less",
     "causal": "findings/causal.parquet – the causal tests",
+    "lens": "findings/lens.parquet – the refusal score read along the depth",
+    "logits": "findings/logits.parquet – what is written to the refusal tokens' logits",
     "sweep": "findings/sweep.parquet – the effect of ablating every head alone",
     "circuit": "findings/circuit.parquet – paths into the top heads",
     "patterns": "findings/patterns.json – attention patterns of real prompts",

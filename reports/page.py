@@ -185,8 +185,15 @@ def _contrast_row(row: Row) -> dict[str, Any]:
         "estimate": plain(row["estimate"]),
         "ci": f"{plain(row['lo'])} to {plain(row['hi'])}",
         "n": f"{row['n_prompts']} × {row['n_suffixes']}",
-        "descriptive": bool(row.get("descriptive")),
+        "verdict": _verdict(row),
     }
+
+
+def _verdict(row: Row) -> str:
+    if row.get("descriptive"):
+        return "descriptive"
+    told, bound = row.get("verdict"), row.get("equivalent")
+    return f"no larger than {plain(bound)}" if told == "within the bound" else visible(str(told or ""))
 
 
 def _ability_row(row: Row) -> dict[str, Any]:

@@ -173,6 +173,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "score_recovered",
         "n_prompts",
     ),
+    "lens": ("arm", "layer", "mean", "lo", "hi", "n_prompts"),
+    "logits": ("arm", "layer", "term", "head", "mean", "lo", "hi", "n_prompts"),
     "sweep": ("run", "layer", "head", "projection_effect", "projection_p"),
     "circuit": (
         "arm",

@@ -24,7 +24,7 @@ from suffix_analysis.heads import TopHead, top_heads
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
-from suffix_analysis.stats import MIN_SUFFIXES, contrast
+from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Traces, trace
 
 
@@ -131,12 +131,7 @@ def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> lis
     pairs: list[tuple[str, str]] = [(name, "none") for name in SUFFIX_ARMS]
     pairs += [("adversarial", "failed"), ("adversarial", "random"), ("harmless+adversarial", "harmless")]
     return [
-        {
-            "measure": "normalised projection",
-            "arm": a,
-            "against": b,
-            **vars(contrast(values[a], values[b])),
-        }
+        contrast_row("normalised projection", a, b, contrast(values[a], values[b]))
         for a, b in pairs
         if a in values and b in values and np.isfinite(values[a]).all() and np.isfinite(values[b]).all()
     ]

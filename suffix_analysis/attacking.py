@@ -30,7 +30,7 @@ from suffix_analysis.runs import (
     write_suffixes,
 )
 
-EVAL_EVERY = 5
+EVAL_EVERY = (10, 5)  # steps between two looks at the held-out prompts, in the first and the second half of them
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def run_attack(
     watcher = Model(model.name, fast, model.tokenizer, model.system, model.path)
     for step in attack.steps():
         flipped = refused = None
-        if step.step % EVAL_EVERY == 0 or step.step == config.steps:
+        late = step.step > config.steps // 2
+        if step.step % EVAL_EVERY[late] == 0 or step.step == config.steps:
             rows = [render_chat(model.tokenizer, p.text, step.string, model.system).ids for p in [*train, *held_out]]
             kept = opens_refusal(watcher, rows, refusal_tokens)
             flipped = int((~kept[: len(train)]).sum())

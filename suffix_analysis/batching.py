@@ -67,12 +67,12 @@ def pad_token(tokenizer: Any) -> int:
     return 0
 
 
-def shared_prefix(rows: Sequence[Int[Tensor, " _"]]) -> int:
-    """Number of leading tokens that all prompts have in common, leaving at least one token of each."""
+def shared_prefix(rows: Sequence[Int[Tensor, " _"]], leave: int = 1) -> int:
+    """Number of leading tokens that all prompts have in common, leaving at least ``leave`` tokens of each."""
     shortest = min(len(row) for row in rows)
     if len(rows) == 1:
         return 0
-    stacked = torch.stack([row[: shortest - 1] for row in rows])
+    stacked = torch.stack([row[: max(0, shortest - leave)] for row in rows])
     same = (stacked == stacked[0]).all(dim=0)
     return int(same.long().cumprod(0).sum())
 
@@ -86,17 +86,18 @@ class Batch:
 
 
 def prefix_batches(
-    hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]], new_tokens: int = 0
+    hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]], new_tokens: int = 0, leave: int = 1
 ) -> tuple[int, list[Batch]]:
     """The length of the shared prefix, and batches of what follows it, padded on the left.
 
     The padding stands between the prefix and the rest, where a sliding window would count it; so nothing is taken apart
     if the longest prompt and ``new_tokens`` more do not fit into the model's window. Every new token runs all batches
-    again, so where some are to come there are fewer and larger ones.
+    again, so where some are to come there are fewer and larger ones. At least ``leave`` tokens of each prompt are left
+    to the batches.
     """
     window = getattr(hf.config.get_text_config(), "sliding_window", None)
     longest = max(len(row) for row in rows) + new_tokens
-    n_prefix = 0 if window is not None and longest > window else shared_prefix(rows)
+    n_prefix = 0 if window is not None and longest > window else shared_prefix(rows, leave)
     rests = [row[n_prefix:] for row in rows]
     budget = REPLY_BUDGET if new_tokens else TOKEN_BUDGET
     made = []

@@ -16,7 +16,7 @@ from suffix_analysis.replay import Hook, Prepared
 
 DOSES = (0.25, 0.5, 0.75, 1.0)
 SIZES = (1, 2, 4)
-MEAN, PATCHED = "mean-ablated", "patched from the run without suffix"
+MEAN, RESAMPLED, PATCHED = "mean-ablated", "resample-ablated", "patched from the run without suffix"
 ATTENTION = "attention as with a shuffled suffix"
 
 
@@ -31,7 +31,10 @@ class Runs:
 
 @dataclass(frozen=True)
 class Test:
-    """One causal test: hooks on one of the runs. Its effect is held against the way from that run to the other."""
+    """One causal test: hooks on one of the runs. Its effect is held against the way from that run to the other.
+
+    ``once``: on the run without a suffix and with nothing from the other, so one measurement holds for every suffix.
+    """
 
     name: str
     heads: str
@@ -41,6 +44,7 @@ class Test:
     replies: bool = False
     dose: float | None = None
     needs_control: bool = False
+    once: bool = False
 
 
 def random_heads(heads: Sequence[Head], n_heads: int, seed: int) -> list[Head]:
@@ -62,7 +66,7 @@ def tests(
     every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     made = [
         Test("nothing changed", "none", "attacked", lambda runs: [], replies=True),
-        Test("nothing changed", "none", "none", lambda runs: [], replies=True),
+        Test("nothing changed", "none", "none", lambda runs: [], replies=True, once=True),
     ]
     for label, heads in (("top", top), *(("random", some) for some in others), ("all", every)):
         made += _of_heads(label, list(heads), means, replies=label != "random")
@@ -99,13 +103,16 @@ def _of_heads(label: str, heads: list[Head], means: Tensor, replies: bool = Fals
         ("patched from the attacked run", "none", lambda runs: causal.replaced(heads, runs.attacked.z)),
         (ATTENTION, "attacked", lambda runs: causal.transplanted(runs.attacked, _known(runs.control), heads)),
         (MEAN, "none", lambda runs: causal.replaced(heads, means)),
-        ("resample-ablated", "none", lambda runs: causal.replaced(heads, runs.none.z.roll(1, dims=0))),
+        (RESAMPLED, "none", lambda runs: causal.replaced(heads, runs.none.z.roll(1, dims=0))),
     ]  # fmt: skip
-    talking = ("suffix edges cut, mass renormalised", PATCHED)
+    talking, alone = ("suffix edges cut, mass renormalised", PATCHED), (MEAN, RESAMPLED)
     return [
-        Test(name, label, on, hooks, len(heads), replies and name in talking, needs_control=name == ATTENTION)
+        Test(
+            name, label, on, hooks, len(heads), replies and name in talking,
+            needs_control=name == ATTENTION, once=name in alone,
+        )
         for name, on, hooks in plans
-    ]
+    ]  # fmt: skip
 
 
 def _known(run: Prepared | None) -> Prepared:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from suffix_analysis import __version__
-from suffix_analysis.config import StudyConfig
+from suffix_analysis.config import DemoConfig, StudyConfig
 from suffix_analysis.console import Console, tell
 from suffix_analysis.errors import UsageError, UserError
 
@@ -32,6 +32,7 @@ organism = App(name="organism", help="The embedded model: a small chat model tau
 app.command(organism)
 
 Flags = Annotated[StudyConfig, Parameter(name="*")]
+DemoFlags = Annotated[DemoConfig, Parameter(name="*")]
 Out = Annotated[Path, Parameter(help="Run folder; the same command with the same folder continues it.")]
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="TOML file with settings; SUFFIX_ANALYSIS_* and flags win over it.")
@@ -40,7 +41,7 @@ AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the r
 
 
 @app.command
-def demo(config: Flags = StudyConfig(), *, out: Out = Path("runs/demo"), as_json: AsJson = False) -> None:
+def demo(config: DemoFlags = DemoConfig(), *, out: Out = Path("runs/demo"), as_json: AsJson = False) -> None:
     """The whole line on the embedded model: attack, direction, replies, analysis, report."""
     study = _study(config, out)
     study.run()

@@ -10,7 +10,7 @@ from suffix_analysis.errors import UsageError
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Settings of a study. The defaults are the demo's.
+    """Settings of a study.
 
     Attributes:
         model: "embedded", a local folder, a GGUF file or a hub id.
@@ -122,3 +122,14 @@ class StudyConfig:
             raise UsageError(f"attack_gpus is {self.attack_gpus}; it must be 0 or more.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"dtype is {self.dtype!r}; choose float32, bfloat16 or float16.")
+
+
+@dataclass(frozen=True)
+class DemoConfig(StudyConfig):
+    """The demo's settings: a study with fewer controls and tests, for two cores and a quarter of an hour."""
+
+    stop_below: float = 0.3
+    n_controls: int = 4
+    n_traced: int = 48
+    n_causal: int = 12
+    n_select: int = 16

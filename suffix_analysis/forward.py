@@ -17,10 +17,7 @@ from suffix_analysis.batching import (
     REPLY_BUDGET,
     TOKEN_BUDGET,
     Batch,
-    batches,
     in_order,
-    left_pad,
-    pad_token,
     prefix_batches,
 )
 from suffix_analysis.interventions import ablate, add
@@ -29,15 +26,19 @@ from suffix_analysis.models import Model
 Context = contextlib.AbstractContextManager[None]
 
 
-def run_batch(hf: Any, batch: Batch, prefix: Any) -> Float[Tensor, "prompt vocab"]:
-    """Next-token logits at the last position of every prompt of a batch, in float32."""
+def run_batch(hf: Any, batch: Batch, prefix: Any, kept: int = 1) -> Float[Tensor, "prompt kept vocab"]:
+    """Next-token logits at the last ``kept`` positions of every prompt of a batch, in the model's precision."""
     extra: dict[str, Any] = {}
     if prefix is not None:
         extra = {cache_argument(hf): fresh(prefix, len(batch.arguments["input_ids"])), "use_cache": True}
     with contiguous_head(hf):
-        out = hf(**batch.arguments, **extra, logits_to_keep=1)
-    logits: Tensor = out.logits[:, -1].float()
+        out = hf(**batch.arguments, **extra, logits_to_keep=kept)
+    logits: Tensor = out.logits
     return logits
+
+
+def _last(hf: Any, batch: Batch, prefix: Any) -> Float[Tensor, "prompt vocab"]:
+    return run_batch(hf, batch, prefix)[:, -1].float()
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def last_logits(hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]]) -> F
     """
     n_prefix, groups = prefix_batches(hf, tokenizer, rows)
     prefix = prefix_cache(hf, rows[0][:n_prefix])
-    return in_order([(batch, run_batch(hf, batch, prefix)) for batch in groups])
+    return in_order([(batch, _last(hf, batch, prefix)) for batch in groups])
 
 
 @torch.no_grad()
@@ -67,17 +68,17 @@ def block_inputs(
     names = {f"blocks.{layer}.hook_resid_pre": layer for layer in range(last)}
     names[f"blocks.{last - 1}.hook_resid_post"] = last
     seen = dict.fromkeys(names.values(), 0)
-    groups = batches([len(row) for row in rows])
-    for group in groups:
+    n_prefix, groups = prefix_batches(model.hf, model.tokenizer, rows, leave=places)
+    prefix = prefix_cache(model.hf, rows[0][:n_prefix])
+    for batch in groups:
 
-        def catch(x: Tensor, hook: Any, layer: int, group: list[int] = group) -> None:
+        def catch(x: Tensor, hook: Any, layer: int, group: list[int] = batch.members) -> None:
             seen[layer] += 1
             keep(layer, group, x[:, -places:].cpu())
 
         hooks = [(name, functools.partial(catch, layer=layer)) for name, layer in names.items()]
-        padded = left_pad([rows[i] for i in group], pad_token(model.tokenizer), model.hf.device)
-        with contiguous_head(model.hf), model.bridge.hooks(fwd_hooks=hooks):
-            model.hf(**padded, logits_to_keep=1)
+        with model.bridge.hooks(fwd_hooks=hooks):
+            run_batch(model.hf, batch, prefix)
     missing = [layer for layer, count in seen.items() if count != len(groups)]
     assert not missing, f"hooks that never fired, at layers {missing}"
 
@@ -113,7 +114,7 @@ def _logits_of_each(
         parts = []
         for number, batch in enumerate(groups):
             with change(some.repeat_interleave(len(batch.members), dim=0)), around(number, len(some)):
-                logits = run_batch(model.hf, _times(batch, len(some)), prefix)
+                logits = _last(model.hf, _times(batch, len(some)), prefix)
             parts.append((batch, logits.unflatten(0, (len(some), -1))))
         out.append(in_order(parts))
     return torch.cat(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,12 @@ from torch import Tensor
 from suffix_analysis.chat import Chat
 from suffix_analysis.models import Model
 from suffix_analysis.placement import in_memory
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import refusal_score
-from suffix_analysis.replay import Prepared, replay
+from suffix_analysis.replay import Prepared, groups, prepare, replay
 from suffix_analysis.residual import rms_norm
+from suffix_analysis.stats import interval_table
 from suffix_analysis.traces import trace
 
 
@@ -65,3 +69,43 @@ def logit_attribution(model: Model, chats: Sequence[Chat], tokens: Sequence[int]
         embedding=traces.embedding * scale,
         total=traces.projection[:, -1] * scale,
     )
+
+
+def measure_lens(
+    model: Model, prompts: Sequence[Prompt], suffix: Suffix, tokens: Sequence[int], top: Sequence[tuple[int, int]]
+) -> tuple[dict[str, list[dict[str, Any]]], list[float]]:
+    """Tables ``lens`` and ``logits`` of the prompts without and with a suffix, and how far the terms miss the sums.
+
+    Args:
+        model: the model.
+        prompts: harmful report prompts.
+        suffix: an adversarial one.
+        tokens: ids that open refusals.
+        top: heads (layer, head) that get rows of their own beside the sums over a layer's heads.
+    """
+    tables: dict[str, list[dict[str, Any]]] = {"lens": [], "logits": []}
+    errors = []
+    for arm, text in (("none", ""), ("adversarial", suffix.text)):
+        chats = [[model.chat(p.text, text) for p in group] for group in groups(prompts)]
+        scores = torch.cat([logit_lens(prepare(model, group), tokens) for group in chats])
+        found = logit_attribution(model, [chat for group in chats for chat in group], tokens)
+        whole = found.heads.sum(dim=(1, 2)) + found.attention_bias.sum(dim=1) + found.mlp_out.sum(dim=1)
+        errors.append(float((whole + found.embedding - found.total).abs().max() / found.total.abs().max()))
+        tables["lens"] += _rows(scores, arm, range(scores.shape[1]))
+        layers = range(model.n_layers)
+        tables["logits"] += [
+            *_rows(found.heads.sum(dim=2) + found.attention_bias, arm, layers, term="attention", head=-1),
+            *_rows(found.mlp_out, arm, layers, term="MLP", head=-1),
+            *_rows(found.embedding[:, None], arm, [-1], term="embedding", head=-1),
+        ]
+        for layer, head in top:
+            tables["logits"] += _rows(found.heads[:, layer, head, None], arm, [layer], term="head", head=head)
+    return tables, errors
+
+
+def _rows(values: Float[Tensor, "prompt layer"], arm: str, layers: Sequence[int], **more: Any) -> list[dict[str, Any]]:
+    mean, lo, hi = interval_table(values.double().numpy()[:, None])
+    return [
+        {"arm": arm, "layer": layer, **more, "mean": m, "lo": a, "hi": b, "n_prompts": len(values)}
+        for layer, m, a, b in zip(layers, mean.tolist(), lo.tolist(), hi.tolist(), strict=True)
+    ]

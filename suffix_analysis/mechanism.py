@@ -22,32 +22,28 @@ from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_
 from suffix_analysis.directions import Direction
 from suffix_analysis.factors import FACTORS, split_change
 from suffix_analysis.judges import is_refusal
+from suffix_analysis.lens import measure_lens
 from suffix_analysis.mechanism_checks import check_rows, replay_error, state_error
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
-from suffix_analysis.replay import Prepared, prepare, reply
+from suffix_analysis.replay import Prepared, groups, prepare, reply
 from suffix_analysis.residual import post_norms
 from suffix_analysis.stats import interval, rate_interval, ratio_interval, sign_flip_max_t
 from suffix_analysis.traces import output_directions
 
-GROUP = 16  # prompts that are held at once
 TERMS = ("top heads", "other heads", "MLPs", "embedding")
 
 
 def head_means(model: Model, prompts: Sequence[Prompt]) -> Float[Tensor, "layer chat head d_head"]:
     """Mean of what every head mixes from values, at every chat token: what a mean-ablated head gives."""
     total, count = None, 0
-    for group in _groups(prompts):
+    for group in groups(prompts):
         z = prepare(model, [model.chat(p.text) for p in group]).z
         total = z.double().sum(dim=0) if total is None else total + z.double().sum(dim=0)
         count += len(group)
     assert total is not None
     return (total / count).float()
-
-
-def _groups(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
-    return [prompts[i : i + GROUP] for i in range(0, len(prompts), GROUP)]
 
 
 def measure_mechanism(
@@ -64,15 +60,15 @@ def measure_mechanism(
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Tables ``carried``, ``factors``, ``causal``, ``circuit``, ``sweep`` and ``checks`` of suffixes on report prompts.
+    """Tables ``carried``, ``factors``, ``causal``, ``circuit``, ``sweep``, ``lens``, ``logits`` and ``checks``.
 
     Args:
         model: the model.
         direction: its refusal direction; its layer is where the projection is read.
         report: harmful prompts that are measured.
         select: harmful prompts for the heads' means.
-        suffixes: adversarial ones; each is crossed with every prompt. The sweep runs for the first only, on the first
-            group of prompts.
+        suffixes: adversarial ones; each is crossed with every prompt. Circuit and lens are of the first only, and so is
+            the sweep, on the first group of prompts.
         top: the heads chosen on the select split.
         control: a shuffled suffix, whose attention rows the attacked run is given where the token counts are equal.
         n_random: sets of random heads, of the same layers and as many.
@@ -84,10 +80,10 @@ def measure_mechanism(
     others = [random_heads(top, model.n_heads, seed + i) for i in range(n_random)]
     means = head_means(model, select)
     plan = tests(readout, top, others, means, model.n_layers, model.n_heads)
-    groups, cells = _groups(report), _Cells()
+    parts, cells = groups(report), _Cells()
     arms: dict[str, list[Paths]] = {"none": [], "adversarial": []}
     errors: dict[str, list[float]] = {"replays": [], "states": [], "factors": []}
-    for done, group in enumerate(groups, 1):
+    for done, group in enumerate(parts, 1):
         plain = prepare(model, [model.chat(p.text) for p in group])
         beside = None if control is None else prepare(model, [model.chat(p.text, control.text) for p in group])
         cells.add("terms none", _terms(plain, readout, top))
@@ -103,7 +99,7 @@ def measure_mechanism(
             cells.add_outcome("attacked", causal.base(run, readout), number)
             cells.add("factors", torch.stack([_of(split.parts[f], top) for f in FACTORS], dim=1), number)
             for i, test in enumerate(plan):
-                if test.needs_control and runs.control is None:
+                if (test.needs_control and runs.control is None) or (test.once and number):
                     continue
                 this, hooks = run if test.on == "attacked" else plain, test.hooks(runs)
                 cells.add_outcome(f"test {i}", causal.measure(this, hooks, readout), number)
@@ -117,12 +113,14 @@ def measure_mechanism(
                         cells.add_outcome(f"sweep {name}", causal.head_sweep(one, means, readout))
                     arms[name].append(find_paths(one, readout.unit, top, readout.layer))
         if on_step is not None:
-            on_step(done, len(groups))
+            on_step(done, len(parts))
     tested = [_causal_row(cells, i, test) for i, test in enumerate(plan) if cells.complete(f"test {i} score", report)]
     every = next(row for row in tested if row["test"] == PATCHED and row["heads"] == "all")
     misses = [paths.error for parts in arms.values() for paths in parts]
+    lens, errors["logits"] = measure_lens(model, report, suffixes[0], direction.refusal_tokens, top)
     return {
         "checks": check_rows(**errors, paths=misses, patched_all=every["projection_recovered"]),
+        **lens,
         "carried": _carried_rows(cells),
         "factors": _factor_rows(cells, top),
         "causal": tested,
@@ -138,7 +136,7 @@ def _edges(
 ) -> list[tuple[Any, ...]]:
     """The circuit's edges, chosen on the select split."""
     found: dict[str, list[Paths]] = {"": [], suffix.text: []}
-    for group in _groups(select):
+    for group in groups(select):
         for text, parts in found.items():
             run = prepare(model, [model.chat(p.text, text) for p in group])
             parts.append(find_paths(run, readout.unit, top, readout.layer))
@@ -251,7 +249,7 @@ def _causal_row(cells: _Cells, number: int, test: Test) -> dict[str, Any]:
         after = cells.need(f"test {number} {measure}")
         plain, attacked = cells.need(f"none {measure}"), cells.need(f"attacked {measure}")
         before, source = (attacked, plain) if test.on == "attacked" else (plain, attacked)
-        before, source = np.broadcast_to(before, after.shape), np.broadcast_to(source, after.shape)
+        before, source, after = np.broadcast_arrays(before, source, after)
         effect = interval(after - before)
         share, lo, hi = ratio_interval(after - before, source - before)
         row |= {
@@ -267,7 +265,7 @@ def _causal_row(cells: _Cells, number: int, test: Test) -> dict[str, Any]:
         both = interval(refused)
         rate = (both.estimate, both.lo, both.hi)
     row |= dict(zip(("refused", "refused_lo", "refused_hi"), rate, strict=True))
-    return row | _whole(cells.need(f"test {number} score"))
+    return row | _whole(after)
 
 
 def _sweep_rows(cells: _Cells, run: str) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def state_error(plain: Prepared, attacked: Prepared) -> float:
 
 def check_rows(
     replays: Sequence[float], states: Sequence[float], factors: Sequence[float], paths: Sequence[float],
-    patched_all: float | None,
+    logits: Sequence[float], patched_all: float | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The mechanism's identities with their bounds, as records of findings/checks.json."""
     found = [
@@ -45,6 +45,7 @@ def check_rows(
             "The factors of the instruction's lost contribution begin and end at the two runs they stand between.",
         ),
         ("paths add up", max(paths), SUM_BOUND, "Two-hop paths sum to what the top heads bring from chat tokens."),
+        ("logit attribution adds up", max(logits), SUM_BOUND, "All writes sum to the logits that they are read as."),
     ]  # fmt: skip
     if patched_all is not None:
         sentence = "Positive control: all heads patched from the run without a suffix bring all of the projection back."

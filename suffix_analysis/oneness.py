@@ -27,56 +27,55 @@ SHRINKAGE = 0.1  # of the mean variance, added to every direction's
 SEPARATES = 0.75  # held-out AUROC from which a direction counts as separating
 
 
-def states_of(model: Model, chats: Sequence[Chat], layer: int, places: int) -> Float[Tensor, "prompt place d_model"]:
-    """One block's input at the last ``places`` tokens of every prompt."""
-    out = torch.zeros(len(chats), places, model.d_model)
+def fitted(
+    model: Model, chats: Sequence[Chat], layer: int, places: int
+) -> tuple[Float[Tensor, "prompt place d_model"], Float[Tensor, "layer place d_model"]]:
+    """One block's input at the last ``places`` tokens of every prompt, and the mean of every block's."""
+    states = torch.zeros(len(chats), places, model.d_model)
+    total = torch.zeros(model.n_layers + 1, places, model.d_model, dtype=torch.float64)
 
-    def keep(at: int, group: list[int], states: Tensor) -> None:
+    def keep(at: int, group: list[int], found: Tensor) -> None:
+        total[at] += found.double().sum(dim=0)
         if at == layer:
-            out[group] = states.float()
+            states[group] = found.float()
 
     block_inputs(model, [chat.ids for chat in chats], places, keep)
-    return out
+    return states, total[:-1] / len(chats)
+
+
+def projected(
+    model: Model, chats: Sequence[Chat], layer: int, directions: Float[Tensor, "layer place d_model"]
+) -> tuple[Float[Tensor, "prompt place d_model"], Float[Tensor, "prompt layer place"]]:
+    """One block's input at the last tokens of every prompt, and every block's along the direction of its place."""
+    n_layers, places, width = directions.shape
+    states, table = torch.zeros(len(chats), places, width), torch.zeros(len(chats), n_layers, places)
+
+    def keep(at: int, group: list[int], found: Tensor) -> None:
+        if at < n_layers:
+            table[group, at] = (found.float() * directions[at]).sum(dim=-1)
+        if at == layer:
+            states[group] = found.float()
+
+    block_inputs(model, [chat.ids for chat in chats], places, keep)
+    return states, table
 
 
 def separation(
-    model: Model, fit: tuple[Sequence[Chat], Sequence[Chat]], held_out: tuple[Sequence[Chat], Sequence[Chat]]
+    harmful: Float[Tensor, "a layer place"], harmless: Float[Tensor, "b layer place"]
 ) -> list[dict[str, Any]]:
-    """Held-out AUROC of the difference of means at every layer and position, the last instruction token included.
+    """AUROC of held-out projections at every layer and position, the last instruction token included.
 
-    ``fit`` and ``held_out`` are (harmful, harmless). Position −1 is chat[-1]; the lowest one is instruction[-1], the
-    token before the template's first.
+    Position −1 is chat[-1]; the lowest one is instruction[-1], the token before the template's first.
     """
-    places = fit[0][0].n_chat + 1
-    means = []
-    for chats in fit:
-        total = torch.zeros(model.n_layers, places, model.d_model, dtype=torch.float64)
-
-        def add_up(layer: int, group: list[int], states: Tensor, total: Tensor = total) -> None:
-            if layer < model.n_layers:
-                total[layer] += states.double().sum(dim=0)
-
-        block_inputs(model, [chat.ids for chat in chats], places, add_up)
-        means.append(total / len(chats))
-    directions = (means[0] - means[1]).float()
-    scores = []
-    for chats in held_out:
-        table = torch.zeros(len(chats), model.n_layers, places)
-
-        def project(layer: int, group: list[int], states: Tensor, table: Tensor = table) -> None:
-            if layer < model.n_layers:
-                table[group, layer] = (states.float() * directions[layer]).sum(dim=-1)
-
-        block_inputs(model, [chat.ids for chat in chats], places, project)
-        scores.append(table.numpy())
+    _, n_layers, places = harmful.shape
     return [
         {
             "layer": layer,
             "position": place - places,
-            "auroc": auroc(scores[0][:, layer, place], scores[1][:, layer, place]),
+            "auroc": auroc(harmful[:, layer, place].numpy(), harmless[:, layer, place].numpy()),
         }
         for place in range(places)
-        for layer in range(model.n_layers)
+        for layer in range(n_layers)
     ]
 
 
@@ -175,16 +174,17 @@ def measure_oneness(
 ) -> dict[str, list[dict[str, Any]]]:
     """Everything above at the direction's own layer and position, as tables."""
     places = fit[0][0].n_chat + 1
-    states = [states_of(model, chats, direction.layer, places) for chats in (*fit, *held_out)]
-    at = [x[:, direction.position] for x in states]
-    harmfulness = states[0][:, 0].mean(dim=0) - states[1][:, 0].mean(dim=0)
+    (bad, bad_means), (good, good_means) = (fitted(model, chats, direction.layer, places) for chats in fit)
+    differences = (bad_means - good_means).float()
+    unseen = [projected(model, chats, direction.layer, differences) for chats in held_out]
+    at = [x[:, direction.position] for x in (bad, good, *(states for states, _ in unseen))]
     ranks = cascade((at[0], at[1]), (at[2], at[3]))
     return {
-        "separation": separation(model, fit, held_out),
+        "separation": separation(*(table for _, table in unseen)),
         "cascade": ranks,
         "stability": [
             {"measure": "split-half cosine", **split_half(at[0], at[1], seed)},
             {"measure": "effective rank", "value": float(effective_rank(ranks)), "lo": None, "hi": None},
         ],
-        "two_directions": harmfulness_and_refusal(model, direction, harmfulness, held_out),
+        "two_directions": harmfulness_and_refusal(model, direction, differences[direction.layer, 0], held_out),
     }

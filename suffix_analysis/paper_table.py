@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suffix_analysis.batching import batches, left_pad, pad_token
+from attacks.caches import prefix_cache
+from suffix_analysis.batching import prefix_batches
 from suffix_analysis.directions import Direction
+from suffix_analysis.forward import run_batch
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate, add, set_projection
 from suffix_analysis.judges import is_refusal, judge
@@ -92,6 +94,7 @@ def measure_interventions(
     alpha: float = 1.0,
     n_controls: int = 1,
     seed: int = 0,
+    plain: Mapping[str, str] | None = None,
     on_line: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Refusals and verdicts on report prompts under every plan, with exact intervals; and all replies.
@@ -106,6 +109,7 @@ def measure_interventions(
         alpha: strength of addition.
         n_controls: random directions.
         seed: of the random directions.
+        plain: replies without an intervention by prompt id, where they are there already; made if left out.
         on_line: called with (done, total).
     """
     rows, replies = [], []
@@ -118,8 +122,11 @@ def measure_interventions(
         }  # fmt: skip
         values: dict[str, Any] = {"refusal": None, "complied": None}
         try:
-            with plan.context():
-                texts = generate(model.hf, model.tokenizer, [model.chat(p.text).ids for p in some], length)
+            if plan.name == "none" and plain is not None:
+                texts = [plain[p.id] for p in some]
+            else:
+                with plan.context():
+                    texts = generate(model.hf, model.tokenizer, [model.chat(p.text).ids for p in some], length)
         except NotAvailable as reason:
             row["note"] = str(reason)
         else:
@@ -145,9 +152,13 @@ def cross_entropy(hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]
     """Mean cross-entropy (nats per token) of the second part of each pair after the first; no part may be empty."""
     total, count = 0.0, 0
     whole = [torch.cat(pair) for pair in pairs]
-    for group in batches([len(row) for row in whole], 2048):
-        logits = hf(**left_pad([whole[i] for i in group], pad_token(tokenizer), hf.device)).logits
-        for row, i in enumerate(group):
+    n_longest = max(len(part) for _, part in pairs)
+    n_prefix, groups = prefix_batches(hf, tokenizer, whole, leave=n_longest + 1)
+    prefix = prefix_cache(hf, whole[0][:n_prefix])
+    for batch in groups:
+        kept = max(len(pairs[i][1]) for i in batch.members) + 1
+        logits = run_batch(hf, batch, prefix, kept)
+        for row, i in enumerate(batch.members):
             part = pairs[i][1]
             scores = logits[row, -len(part) - 1 : -1].float()
             total += float(torch.nn.functional.cross_entropy(scores, part.to(scores.device), reduction="sum"))
@@ -155,10 +166,12 @@ def cross_entropy(hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]
     return total / count
 
 
-def reply_pairs(model: Model, prompts: Sequence[Prompt], length: int = COST_TOKENS) -> list[tuple[Tensor, Tensor]]:
-    """Prompts with the model's own greedy replies, as ids."""
+def reply_pairs(
+    model: Model, prompts: Sequence[Prompt], plain: Mapping[str, str] | None = None, length: int = COST_TOKENS
+) -> list[tuple[Tensor, Tensor]]:
+    """Prompts with the model's own greedy replies, as ids: those in ``plain`` by prompt id, or new ones."""
     ids = [model.chat(p.text).ids for p in prompts]
-    replies = generate(model.hf, model.tokenizer, ids, length)
+    replies = [plain[p.id] for p in prompts] if plain else generate(model.hf, model.tokenizer, ids, length)
     tokens = [torch.tensor(model.tokenizer(reply, add_special_tokens=False).input_ids) for reply in replies]
     return [pair for pair in zip(ids, tokens, strict=True) if len(pair[1])]
 
@@ -170,22 +183,29 @@ def text_pairs(model: Model, text: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def measure_cost(
-    model: Model, direction: Direction, prompts: Sequence[Prompt], text: str | None = None
+    model: Model,
+    direction: Direction,
+    prompts: Sequence[Prompt],
+    text: str | None = None,
+    plain: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Cross-entropy (nats per token) with and without ablation: on harmless replies and on a text of the user's."""
+    """Cross-entropy (nats per token) with and without ablation: on harmless replies and on a text of the user's.
+
+    ``plain`` holds the model's replies by prompt id, where they are there already.
+    """
     harmless = [p for p in prompts if p.kind == "harmless" and p.split == "report"]
-    material = {"the model's own replies to harmless prompts": reply_pairs(model, harmless)}
+    material = {"the model's own replies to harmless prompts": reply_pairs(model, harmless, plain)}
     if text is not None:
         material["the text given"] = text_pairs(model, text)
     rows = []
     for name, pairs in material.items():
         if not pairs:
             continue
-        plain = cross_entropy(model.hf, model.tokenizer, pairs)
+        before = cross_entropy(model.hf, model.tokenizer, pairs)
         with ablate(model, direction.vector):
             ablated = cross_entropy(model.hf, model.tokenizer, pairs)
         n_tokens = sum(len(part) for _, part in pairs)
         rows.append(
-            {"material": name, "n_tokens": n_tokens, "none": plain, "ablated": ablated, "change": ablated - plain}
+            {"material": name, "n_tokens": n_tokens, "none": before, "ablated": ablated, "change": ablated - before}
         )
     return rows

@@ -12,7 +12,7 @@ from torch import Tensor
 from suffix_analysis.chat import Chat
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
-from suffix_analysis.generate import generate
+from suffix_analysis.generate import answers
 from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
 
@@ -47,9 +47,8 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
     opens_harmless: Counter[int] = Counter()
     for chats, is_harmful in ((harmful, True), (harmless, False)):
         rows = [chat.ids for chat in chats]
-        first = last_logits(model.hf, model.tokenizer, rows).argmax(dim=-1).tolist()
-        replies = generate(model.hf, model.tokenizer, rows, REPLY_TOKENS)
-        for token, reply in zip(first, replies, strict=True):
+        replies, first = answers(model.hf, model.tokenizer, rows, REPLY_TOKENS)
+        for token, reply in zip(first.argmax(dim=-1).tolist(), replies, strict=True):
             if is_harmful and is_refusal(reply):
                 opens_refusal[token] += 1
             elif not is_harmful and not is_refusal(reply):

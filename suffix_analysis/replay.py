@@ -23,12 +23,21 @@ from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import skipped
 from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt
 
 Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
 KEPT = {
     "resid": "hook_resid_pre", "mlp_out": "hook_mlp_out", "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v",
     "z": "attn.hook_z", "pattern": "attn.hook_pattern",
 }  # fmt: skip
+
+
+GROUP = 16  # prompts that are held at once, so that memory does not grow with their number
+
+
+def groups(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
+    """The prompts in groups that are prepared together."""
+    return [prompts[i : i + GROUP] for i in range(0, len(prompts), GROUP)]
 
 
 @dataclass(frozen=True)

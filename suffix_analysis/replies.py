@@ -16,7 +16,7 @@ from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SUFFIX_ARMS, Suffix
 from suffix_analysis.refusal import refusal_score
 from suffix_analysis.runs import append_jsonl, read_jsonl
-from suffix_analysis.stats import contrast, interval, rate_interval
+from suffix_analysis.stats import contrast, contrast_row, interval, rate_interval
 
 
 def reply_rows(
@@ -131,13 +131,9 @@ def refusal_contrasts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = [(arm, "none") for arm in SUFFIX_ARMS] + [
         ("adversarial", other) for other in ("failed", "random", "shuffled")
     ]
-    return [
-        {
-            "measure": "refusal phrase rate",
-            "arm": a,
-            "against": b,
-            **vars(contrast(crossed(rows, a, _refused), crossed(rows, b, _refused))),
-        }
+    found = {
+        (a, b): contrast(crossed(rows, a, _refused), crossed(rows, b, _refused))
         for a, b in pairs
         if a in arms and b in arms
-    ]
+    }
+    return [contrast_row("refusal phrase rate", a, b, difference) for (a, b), difference in found.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -186,10 +187,21 @@ def sign_flip_max_t(differences: Float[ndarray, "prompt *place"], seed: int = 0,
     return MaxT(observed.reshape(shape), ((1 + at_least) / (draws + 1)).reshape(shape))
 
 
-def in_words(found: Interval, bound: float) -> str:
+EQUIVALENT = 0.1  # differences of rates, and of projections between harmless (0) and harmful (1), that count as none
+
+
+def in_words(found: Interval, bound: float = EQUIVALENT) -> str:
     """What an interval allows to say: an effect, none larger than ``bound``, or nothing (METHODS §5)."""
     if found.descriptive:
         return "descriptive"
     if not found.lo <= 0 <= found.hi:
         return "differs from 0"
     return "within the bound" if max(-found.lo, found.hi) <= bound else "not powered"
+
+
+def contrast_row(measure: str, arm: str, against: str, found: Interval) -> dict[str, Any]:
+    """A contrast as a row of findings, with what it allows to say."""
+    return {
+        "measure": measure, "arm": arm, "against": against, **vars(found),
+        "verdict": in_words(found), "equivalent": EQUIVALENT,
+    }  # fmt: skip

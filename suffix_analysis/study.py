@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -201,16 +201,18 @@ class Study:
         names = [self.model.tokenizer.decode([i]) for i in chat.ids[chat.regions["chat"]].tolist()]
         rows = [row | {"token": names[row["position"] + len(names)]} for row in direction.scores]
         rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+        plain = {row["prompt_id"]: row["reply"] for row in self._answered([])}
         table, answers = measure_interventions(
             self.fast, direction, self.prompts(), config.reply_tokens,
-            alpha=config.alpha, seed=config.seed,
+            alpha=config.alpha, seed=config.seed, plain=plain,
             on_line=lambda done, total: self.narrator.progress(done, total, "interventions"),
         )  # fmt: skip
-        sets = [[self.model.chat(p.text) for p in part] for kind in kinds for part in split_prompts(kind, settings)]
+        held_out = replace(settings, n_select=len(prompts))  # all that the choice could have used
+        sets = [[self.model.chat(p.text) for p in part] for kind in kinds for part in split_prompts(kind, held_out)]
         tables = {
             "interventions": table,
             "intervention_replies": answers,
-            "cost": measure_cost(self.fast, direction, self.prompts(), self._text()),
+            "cost": measure_cost(self.fast, direction, self.prompts(), self._text(), plain),
             **measure_oneness(self.fast, direction, (sets[0], sets[2]), (sets[1], sets[3]), config.seed),
             "candidates": rows,
         }
@@ -231,10 +233,10 @@ class Study:
         rows = runs.read_table(self.folder / "findings" / "candidates.parquet")
         return load_direction(self.folder / "direction.safetensors", rows)
 
-    def _replies(self) -> None:
-        suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
+    def _answered(self, suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
+        """Replies without a suffix and with each of these; what an earlier stage has made is read."""
         prompts = self.prompts()
-        rows = replies.measure_replies(
+        return replies.measure_replies(
             self.fast,
             prompts,
             suffixes,
@@ -243,6 +245,9 @@ class Study:
             self.folder / "replies.jsonl",
             lambda done, total: self.narrator.progress(done, total, "arms × suffixes answered"),
         )
+
+    def _replies(self) -> None:
+        rows = self._answered(runs.read_suffixes(self.folder / "suffixes.jsonl"))
         findings = self.folder / "findings"
         runs.write_table(findings / "replies.parquet", rows)
         runs.write_table(findings / "refusal.parquet", replies.refusal_table(rows))

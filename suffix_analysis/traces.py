@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from suffix_analysis.batching import batches, left_pad, pad_token
+from attacks.caches import prefix_cache
+from suffix_analysis.batching import Batch, prefix_batches
 from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
+from suffix_analysis.forward import run_batch
 from suffix_analysis.models import Model
 from suffix_analysis.placement import in_memory
 from suffix_analysis.prompts import Prompt, to_prompts
@@ -127,11 +129,15 @@ def trace(
     norms = post_norms(model)
     heads = output_directions(model, unit, norms)
     kept: dict[int, dict[str, Any]] = {}
-    for group in batches([len(chat.ids) for chat in chats]):
-        records = _batch(model, [chats[i] for i in group], unit, heads, norms, position, keep_rows)
-        kept.update(zip(group, records, strict=True))
+    ids = [chat.ids for chat in chats]
+    n_prefix, groups = prefix_batches(model.hf, model.tokenizer, ids, leave=shortest)
+    prefix = prefix_cache(model.hf, ids[0][:n_prefix])
+    for batch in groups:
+        some = [chats[i] for i in batch.members]
+        records = _batch(model, some, batch, prefix, unit, heads, norms, position, keep_rows)
+        kept.update(zip(batch.members, records, strict=True))
         if on_batch is not None:
-            on_batch(len(group))
+            on_batch(len(some))
     traces = _collect(model, chats, [kept[i] for i in range(len(chats))], unit)
     if check:
         _check(traces, model)
@@ -146,13 +152,15 @@ def _as_prompts(prompts: Sequence[Prompt | str | Chat]) -> list[Any]:
 def _batch(
     model: Model,
     chats: list[Chat],
+    batch: Batch,
+    prefix: Any,
     unit: Tensor,
     heads: Tensor,
     norms: Sequence[PostNorm | None],
     at: int,
     keep_rows: bool,
 ) -> list[dict[str, Any]]:
-    """One padded forward; returns a record per prompt."""
+    """One padded forward behind the shared prefix; returns a record per prompt."""
     n_layers = model.n_layers
     seen: dict[tuple[str, int], Tensor] = {}
 
@@ -172,6 +180,9 @@ def _batch(
 
     def values(layer: int) -> Callable[[Tensor, Any], None]:
         def take(v: Tensor, hook: Any) -> None:
+            if prefix is not None:  # its values were computed before, once for all
+                before = prefix.layers[layer].values.transpose(1, 2).to(v)
+                v = torch.cat([before.expand(len(v), -1, -1, -1), v], dim=1)
             seen["v", layer] = v.float()
             seen["along", layer] = values_along(v, heads[layer])
 
@@ -198,9 +209,8 @@ def _batch(
         if (norm := norms[layer]) is not None:
             hooks.append((f"blocks.{layer}.attn.hook_out", before_norm(layer, norm)))
     hooks.append((f"blocks.{n_layers - 1}.hook_resid_post", at_end("resid", n_layers)))
-    padded = left_pad([chat.ids for chat in chats], pad_token(model.tokenizer), model.hf.device)
     with model.bridge.hooks(fwd_hooks=hooks):
-        model.hf(**padded, logits_to_keep=1)
+        run_batch(model.hf, batch, prefix)
     missing = [layer for layer in range(n_layers) if ("row", layer) not in seen or ("along", layer) not in seen]
     if missing:
         raise UserError(f"No attention rows came from layers {missing}; the model's attention cannot be traced.")
@@ -214,18 +224,19 @@ def _batch(
         key: torch.stack([seen[key, layer] for layer in range(n_layers + (key.startswith("resid")))], dim=1).cpu()
         for key in ("resid", "resid_norm", "attn", "attn_norm", "mlp")
     }
-    width = padded["input_ids"].shape[1]
     records = []
     for i, chat in enumerate(chats):
-        start = width - len(chat.ids)
+        real = batch.arguments["attention_mask"][i].bool().cpu()  # padding stands between the prefix and the rest
         record: dict[str, Any] = {key: value[i] for key, value in stacked.items()}
         record["attention"], record["contribution"] = (
-            torch.stack([x[i, :, :, start:][..., chat.regions[name]].sum(-1) for name in REGIONS], dim=-1)
+            torch.stack([x[i][..., real][..., chat.regions[name]].sum(-1) for name in REGIONS], dim=-1)
             for x in (rows, shares)
         )
-        record["dominance"] = torch.stack([by_token[i, :, start:][:, chat.regions[r]].sum(-1) for r in REGIONS], dim=-1)
+        record["dominance"] = torch.stack(
+            [by_token[i][:, real][:, chat.regions[name]].sum(-1) for name in REGIONS], dim=-1
+        )
         record["sums"] = shares[i].sum(-1)
-        record["rows"] = (rows[i, :, :, start:].clone(), shares[i, :, :, start:].clone()) if keep_rows else None
+        record["rows"] = (rows[i][..., real], shares[i][..., real]) if keep_rows else None
         records.append(record)
     return records
 

@@ -11,9 +11,29 @@ from jaxtyping import install_import_hook
 # must stand before the packages are imported for the first time
 install_import_hook(["attacks", "suffix_analysis"], "beartype.beartype")
 
+import socket
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """No test may open a connection that leaves this machine: what needs a download says so instead of trying."""
+    original = socket.socket.connect
+    here = {"127.0.0.1", "::1", "localhost", "0.0.0.0", socket.gethostbyname(socket.gethostname())}
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[0] not in here:
+            raise AssertionError(f"a test reached for the network: {address}")
+        original(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        yield
 
 
 @pytest.fixture(params=tiny.FAMILIES)

@@ -59,6 +59,25 @@ def causal() -> list[dict[str, Any]]:
     return rows
 
 
+def lens() -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "layer": layer, "mean": size * layer / LAYERS - 4, "lo": size * layer / LAYERS - 5,
+         "hi": size * layer / LAYERS - 3, "n_prompts": 32}
+        for arm, size in (("none", 12.0), ("adversarial", 3.0))
+        for layer in range(LAYERS + 1)
+    ]  # fmt: skip
+
+
+def logits() -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "layer": layer, "term": term, "head": -1, "mean": size * layer / LAYERS,
+         "lo": size * layer / LAYERS - 0.2, "hi": size * layer / LAYERS + 0.2, "n_prompts": 32}
+        for arm, scale in (("none", 1.0), ("adversarial", 0.4))
+        for term, size in (("attention", scale), ("MLP", 3 * scale))
+        for layer in range(LAYERS)
+    ]  # fmt: skip
+
+
 def sweep(rng: np.random.Generator, top: list[tuple[int, int]]) -> list[dict[str, Any]]:
     return [
         {

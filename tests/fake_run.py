@@ -27,7 +27,7 @@ from tests.fake_findings import (
     rate_row,
     shift,
 )
-from tests.fake_mechanism import carried, causal, circuit, factors, sweep
+from tests.fake_mechanism import carried, causal, circuit, factors, lens, logits, sweep
 
 HOSTILE = [
     "</script><script>alert('x')</script>",
@@ -231,6 +231,8 @@ def _findings(
     _table(out / "carried.parquet", carried())
     _table(out / "factors.parquet", factors(top))
     _table(out / "causal.parquet", causal())
+    _table(out / "lens.parquet", lens())
+    _table(out / "logits.parquet", logits())
     _table(out / "sweep.parquet", sweep(rng, top))
     _table(out / "circuit.parquet", circuit(top))
     _dump(out / "patterns.json", patterns(rng, prompts, top, bad))

@@ -91,8 +91,8 @@ def draw_patterns(page: sync_api.Page) -> None:
 def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     plots = page.locator("figure .plot")
-    assert plots.count() == 10
-    for i in range(10):
+    assert plots.count() == 11
+    for i in range(11):
         assert plots.nth(i).locator("svg path").count() > 3
     print(
         "first figures after",
@@ -110,7 +110,7 @@ def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: P
 
 def test_theme_follows_the_system_and_switches(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report, scheme="dark")
-    assert page.locator(".plot[data-drawn=dark]").count() == 10
+    assert page.locator(".plot[data-drawn=dark]").count() == 11
     back = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(back)
     page.click("#theme")
@@ -202,6 +202,23 @@ def test_keyboard_reaches_the_controls_and_focus_is_seen(browser: sync_api.Brows
     page.keyboard.press("Enter")
     page.wait_for_selector("html[data-theme=dark]")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_every_control_is_reached_by_keyboard_and_none_keeps_the_focus(browser: sync_api.Browser, report: Path) -> None:
+    page, _ = open_page(browser, report)
+    draw_patterns(page)
+    page.evaluate("window.scrollTo(0, 0)")
+    every = "[...document.querySelectorAll('a[href], button, select, summary, input, [tabindex=\"0\"]')]"
+    usable = set(page.evaluate(f"{every}.map((e, i) => e.checkVisibility() && !e.disabled ? i : -1)")) - {-1}
+    assert len(usable) > 40
+    reached: set[int] = set()
+    for _ in range(2 * len(usable)):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate(f"{every}.indexOf(document.activeElement)"))
+        if usable <= reached:
+            break
+    missed = page.evaluate(f"{every}.map(e => e.outerHTML.slice(0, 80))")
+    assert [missed[i] for i in sorted(usable - reached)] == []
 
 
 def pinned_in(page: sync_api.Page) -> str:

@@ -76,10 +76,26 @@ def test_tests_recover_what_was_planted_and_their_controls_do_not() -> None:
     assert recovered("random direction moved as far", "none") == [pytest.approx(0, abs=1e-4)]
 
 
+def test_lens_ends_at_the_output_and_attribution_finds_the_carrier() -> None:
+    last = max(row["layer"] for row in tables("softmax")["lens"])
+    for arm in ("none", "adversarial"):
+        (read,) = rows("softmax", "lens", arm=arm, layer=last)
+        # the lens is of the first suffix only, and so is nothing else here
+        if arm == "none":
+            (base,) = rows("softmax", "causal", test="nothing changed", on="none")
+            assert read["mean"] == pytest.approx(base["score_after"], abs=1e-4)
+    written = {
+        arm: rows("softmax", "logits", arm=arm, term="head", layer=CARRIER[0], head=CARRIER[1])[0]["mean"]
+        for arm in ("none", "adversarial")
+    }
+    assert written["none"] > written["adversarial"]
+
+
 def test_the_identities_of_a_run_hold() -> None:
     for mechanism in ("softmax", "query", "opponent", "mlp"):
         found = {row["name"]: row for row in tables(mechanism)["checks"]}
-        assert set(found) == {"replays", "states", "factors add up", "paths add up", "all heads patched"}
+        assert set(found) == {"replays", "states", "factors add up", "paths add up", "logit attribution adds up",
+                              "all heads patched"}  # fmt: skip
         assert all(row["passed"] for row in found.values()), found
 
 

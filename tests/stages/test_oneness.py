@@ -10,10 +10,11 @@ from suffix_analysis.directions import Direction
 from suffix_analysis.oneness import (
     cascade,
     effective_rank,
+    fitted,
     measure_oneness,
+    projected,
     separation,
     split_half,
-    states_of,
 )
 from suffix_analysis.stats import auroc, auroc_interval
 from tests import tiny
@@ -66,18 +67,16 @@ def test_split_halves_agree_where_there_is_a_direction_and_not_where_there_is_no
 
 def test_separation_is_projection_on_the_fitted_difference() -> None:
     model = tiny.model("llama")
-    bad, good = ([model.chat(text).ids for text in texts] for texts in (HARMFUL, HARMLESS))
-    assert bad
-    assert good
     sets = [[model.chat(text) for text in texts] for texts in (HARMFUL, HARMLESS)]
-    fit, held_out = (sets[0][:2], sets[1][:2]), (sets[0][2:], sets[1][2:])
-    rows = separation(model, fit, held_out)
-    places = sets[0][0].n_chat + 1
+    places, layer, position = sets[0][0].n_chat + 1, 2, -2
+    (bad, bad_means), (good, good_means) = (fitted(model, chats[:2], layer, places) for chats in sets)
+    differences = (bad_means - good_means).float()
+    assert torch.allclose(differences[layer], bad.mean(0) - good.mean(0), atol=1e-5)
+    states, tables = zip(*(projected(model, chats[2:], layer, differences) for chats in sets), strict=True)
+    rows = separation(*tables)
     assert len(rows) == model.n_layers * places
-    layer, position = 2, -2
-    states = [states_of(model, chats, layer, places)[:, position] for chats in (*fit, *held_out)]
-    r = states[0].mean(0) - states[1].mean(0)
-    wanted = auroc((states[2] @ r).numpy(), (states[3] @ r).numpy())
+    r = differences[layer, position]
+    wanted = auroc((states[0][:, position] @ r).numpy(), (states[1][:, position] @ r).numpy())
     (row,) = [row for row in rows if (row["layer"], row["position"]) == (layer, position)]
     assert row["auroc"] == pytest.approx(wanted)
 

@@ -45,6 +45,16 @@ def test_random_directions_are_orthogonal_as_long_and_repeatable() -> None:
     assert all(torch.equal(a, b) for a, b in zip(made, random_directions(vector, 3, seed=4), strict=True))
 
 
+def test_replies_that_are_there_are_not_made_again() -> None:
+    model = tiny.model("llama")
+    plain = {p.id: f"I'm sorry, not {p.id}" for p in PROMPTS}
+    _, replies = measure_interventions(model, some_direction(model), PROMPTS, 4, plain=plain)
+    told = {row["prompt_id"]: row["reply"] for row in replies if row["intervention"] == "none"}
+    assert told == {key: plain[key] for key in told}
+    assert told
+    assert all(row["reply"] != plain[row["prompt_id"]] for row in replies if row["intervention"] != "none")
+
+
 def test_table_has_every_line_and_the_replies_behind_it() -> None:
     model = tiny.model("llama")
     rows, replies = measure_interventions(model, some_direction(model), PROMPTS, 6, n_controls=2)

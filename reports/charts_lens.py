@@ -1,0 +1,33 @@
+"""The figure of the logit lens and of direct logit attribution: where along the depth refusal is written."""
+
+from __future__ import annotations
+
+from reports.charts import Figure, View, finish, layer_lines
+from reports.data import Row, RunData
+from reports.numbers import count
+
+
+def logit_lens(data: RunData) -> Figure | None:
+    """Return the refusal score that the unembedding reads at every layer, and what each layer writes to it."""
+    read = data.table("lens")
+    if not read:
+        return None
+    written = [row for row in data.table("logits") if row["term"] in ("attention", "MLP")]
+    say = "Refusal read at chat[-1] by layer, without and with the suffix, with 95 % bands."
+    titles: list[tuple[str, list[Row], str]] = [("logit lens", read, "refusal score that would be read here")]
+    titles += [
+        (f"{term} writes", [row for row in written if row["term"] == term], f"logits of refusal that {term} adds")
+        for term in ("attention", "MLP")
+    ]
+    views = [View(label, finish(layer_lines(rows, title), rows, 250, say)) for label, rows, title in titles if rows]
+    caption = (
+        f"At chat[-1], {count(read[0]['n_prompts'], 'report prompt')}; bands: 95 % CI. Logit lens: what final norm and "
+        "unembedding read from each layer's input; far from the last layer it need not mean what it means there. "
+        "Writes: direct logit attribution, the final norm's scale frozen; all terms add up to the refusal tokens' mean "
+        "logit over the vocabulary's."
+    )
+    columns = (
+        ("arm", "arm"), ("layer", "layer"), ("term", "written by"), ("mean", "mean"), ("lo", "CI from"),
+        ("hi", "CI to"), ("n_prompts", "prompts"),
+    )  # fmt: skip
+    return Figure("lens", "Refusal read along the depth", caption, say, columns, tuple(views))
