@@ -50,7 +50,8 @@ def main(every: int = 1) -> None:
     bad, good = ([chat.ids for chat in sets[i]] for i in (1, 3))
     baseline = whole_forwards(model, good)
     extraction = time.perf_counter() - started
-    pairs = [(p - means.shape[1], layer) for p in range(means.shape[1]) for layer in range(model.n_layers)][::every]
+    total = [(p - means.shape[1], layer) for p in range(means.shape[1]) for layer in range(model.n_layers)]
+    pairs = sorted({*total[::every], (found.position, found.layer)})  # the choice is always among those compared
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     for position, layer in pairs:
@@ -70,7 +71,7 @@ def main(every: int = 1) -> None:
                 "kl_div_score": float(kl_divergence(baseline, after).mean()),
             }
         )
-    loop = extraction + (time.perf_counter() - started) * every
+    loop = extraction + (time.perf_counter() - started) * len(total) / len(pairs)
     best = select(rows, model.n_layers, **config.rules)
     among = {(row["position"], row["layer"]) for row in rows}
     own = [row for row in found.scores if (row["position"], row["layer"]) in among and row["status"] != "zero"]

@@ -28,6 +28,7 @@ from reports.charts_circuit import circuit
 from reports.charts_heads import head_grid
 from reports.charts_lens import logit_lens
 from reports.data import Row, RunData
+from reports.defences import trade_off
 
 MAX_POINTS = 500
 
@@ -44,6 +45,7 @@ def figures(data: RunData) -> dict[str, Figure]:
         head_shift,
         causal_tests,
         logit_lens,
+        trade_off,
         candidates,
         loss_curve,
     )

@@ -232,7 +232,7 @@ def _read_table(path: Path, columns: Sequence[str]) -> list[Row] | None:
 
 _TEXT = {
     "arm", "split", "kind", "measure", "against", "intervention", "region", "verdict", "reply", "token", "status",
-    "term", "factor", "task", "metric", "test", "heads", "on", "run",
+    "term", "factor", "task", "metric", "test", "heads", "on", "run", "detector", "defence",
 }  # fmt: skip
 _FREE = {"prompt_id", "suffix_id", "refused"}
 

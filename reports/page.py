@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from reports import mechanism, text, theme
+from reports import defences, mechanism, text, theme
 from reports.attention import prompt_views
 from reports.charts import Figure, head_name, position_label
 from reports.data import MISSING_MEANS, Row, RunData
@@ -140,6 +140,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
             for row in sorted(data.table("top_heads"), key=lambda row: row["rank"] or 0)
         ],
         "mechanism": mechanism.context(data),
+        "defences": defences.context(data),
         "abilities": [_ability_row(row) for row in data.table("abilities")],
         "runners": runners_up(data),
         "config": clip(visible(data.config, newlines=True), 20_000),

@@ -16,7 +16,14 @@ from cyclopts import App, CycloptsError, Parameter
 
 from suffix_analysis import __version__
 from suffix_analysis.config import DemoConfig, StudyConfig
-from suffix_analysis.console import Console, tell
+from suffix_analysis.console import (
+    Console,
+    ability_line,
+    detector_line,
+    intervention_line,
+    mitigation_line,
+    tell,
+)
 from suffix_analysis.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -92,7 +99,7 @@ def direction(
     }
     result = {"position": found.position, "layer": found.layer, "interventions": rows, "cost": cost, **more}
     lines = [f"position {found.position}, layer {found.layer}, norm {float(found.vector.norm()):.3f}"]
-    lines += [_intervention_line(row) for row in rows]
+    lines += [intervention_line(row) for row in rows]
     lines += [
         f"cross-entropy on {row['material']} ({row['n_tokens']} tokens): {row['none']:.3f} nats, with the direction "
         f"ablated {row['change']:+.3f}"
@@ -111,16 +118,6 @@ def direction(
         for row in more["two_directions"]
     ]
     _print_result(result, as_json, lambda: lines)
-
-
-def _intervention_line(row: dict[str, Any]) -> str:
-    name = f"{row['kind']:9} {row['intervention']:24}"
-    if row["refusal_rate"] is None:
-        return f"{name} {row['note']}"
-    return (
-        f"{name} refused {row['refusal_rate']:6.1%} [{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}], complied "
-        f"{row['complied_rate']:6.1%} [{row['complied_lo']:.1%}, {row['complied_hi']:.1%}], n = {row['n_prompts']}"
-    )
 
 
 @app.command
@@ -153,15 +150,41 @@ def abilities(
         on_run=lambda done, total: console.progress(done, total, "interventions"),
     )  # fmt: skip
     write_table(out / "findings" / "abilities.parquet", rows)
-    _print_result(rows, as_json, lambda: [_ability_line(row) for row in rows])
+    _print_result(rows, as_json, lambda: [ability_line(row) for row in rows])
 
 
-def _ability_line(row: dict[str, Any]) -> str:
-    name = f"{row['task']} {row['metric']:12} {row['intervention']:15}"
-    if row["value"] is None:
-        return f"{name} {row['note']}"
-    change = "" if row["change"] is None else f", {row['change']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
-    return f"{name} {row['value']:.3f}{change}, n = {row['n']}"
+@app.command
+def defend(
+    out: Annotated[Path, Parameter(help="Run folder with several adversarial suffixes (--n-attacks).")] = Path(
+        "runs/study"
+    ),
+    *,
+    most: Annotated[int, Parameter(help="Prompts of each kind.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
+    from suffix_analysis.mitigations import measure_detectors, measure_mitigations
+    from suffix_analysis.runs import read_config, read_suffixes, read_table, write_table
+
+    config = StudyConfig(**read_config(out))
+    study, findings = _study(config, out), out / "findings"
+    suffixes = read_suffixes(out / "suffixes.jsonl")
+    direction, prompts = study.direction(), study.prompts()
+    top = [(row["layer"], row["head"]) for row in read_table(findings / "top_heads.parquet")]
+    fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
+    write_table(findings / "detectors.parquet", detectors)
+    console = Console()
+    rows = measure_mitigations(
+        study.fast, direction, fitted, prompts, suffixes, top,
+        length=config.reply_tokens, most=most, seed=config.seed,
+        on_line=lambda done, total: console.progress(done, total, "defences"),
+    )  # fmt: skip
+    write_table(findings / "mitigations.parquet", rows)
+    lines = [*map(detector_line, detectors), *map(mitigation_line, rows)]
+    _print_result(
+        {"detectors": detectors, "mitigations": rows, "adaptive": "not tested"}, as_json,
+        lambda: [*lines, "adaptive attack: not tested"],
+    )  # fmt: skip
 
 
 @app.command

@@ -68,3 +68,37 @@ class Console:
 
     def __del__(self) -> None:
         self._close()
+
+
+def intervention_line(row: dict[str, Any]) -> str:
+    name = f"{row['kind']:9} {row['intervention']:24}"
+    if row["refusal_rate"] is None:
+        return f"{name} {row['note']}"
+    return (
+        f"{name} refused {row['refusal_rate']:6.1%} [{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}], complied "
+        f"{row['complied_rate']:6.1%} [{row['complied_lo']:.1%}, {row['complied_hi']:.1%}], n = {row['n_prompts']}"
+    )
+
+
+def ability_line(row: dict[str, Any]) -> str:
+    name = f"{row['task']} {row['metric']:12} {row['intervention']:15}"
+    if row["value"] is None:
+        return f"{name} {row['note']}"
+    change = "" if row["change"] is None else f", {row['change']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
+    return f"{name} {row['value']:.3f}{change}, n = {row['n']}"
+
+
+def detector_line(row: dict[str, Any]) -> str:
+    auroc = f"{row['auroc']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+    return (
+        f"{row['detector']:32} against {row['against']:24} AUROC {auroc}, caught {row['caught_1']:.0%} at 1 %, "
+        f"{row['caught_5']:.0%} at 5 % false positives"
+    )
+
+
+def mitigation_line(row: dict[str, Any]) -> str:
+    cost = "–" if row["cost"] is None else format(row["cost"], "+.3f")
+    return (
+        f"{row['defence']:48} attack success {row['success']:6.1%}, look-alikes refused {row['lookalike']:6.1%}, "
+        f"harmless replies {cost} nats, {row['slower']:+.0%} time"
+    )

@@ -107,14 +107,17 @@ def cascade(
     parts = [x.double().clone() for x in (*fit, *held_out)]
     rows: list[dict[str, float]] = []
     for k in range(count):
-        unit = _discriminant(parts[0], parts[1])
+        unit = discriminant(parts[0], parts[1])
         value, lo, hi = auroc_interval((parts[2] @ unit).numpy(), (parts[3] @ unit).numpy())
         rows.append({"rank": float(k + 1), "auroc": value, "lo": lo, "hi": hi})
         parts = [x - (x @ unit)[:, None] * unit for x in parts]
     return rows
 
 
-def _discriminant(harmful: Tensor, harmless: Tensor) -> Tensor:
+def discriminant(
+    harmful: Float[Tensor, "a d_model"], harmless: Float[Tensor, "b d_model"]
+) -> Float[Tensor, " d_model"]:
+    """Fisher's linear discriminant of two classes at length 1, the covariance within them shrunk towards a sphere."""
     centred = torch.cat([harmful - harmful.mean(dim=0), harmless - harmless.mean(dim=0)])
     covariance = centred.T @ centred / len(centred)
     size = len(covariance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +148,28 @@ def auroc_interval(
     found = [auroc(rng.choice(positive, len(positive)), rng.choice(negative, len(negative))) for _ in range(draws)]
     lo, hi = np.quantile(found, [0.025, 0.975])
     return auroc(positive, negative), float(lo), float(hi)
+
+
+def crossed_auroc(
+    positive: Float[ndarray, "prompt suffix"],
+    negatives: Sequence[Float[ndarray, "prompt_b suffix_b"]],
+    seed: int = 0,
+    draws: int = 500,
+) -> tuple[float, float, float]:
+    """AUROC over all cells of crossed designs, with its 95 % two-way bootstrap interval.
+
+    Prompts and suffixes of every table are drawn with replacement, each on its own.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(cells: ndarray) -> ndarray:
+        prompts, suffixes = (rng.integers(0, n, n) for n in cells.shape)
+        return cells[prompts][:, suffixes].ravel()
+
+    found = [auroc(drawn(positive), np.concatenate([drawn(cells) for cells in negatives])) for _ in range(draws)]
+    lo, hi = np.quantile(found, [0.025, 0.975])
+    value = auroc(positive.ravel(), np.concatenate([cells.ravel() for cells in negatives]))
+    return value, float(lo), float(hi)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,30 @@ def logits() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def detectors() -> list[dict[str, Any]]:
+    return [
+        {"detector": name, "likelihood": name == "windowed perplexity", "against": against, "n_prompts": 32,
+         "n_suffixes": 4, "n_others": 128, "auroc": value, "lo": value - 0.03, "hi": min(1.0, value + 0.03),
+         "caught_1": value / 2, "caught_5": value / 1.5, "false_positives_1": 0.01}
+        for name, value in (("token count", 0.5), ("windowed perplexity", 0.97), ("harmfulness − refusal", 0.96))
+        for against in ("harmless + benign text", "all of these")
+    ]  # fmt: skip
+
+
+def mitigations() -> list[dict[str, Any]]:
+    lines = (
+        ("none", False, 0.7, 0.08, 0.0, 0.0), ("edges of the top heads damped by 50%", False, 0.3, 0.1, 0.01, 0.02),
+        ("edges of other heads damped by 50%", True, 0.68, 0.08, 0.0, 0.02),
+        ("perplexity filter", False, 0.1, 0.08, None, 0.3),
+    )  # fmt: skip
+    return [
+        {"defence": name, "control": control, "n_prompts": 32, "n_suffixes": 4, "success": success,
+         "success_lo": success - 0.05, "success_hi": success + 0.05, "lookalike": over, "lookalike_lo": over - 0.04,
+         "lookalike_hi": over + 0.04, "harmless": 0.01, "cost": cost, "slower": slower}
+        for name, control, success, over, cost, slower in lines
+    ]  # fmt: skip
+
+
 def sweep(rng: np.random.Generator, top: list[tuple[int, int]]) -> list[dict[str, Any]]:
     return [
         {

@@ -27,7 +27,7 @@ from tests.fake_findings import (
     rate_row,
     shift,
 )
-from tests.fake_mechanism import carried, causal, circuit, factors, lens, logits, sweep
+from tests.fake_mechanism import carried, causal, circuit, detectors, factors, lens, logits, mitigations, sweep
 
 HOSTILE = [
     "</script><script>alert('x')</script>",
@@ -232,6 +232,8 @@ def _findings(
     _table(out / "factors.parquet", factors(top))
     _table(out / "causal.parquet", causal())
     _table(out / "lens.parquet", lens())
+    _table(out / "detectors.parquet", detectors())
+    _table(out / "mitigations.parquet", mitigations())
     _table(out / "logits.parquet", logits())
     _table(out / "sweep.parquet", sweep(rng, top))
     _table(out / "circuit.parquet", circuit(top))

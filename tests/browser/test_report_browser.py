@@ -91,8 +91,8 @@ def draw_patterns(page: sync_api.Page) -> None:
 def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     plots = page.locator("figure .plot")
-    assert plots.count() == 11
-    for i in range(11):
+    assert plots.count() == 12
+    for i in range(12):
         assert plots.nth(i).locator("svg path").count() > 3
     print(
         "first figures after",
@@ -110,7 +110,7 @@ def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: P
 
 def test_theme_follows_the_system_and_switches(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report, scheme="dark")
-    assert page.locator(".plot[data-drawn=dark]").count() == 11
+    assert page.locator(".plot[data-drawn=dark]").count() == 12
     back = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(back)
     page.click("#theme")

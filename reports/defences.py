@@ -1,0 +1,85 @@
+"""Detectors and mitigations: their tables in words, and the figure of attack success against over-refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+
+from reports import theme
+from reports.charts import MAIN, Figure, View, finish, tips
+from reports.data import Row, RunData
+from reports.escape import visible
+from reports.numbers import count, percent, percent_ci, plain, plain_ci
+
+KINDS = ("defence", "control", "no defence")
+
+
+def context(data: RunData) -> dict[str, Any]:
+    """Return the template's rows of both tables; empty where `suffix-analysis defend` has not run."""
+    return {
+        "detectors": [_detector_row(row) for row in data.table("detectors")],
+        "mitigations": [_mitigation_row(row) for row in data.table("mitigations")],
+    }
+
+
+def _detector_row(row: Row) -> dict[str, str]:
+    return {
+        "name": visible(row["detector"] or "") + (" (needs likelihoods)" if row.get("likelihood") else ""),
+        "against": visible(row["against"] or ""),
+        "auroc": plain_ci(row["auroc"], row["lo"], row["hi"], 3),
+        "caught_1": percent(row["caught_1"]),
+        "caught_5": percent(row["caught_5"]),
+        "false": percent(row.get("false_positives_1")),
+        "n": f"{row['n_prompts']} × {row['n_suffixes']}, {row['n_others']}",
+    }
+
+
+def _mitigation_row(row: Row) -> dict[str, str]:
+    return {
+        "name": visible(row["defence"] or "") + (" (control)" if row.get("control") else ""),
+        "success": percent_ci(row["success"], row["success_lo"], row["success_hi"]),
+        "lookalike": percent_ci(row["lookalike"], row["lookalike_lo"], row["lookalike_hi"]),
+        "cost": "–" if row["cost"] is None else plain(row["cost"], 3),
+        "slower": percent(row["slower"]),
+    }
+
+
+def trade_off(data: RunData) -> Figure | None:
+    """Return attack success against refused look-alikes, a dot for every defence: the lower left is better."""
+    rows = [
+        {**row, "kind": KINDS[2] if row["defence"] == "none" else KINDS[1] if row.get("control") else KINDS[0]}
+        for row in data.table("mitigations")
+        if row["success"] is not None and row["lookalike"] is not None
+    ]
+    if not rows:
+        return None
+    legend = alt.Legend(orient="bottom", title=None)
+    axis = alt.Axis(format=".0%", tickCount=5)
+    base = alt.Chart(MAIN).encode(
+        x=alt.X("lookalike:Q", title="harmless look-alikes refused", axis=axis),
+        y=alt.Y("success:Q", title="attack success", axis=axis, scale=alt.Scale(domain=[0, 1])),
+        color=alt.Color(
+            "kind:N", scale=alt.Scale(domain=list(KINDS), range=theme.POSITION_COLOURS[: len(KINDS)]), legend=legend
+        ),
+        shape=alt.Shape("kind:N", scale=alt.Scale(domain=list(KINDS)), legend=legend),
+        tooltip=tips(
+            ("defence:N", "defence"), ("success:Q", "attack success"), ("lookalike:Q", "look-alikes refused"),
+            ("cost:Q", "nats on harmless replies"),
+        ),
+    )  # fmt: skip
+    say = "Attack success and refused look-alikes: " + ", ".join(
+        f"{row['defence']} {percent(row['success'])} and {percent(row['lookalike'])}" for row in rows
+    )
+    caption = (
+        f"{count(rows[0]['n_prompts'], 'report prompt')}, {count(rows[0]['n_suffixes'], 'suffix', 'suffixes')} that "
+        "nothing was fitted with. The lower left is better. Adaptive attack: not tested."
+    )
+    columns = (
+        ("defence", "defence"), ("success", "attack success"), ("success_lo", "CI from"), ("success_hi", "CI to"),
+        ("lookalike", "look-alikes refused"), ("harmless", "harmless refused"), ("cost", "nats"), ("slower", "slower"),
+    )  # fmt: skip
+    chart = base.mark_point(size=90, filled=True, opacity=1)
+    return Figure(
+        "defences", "What defences buy and cost", caption, say, columns, (View("all", finish(chart, rows, 260, say)),)
+    )

@@ -1,0 +1,221 @@
+"""Detectors of adversarial suffixes, read from a conversation without being told where a suffix begins (METHODS §6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy import ndarray
+from torch import Tensor
+
+from attacks.precision import contiguous_head
+from suffix_analysis.arms import projection_measures
+from suffix_analysis.batching import batches, left_pad, pad_token
+from suffix_analysis.chat import REGIONS, Chat
+from suffix_analysis.directions import Direction
+from suffix_analysis.models import Model
+from suffix_analysis.oneness import discriminant, fitted
+from suffix_analysis.stats import auroc, crossed_auroc, interval
+from suffix_analysis.traces import trace
+
+TAIL = 20  # last tokens of the user's text: those whose hold on chat[-1] is the hijacking strength
+WINDOW = 10  # tokens over which surprisal is averaged
+BUDGET = 1024  # tokens of a batch, because logits are needed at every one
+RATES = (0.01, 0.05)  # false positives that thresholds are set for
+
+
+@dataclass(frozen=True)
+class Harmfulness:
+    """The difference of means at the last instruction token, and what its largest value over a prompt's tokens is.
+
+    A suffix cannot change any state before it, so it can raise that largest value but never lower it.
+    """
+
+    unit: Float[Tensor, " d_model"]
+    layer: int
+    harmful: float
+    harmless: float
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What detectors read, one row for each conversation.
+
+    ``tokens`` of the user's text; ``perplexity``: the largest mean surprisal (nats per token) of any ``WINDOW`` of
+    them; ``harmfulness``: the largest projection at any of them (0 mean harmless prompt, 1 mean harmful one);
+    ``refusal``: the normalised projection at chat[-1]; ``hijacking``: dominance of the last ``TAIL`` of them in every
+    layer's attention output at chat[-1]; ``heads``: every head's contribution to the direction.
+    """
+
+    tokens: Float[Tensor, " chat"]
+    perplexity: Float[Tensor, " chat"]
+    harmfulness: Float[Tensor, " chat"]
+    refusal: Float[Tensor, " chat"]
+    hijacking: Float[Tensor, "chat layer"]
+    heads: Float[Tensor, "chat head"]
+
+    @staticmethod
+    def joined(parts: Sequence[Readings]) -> Readings:
+        """The rows of all parts, one part after the other."""
+        return Readings(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Readings)})
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A score that is higher the more a conversation looks attacked. ``likelihood``: it needs token likelihoods."""
+
+    name: str
+    score: Callable[[Readings], Float[ndarray, " chat"]]
+    likelihood: bool = False
+
+
+def user_mask(chat: Chat) -> Bool[Tensor, " token"]:
+    """The tokens of the user's text: instruction and suffix, if there is one."""
+    return chat.regions["instruction"] | chat.regions["suffix"]
+
+
+def blind(chat: Chat, tail: int = TAIL) -> Chat:
+    """The conversation with the user's last ``tail`` tokens as its suffix, whatever they are."""
+    at = user_mask(chat).nonzero().flatten()
+    regions = {name: mask.clone() for name, mask in chat.regions.items()}
+    regions["suffix"][at], regions["instruction"][at] = False, True
+    last = at[-tail:]
+    regions["suffix"][last], regions["instruction"][last] = True, False
+    return replace(chat, regions=regions)
+
+
+def windowed(surprisal: Float[Tensor, " token"], window: int = WINDOW) -> float:
+    """The largest mean of ``window`` neighbours; the mean of all where there are fewer."""
+    return float(surprisal.unfold(0, min(window, len(surprisal)), 1).mean(dim=1).max())
+
+
+@torch.no_grad()
+def by_user_token(
+    model: Model, chats: Sequence[Chat], unit: Float[Tensor, " d_model"], layer: int
+) -> list[tuple[Float[Tensor, " token"], Float[Tensor, " token"]]]:
+    """Surprisal (nats) and projection on ``unit`` at the input of ``layer``, at every token of the user's texts."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: list[Tensor] = []
+
+    def look(x: Tensor, hook: Any) -> None:
+        seen.append(x.float() @ unit.to(x.device))
+
+    for group in batches([len(chat.ids) for chat in chats], BUDGET):
+        padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
+        hooks = [(f"blocks.{layer}.hook_resid_pre", look)]
+        with contiguous_head(model.hf), model.bridge.hooks(fwd_hooks=hooks):
+            logits = model.hf(**padded).logits
+        along = seen.pop()
+        for row, i in enumerate(group):
+            ids, n = chats[i].ids.to(logits.device), len(chats[i].ids)
+            scores = logits[row, -n:-1].float()
+            surprisal = torch.nn.functional.cross_entropy(scores, ids[1:], reduction="none")
+            at = user_mask(chats[i]).nonzero().flatten()
+            # the very first token of a prompt has nothing before it
+            found[i] = (surprisal[(at[at > 0] - 1).to(logits.device)].cpu(), along[row, -n:][at.to(along.device)].cpu())
+    return [found[i] for i in range(len(chats))]
+
+
+def harmfulness_of(
+    model: Model, direction: Direction, harmful: Sequence[Chat], harmless: Sequence[Chat]
+) -> Harmfulness:
+    """Fit the harmfulness direction at the refusal direction's layer, on fit prompts without a suffix."""
+    places = harmful[0].n_chat + 1
+    means = [fitted(model, chats, direction.layer, places)[0][:, 0].mean(dim=0) for chats in (harmful, harmless)]
+    vector = means[0] - means[1]
+    unit = vector / vector.norm()
+    most = [
+        float(np.mean([float(along.max()) for _, along in by_user_token(model, chats, unit, direction.layer)]))
+        for chats in (harmful, harmless)
+    ]
+    return Harmfulness(unit, direction.layer, most[0], most[1])
+
+
+def read(model: Model, chats: Sequence[Chat], direction: Direction, harmfulness: Harmfulness) -> Readings:
+    """Read conversations: one trace, and one forward for what is needed at every token of the user's text."""
+    traces = trace(model, [blind(chat) for chat in chats], direction)
+    tokens = by_user_token(model, chats, harmfulness.unit, harmfulness.layer)
+    most = torch.tensor([float(along.max()) for _, along in tokens])
+    return Readings(
+        tokens=torch.tensor([float(len(along)) for _, along in tokens]),
+        perplexity=torch.tensor([windowed(surprisal) for surprisal, _ in tokens]),
+        harmfulness=(most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless),
+        refusal=projection_measures(traces, direction)["normalised"][:, direction.layer],
+        hijacking=traces.dominance[:, :, REGIONS.index("suffix")],
+        heads=traces.head_contribution.flatten(1),
+    )
+
+
+def fit_detectors(attacked: Readings, others: Readings) -> list[Detector]:
+    """The detectors, with what they have to choose or learn (a layer, a probe) taken from these conversations."""
+    sides = [side.hijacking.double().numpy() for side in (attacked, others)]
+    layer = int(np.argmax([auroc(sides[0][:, n], sides[1][:, n]) for n in range(sides[0].shape[1])]))
+    both = torch.cat([attacked.heads, others.heads]).double()
+    centre, spread = both.mean(dim=0), both.std(dim=0).clamp(min=1e-9)
+
+    def standard(readings: Readings) -> Tensor:
+        return (readings.heads.double() - centre) / spread
+
+    probe = discriminant(standard(attacked), standard(others))
+    return [
+        Detector("token count", lambda r: r.tokens.numpy()),
+        Detector("windowed perplexity", lambda r: r.perplexity.numpy(), likelihood=True),
+        Detector(f"hijacking strength (layer {layer})", lambda r: r.hijacking[:, layer].numpy()),
+        Detector("low refusal projection", lambda r: -r.refusal.numpy()),
+        Detector("harmfulness − refusal", lambda r: (r.harmfulness - r.refusal).numpy()),
+        Detector("probe on head contributions", lambda r: (standard(r) @ probe).numpy()),
+    ]
+
+
+def threshold(scores: Float[ndarray, " chat"], rate: float) -> float:
+    """The lowest score above which at most ``rate`` of these conversations lie."""
+    ordered = np.sort(scores)[::-1]
+    return float(ordered[int(np.floor(rate * len(ordered)))])
+
+
+def detector_rows(
+    detectors: Sequence[Detector],
+    calibration: Readings,
+    attacked: Sequence[Readings],
+    others: Mapping[str, Sequence[Readings]],
+) -> list[dict[str, Any]]:
+    """How well each detector separates unseen attacked conversations from each kind of others, and from all.
+
+    Args:
+        detectors: see :func:`fit_detectors`.
+        calibration: select conversations that are not attacked; thresholds come from them.
+        attacked: readings of the same report prompts, with one suffix after the other.
+        others: the same of every kind of conversation that is not attacked.
+
+    A row's ``false_positives`` say what became of a rate on unseen conversations.
+    """
+    against = {name: [readings] for name, readings in others.items()} | {"all of these": list(others.values())}
+    rows = []
+    for detector in detectors:
+
+        def cells(parts: Sequence[Readings], score: Any = detector.score) -> Float[ndarray, "prompt suffix"]:
+            return np.stack([score(part) for part in parts], axis=1).astype(float)
+
+        positive, marks = cells(attacked), detector.score(calibration)
+        for name, kinds in against.items():
+            negatives = [cells(parts) for parts in kinds]
+            value, lo, hi = crossed_auroc(positive, negatives)
+            row: dict[str, Any] = {
+                "detector": detector.name, "likelihood": detector.likelihood, "against": name,
+                "n_prompts": positive.shape[0], "n_suffixes": positive.shape[1],
+                "n_others": sum(map(np.size, negatives)), "auroc": value, "lo": lo, "hi": hi,
+            }  # fmt: skip
+            for rate in RATES:
+                cut, key = threshold(marks, rate), f"{100 * rate:.0f}"
+                caught = interval((positive > cut).astype(float))
+                row |= {
+                    f"threshold_{key}": cut, f"caught_{key}": caught.estimate, f"caught_{key}_lo": caught.lo,
+                    f"caught_{key}_hi": caught.hi, "descriptive": caught.descriptive,
+                    f"false_positives_{key}": float(np.mean([x > cut for part in negatives for x in part.flat])),
+                }  # fmt: skip
+            rows.append(row)
+    return rows

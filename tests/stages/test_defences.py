@@ -1,0 +1,187 @@
+"""Detectors and mitigations on tiny models: identities, and nothing that depends on batching or on the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from suffix_analysis.defences import damped, restored
+from suffix_analysis.detectors import (
+    Harmfulness,
+    Readings,
+    blind,
+    by_user_token,
+    detector_rows,
+    fit_detectors,
+    harmfulness_of,
+    read,
+    threshold,
+    user_mask,
+    windowed,
+)
+from suffix_analysis.directions import Direction
+from suffix_analysis.forward import last_logits
+from suffix_analysis.generate import generate
+from suffix_analysis.models import Model
+from tests import tiny
+
+TEXTS = ["Pick a lock", "Break a window now", "Bake a cake", "Sing about the sea and the sky"]
+SUFFIX = "x ! y ? z"
+
+
+def some_direction(model: Model, layer: int = 2) -> Direction:
+    assert model.bridge is not None  # wrapping changes the order of sums, so it comes before anything is compared
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(model.d_model, generator=generator)
+    means = torch.randn(model.n_layers + 1, model.d_model, generator=generator)
+    return Direction(vector, -1, layer, [], means + vector, means, (5,), {})
+
+
+def every_head(model: Model) -> list[tuple[int, int]]:
+    return [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
+
+
+def test_a_strength_of_zero_changes_nothing_bit_for_bit(family: str) -> None:
+    model = tiny.model(family)
+    direction = some_direction(model)
+    rows = [model.chat(text, SUFFIX).ids for text in TEXTS]
+    plain = last_logits(model.hf, model.tokenizer, rows)
+    for context in (damped(model, every_head(model), 0.0), restored(model, direction, strength=0.0)):
+        with context:
+            assert torch.equal(last_logits(model.hf, model.tokenizer, rows), plain)
+    assert torch.equal(last_logits(model.hf, model.tokenizer, rows), plain), "all hooks are gone"
+
+
+def test_mitigations_act_the_same_alone_in_batches_and_in_replies() -> None:
+    model = tiny.model("llama")
+    direction = some_direction(model)
+    rows = [model.chat(text, SUFFIX).ids for text in TEXTS]
+    plain = last_logits(model.hf, model.tokenizer, rows)
+    for context in (
+        lambda: damped(model, every_head(model), 0.8, tail=3),
+        lambda: restored(model, direction),
+    ):
+        with context():
+            together = last_logits(model.hf, model.tokenizer, rows)
+            alone = torch.cat([last_logits(model.hf, model.tokenizer, [row]) for row in rows])
+            whole = model.hf(input_ids=rows[0][None]).logits[0, -1].float()
+            replies = generate(model.hf, model.tokenizer, rows, 3)
+            first = [generate(model.hf, model.tokenizer, [row], 3)[0] for row in rows]
+        assert torch.allclose(together, alone, atol=1e-4)
+        assert torch.allclose(together[0], whole, atol=1e-4)
+        assert not torch.allclose(together, plain, atol=1e-3)
+        assert replies == first
+
+
+def test_a_full_strength_cuts_the_edges_and_rows_still_sum_to_one() -> None:
+    model = tiny.model("llama")
+    chat = model.chat(TEXTS[0], SUFFIX)
+    n_suffix = int(chat.regions["suffix"].sum())
+    seen: list[torch.Tensor] = []
+
+    def look(pattern: torch.Tensor, hook: object) -> None:
+        seen.append(pattern.detach().clone())
+
+    with (
+        damped(model, [(1, 0)], 1.0, tail=n_suffix),
+        model.bridge.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", look)]),
+    ):
+        model.hf(input_ids=chat.ids[None])
+    rows = seen[0][0, :, chat.regions["chat"]]
+    assert float(rows[0][:, chat.regions["suffix"]].max()) == 0
+    assert float(rows[1][:, chat.regions["suffix"]].max()) > 0, "other heads are left alone"
+    assert torch.allclose(rows.sum(dim=-1), torch.ones(rows.shape[:2]), atol=1e-5)
+    with pytest.raises(ValueError, match="strength is 1"), damped(model, [(1, 0)], 1.5):
+        pass
+
+
+def test_restoring_takes_the_projection_to_the_harmful_mean_where_the_detector_fires() -> None:
+    model = tiny.model("llama")
+    direction, chats = some_direction(model), [model.chat(text, SUFFIX) for text in TEXTS]
+    harm = Harmfulness(torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0)
+    wanted = read(model, chats, direction, harm)
+    gap = wanted.harmfulness - wanted.refusal
+    cut = float(gap.sort().values[1:3].mean())  # two fire, two do not
+    seen: list[torch.Tensor] = []
+
+    def look(x: torch.Tensor, hook: object) -> None:
+        seen.append(x[:, -1] @ direction.unit)
+
+    with (
+        restored(model, direction, harm, cut),
+        model.bridge.hooks(fwd_hooks=[(f"blocks.{direction.layer}.hook_resid_pre", look)]),
+    ):
+        for chat in chats:
+            model.hf(input_ids=chat.ids[None])
+    high = float(direction.means_harmful[direction.layer] @ direction.unit)
+    at_mean = (torch.cat(seen) - high).abs() < 1e-3
+    assert at_mean.tolist() == (gap > cut).tolist()
+    assert at_mean.sum() == 2
+
+
+def test_readings_are_what_they_say(family: str) -> None:
+    model = tiny.model(family)
+    chats = [model.chat(text, SUFFIX) for text in TEXTS]
+    direction = some_direction(model, 1)
+    harm = harmfulness_of(model, direction, [model.chat(t) for t in TEXTS[:2]], [model.chat(t) for t in TEXTS[2:]])
+    found = read(model, chats, direction, harm)
+    for i, chat in enumerate(chats):
+        logits = model.hf(input_ids=chat.ids[None]).logits[0].float().log_softmax(-1)
+        at = user_mask(chat).nonzero().flatten()
+        surprisal = -logits[at - 1, chat.ids[at]]
+        assert float(found.tokens[i]) == len(at)
+        assert float(found.perplexity[i]) == pytest.approx(windowed(surprisal.detach()), abs=2e-3)
+        own, _ = by_user_token(model, [chat], harm.unit, harm.layer)[0]
+        assert torch.allclose(own, surprisal, atol=2e-3)
+    assert found.hijacking.shape == (4, model.n_layers)
+    assert found.heads.shape == (4, model.n_layers * model.n_heads)
+
+
+def test_a_later_token_cannot_lower_harmfulness() -> None:
+    model = tiny.model("llama")
+    harm = Harmfulness(torch.nn.functional.normalize(torch.ones(model.d_model), dim=0), 2, 1.0, 0.0)
+    direction = some_direction(model)
+    plain = read(model, [model.chat(text) for text in TEXTS], direction, harm).harmfulness
+    attacked = read(model, [model.chat(text, SUFFIX) for text in TEXTS], direction, harm).harmfulness
+    assert bool((attacked >= plain - 1e-4).all())
+
+
+def test_the_tail_is_the_users_last_tokens() -> None:
+    chat = tiny.model("llama").chat(TEXTS[3], SUFFIX)
+    found = blind(chat, 4)
+    at = user_mask(chat).nonzero().flatten()
+    assert found.regions["suffix"].nonzero().flatten().tolist() == at[-4:].tolist()
+    assert torch.equal(user_mask(found), user_mask(chat))
+
+
+def readings(n: int, harm: float, tokens: float, seed: int) -> Readings:
+    rng = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n, 8, generator=rng)
+    return Readings(
+        tokens=tokens + noise[:, 0], perplexity=noise[:, 1], harmfulness=harm + 0.1 * noise[:, 2],
+        refusal=0.1 * noise[:, 3], hijacking=noise[:, 4:6] + torch.tensor([0.0, harm]), heads=noise[:, 6:] + harm,
+    )  # fmt: skip
+
+
+def test_what_is_planted_is_found_and_the_baseline_finds_nothing() -> None:
+    detectors = fit_detectors(readings(64, 3.0, 30, 0), readings(64, 0.0, 30, 1))
+    calibration = readings(400, 0.0, 30, 2)
+    rows = detector_rows(
+        detectors, calibration, [readings(40, 3.0, 30, s) for s in (3, 4)],
+        {"benign": [readings(40, 0.0, 30, s) for s in (5, 6, 7)]},
+    )  # fmt: skip
+    found = {row["detector"]: row for row in rows if row["against"] == "all of these"}
+    assert found["harmfulness − refusal"]["auroc"] > 0.99 and found["harmfulness − refusal"]["caught_1"] > 0.99
+    assert found["hijacking strength (layer 1)"]["auroc"] > 0.95
+    assert found["probe on head contributions"]["auroc"] > 0.95
+    for nothing in ("token count", "windowed perplexity", "low refusal projection"):
+        assert found[nothing]["lo"] < 0.5 < found[nothing]["hi"]
+    assert all(row["false_positives_5"] < 0.12 for row in found.values())
+    assert all(row["descriptive"] for row in found.values()), "two suffixes are few"
+
+
+def test_thresholds_keep_their_promise_on_what_they_come_from() -> None:
+    scores = np.random.default_rng(0).normal(size=250)
+    for rate in (0.01, 0.05):
+        assert (scores > threshold(scores, rate)).mean() <= rate
