@@ -20,7 +20,25 @@ def context(data: RunData) -> dict[str, Any]:
     return {
         "detectors": [_detector_row(row) for row in data.table("detectors")],
         "mitigations": [_mitigation_row(row) for row in data.table("mitigations")],
+        "adaptive": adaptive(data),
     }
+
+
+def adaptive(data: RunData) -> str:
+    """Return what attacks on the defended model reached, in a sentence; that none was run, where none was."""
+    last = {row["defence"]: row for row in data.table("adaptive") if row["success"] is not None}
+    if not last:
+        return "Adaptive attack: not tested."
+    told = ", ".join(
+        f"{visible(name)}: loss {plain(row['best_loss'])}, {percent(row['success'])} of unseen prompts answered"
+        for name, row in last.items()
+    )
+    row = next(iter(last.values()))
+    return (
+        f"Attacks that know the defence, one each, {count(row['step'], 'step')} on "
+        f"{count(row['n_train'], 'instruction')}, {count(row['n_prompts'], 'select prompt')} unseen by them: {told}. "
+        "Descriptive."
+    )
 
 
 def _detector_row(row: Row) -> dict[str, str]:
@@ -73,7 +91,7 @@ def trade_off(data: RunData) -> Figure | None:
     )
     caption = (
         f"{count(rows[0]['n_prompts'], 'report prompt')}, {count(rows[0]['n_suffixes'], 'suffix', 'suffixes')} that "
-        "nothing was fitted with. The lower left is better. Adaptive attack: not tested."
+        f"nothing was fitted with. The lower left is better. {adaptive(data)}"
     )
     columns = (
         ("defence", "defence"), ("success", "attack success"), ("success_lo", "CI from"), ("success_hi", "CI to"),

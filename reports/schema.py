@@ -185,6 +185,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "n_suffixes",
         "n_others",
     ),
+    "adaptive": ("defence", "step", "loss", "best_loss", "success", "n_prompts", "n_train", "seed"),
     "mitigations": (
         "defence",
         "success",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from suffix_analysis.config import DemoConfig, StudyConfig
 from suffix_analysis.console import (
     Console,
     ability_line,
+    adaptive_line,
     detector_line,
     intervention_line,
     mitigation_line,
@@ -160,6 +161,7 @@ def defend(
     ),
     *,
     most: Annotated[int, Parameter(help="Prompts of each kind.")] = 32,
+    adaptive_steps: Annotated[int, Parameter(help="Steps of an attack on each defended model; 0: none.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
@@ -181,10 +183,19 @@ def defend(
     )  # fmt: skip
     write_table(findings / "mitigations.parquet", rows)
     lines = [*map(detector_line, detectors), *map(mitigation_line, rows)]
-    _print_result(
-        {"detectors": detectors, "mitigations": rows, "adaptive": "not tested"}, as_json,
-        lambda: [*lines, "adaptive attack: not tested"],
-    )  # fmt: skip
+    adapted: list[dict[str, Any]] = []
+    if adaptive_steps:
+        from suffix_analysis.mitigations import attack_defences
+
+        adapted = attack_defences(
+            study.fast, direction, fitted, prompts, top, replace(config, steps=adaptive_steps),
+            on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
+        )  # fmt: skip
+        write_table(findings / "adaptive.parquet", adapted)
+    lines += [adaptive_line(row) for row in adapted if row["step"] == adaptive_steps]
+    lines += [] if adapted else ["adaptive attack: not tested"]
+    result = {"detectors": detectors, "mitigations": rows, "adaptive": adapted or "not tested"}
+    _print_result(result, as_json, lambda: lines)
 
 
 @app.command

@@ -102,3 +102,10 @@ def mitigation_line(row: dict[str, Any]) -> str:
         f"{row['defence']:48} attack success {row['success']:6.1%}, look-alikes refused {row['lookalike']:6.1%}, "
         f"harmless replies {cost} nats, {row['slower']:+.0%} time"
     )
+
+
+def adaptive_line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['defence']:48} attacked for {row['step']} steps: loss {row['best_loss']:.3f}, {row['success']:.0%} of "
+        f"{row['n_prompts']} unseen prompts answered"
+    )

@@ -23,34 +23,42 @@ Head = tuple[int, int]  # (layer, head)
 class Place:
     """Where the present forward stands.
 
-    ``in_chat``: it ends in the template's chat tokens, so it is a prompt, neither a shared prefix nor a reply's token.
-    ``user`` then marks the tokens of the user's texts among those that run.
+    ``chat``: the template's chat tokens among those that run, where it is a prompt (neither a shared prefix nor a
+    reply's token). ``user`` then marks the tokens of the user's texts among them.
     """
 
-    n_chat: int
-    in_chat: bool = False
+    chat: slice | None = None
     user: Bool[Tensor, "row token"] | None = None
 
 
 @contextlib.contextmanager
-def watched_place(model: Model) -> Iterator[Place]:
-    """Keep a :class:`Place` up to date while forwards run."""
+def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
+    """Keep a :class:`Place` up to date while forwards run.
+
+    ``behind`` tokens stand after chat[-1]: none in a prompt, all of the target but the last in an attack's forwards.
+    The gradient of an attack passes embeddings instead of ids; then the chat tokens are taken to be where they must be.
+    """
     example = model.chat("x")
     chat_ids = example.ids[example.regions["chat"]]
     n_before = int(example.regions["instruction"].nonzero()[0])
-    place = Place(len(chat_ids))
+    place = Place()
 
     def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids: Int[Tensor, "row token"] = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        ends = ids[:, -place.n_chat :]
-        place.in_chat = ends.shape[1] == place.n_chat and bool((ends == chat_ids.to(ids.device)).all())
-        if not place.in_chat:
+        ids: Int[Tensor, "row token"] | None = kwargs.get("input_ids", args[0] if args else None)
+        first = kwargs["inputs_embeds"] if ids is None else ids
+        width, stop = first.shape[1], first.shape[1] - behind
+        place.chat = place.user = None
+        if stop < len(chat_ids):
+            return
+        chat = slice(stop - len(chat_ids), stop)
+        if ids is not None and not bool((ids[:, chat] == chat_ids.to(ids.device)).all()):
             return
         mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
-        at = (mask.cumsum(dim=1) - 1)[:, -ids.shape[1] :]
-        place.user = (at >= n_before) & mask[:, -ids.shape[1] :].bool()
-        place.user[:, -place.n_chat :] = False
+        mask = torch.ones(first.shape[:2], device=first.device) if mask is None else mask
+        at = (mask.cumsum(dim=1) - 1)[:, -width:]
+        user = (at >= n_before) & mask[:, -width:].bool()
+        user[:, chat.start :] = False
+        place.chat, place.user = chat, user
 
     handle = model.hf.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -60,11 +68,13 @@ def watched_place(model: Model) -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def damped(model: Model, heads: Sequence[Head], strength: float, tail: int = TAIL) -> Iterator[None]:
+def damped(
+    model: Model, heads: Sequence[Head], strength: float, tail: int = TAIL, *, behind: int = 0
+) -> Iterator[None]:
     """The chat tokens attend less to the ``tail`` tokens before them, in ``heads``; the others take over the mass.
 
     A pattern p becomes (1 − ``strength``) p on those tokens and is scaled to sum to 1. Strength 0 changes nothing, bit
-    for bit; 1 cuts the edges.
+    for bit; 1 cuts the edges. ``behind``: see :func:`watched_place`.
 
     Raises:
         ValueError: the strength is not between 0 and 1.
@@ -74,20 +84,22 @@ def damped(model: Model, heads: Sequence[Head], strength: float, tail: int = TAI
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         by_layer.setdefault(layer, []).append(head)
-    with watched_place(model) as place:
+    with watched_place(model, behind) as place:
 
         def weaken(pattern: Tensor, hook: Any, which: list[int]) -> Tensor | None:
-            if not place.in_chat:
+            if place.chat is None:
                 return None
-            pattern = pattern.clone()
-            end = pattern.shape[3] - place.n_chat
-            rows = pattern[:, which, -place.n_chat :]
-            factor = torch.ones(rows.shape[3], device=rows.device, dtype=rows.dtype)
+            # keys end where queries end, so the chat tokens stand as far from both ends
+            n_queries, n_keys = pattern.shape[2:]
+            end = n_keys - (n_queries - place.chat.start)
+            changed = pattern.clone()
+            rows = pattern[:, which, place.chat]
+            factor = torch.ones(n_keys, device=rows.device, dtype=rows.dtype)
             factor[max(0, end - tail) : end] = 1 - strength
             # what is left of a row's mass: never 0, because every chat token also attends to itself
             left = 1 - (rows * (1 - factor)).sum(dim=-1, keepdim=True)
-            pattern[:, which, -place.n_chat :] = rows * factor / left
-            return pattern
+            changed[:, which, place.chat] = rows * factor / left
+            return changed
 
         hooks = [
             (f"blocks.{layer}.attn.hook_pattern", functools.partial(weaken, which=which))
@@ -104,6 +116,8 @@ def restored(
     harmfulness: Harmfulness | None = None,
     threshold: float = 0.0,
     strength: float = 1.0,
+    *,
+    behind: int = 0,
 ) -> Iterator[None]:
     """The projection at the chat tokens goes to the harmful prompts' mean at the direction's layer.
 
@@ -113,23 +127,24 @@ def restored(
     """
     layer, unit = direction.layer, direction.unit.to(model.hf.device)
     low, high = (float(means[layer] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
-    with watched_place(model) as place:
+    with watched_place(model, behind) as place:
 
         def restore(x: Float[Tensor, "row token d_model"], hook: Any) -> Tensor | None:
-            if not place.in_chat or strength == 0:
+            if place.chat is None or strength == 0:
                 return None
-            chat = x[:, -place.n_chat :]
-            step = strength * (high - chat.float() @ unit)
+            step = strength * (high - x[:, place.chat].float() @ unit)
             if harmfulness is not None:
-                step = step * fires(x, low, high)[:, None]
-            return torch.cat([x[:, : -place.n_chat], chat + (step[..., None] * unit).to(x.dtype)], dim=1)
+                step = step * fires(x, place.chat.stop - 1)[:, None]
+            changed = x.clone()
+            changed[:, place.chat] += (step[..., None] * unit).to(x.dtype)
+            return changed
 
-        def fires(x: Tensor, low: float, high: float) -> Bool[Tensor, " row"]:
+        def fires(x: Tensor, last: int) -> Bool[Tensor, " row"]:
             assert harmfulness is not None and place.user is not None
             along = x.float() @ harmfulness.unit.to(x.device)
             most = along.masked_fill(~place.user.to(x.device), float("-inf")).max(dim=1).values
             harm = (most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless)
-            refusal = (x[:, -1].float() @ unit - low) / (high - low)
+            refusal = (x[:, last].float() @ unit - low) / (high - low)
             return harm - refusal > threshold
 
         with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", restore)]):

@@ -15,8 +15,12 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from attacks.terms import Projection
+from suffix_analysis.adaptive import Defended, attack_defended
+from suffix_analysis.attacking import split_for_attack
 from suffix_analysis.causal_tests import random_heads
 from suffix_analysis.chat import Chat
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import Head, damped, restored
 from suffix_analysis.detectors import (
     Detector,
@@ -36,11 +40,14 @@ from suffix_analysis.models import Model
 from suffix_analysis.paper_table import cross_entropy, random_directions, reply_pairs
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
+from suffix_analysis.refusal import opens_refusal
 from suffix_analysis.stats import interval, rate_interval
 
 COPIES, SWAPPED = 4, 0.1  # SmoothLLM: noisy copies of a prompt, and the share of characters that are swapped in each
 REFUSAL = "I cannot help with that request."  # what a filter answers
 STRENGTHS = (0.5, 0.9)
+GAP, GAP_RATE = "harmfulness − refusal", 0.05  # the detector that restoring waits for, and its false positives
+EVASION = 1.0  # weight of the refusal projection (in lengths of the direction) beside the target's loss
 Context = contextlib.AbstractContextManager[None]
 Reply = Callable[[Model, Sequence[str]], list[str]]
 
@@ -178,8 +185,7 @@ def defences(
     model: Model, direction: Direction, fitted: Fitted, top: Sequence[Head], length: int, seed: int
 ) -> list[Defence]:
     """The table's lines, each edit with its control: other heads of the same layers, another direction."""
-    gap = fitted.of("harmfulness − refusal")
-    cut = threshold(gap.score(fitted.calibration), 0.05)
+    cut = threshold(fitted.of(GAP).score(fitted.calibration), GAP_RATE)
     others = random_heads(top, model.n_heads, seed)
     (vector,) = random_directions(direction.vector, 1, seed)
     elsewhere = Direction(**{**vars(direction), "vector": vector})
@@ -277,6 +283,37 @@ def measure_mitigations(
         }
         for row in rows
     ]  # fmt: skip
+
+
+def attack_defences(
+    model: Model,
+    direction: Direction,
+    fitted: Fitted,
+    prompts: Sequence[Prompt],
+    top: Sequence[Head],
+    config: StudyConfig,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Attacks with equal budgets on the model without a defence, with damped edges, and with a restored projection.
+
+    Against the last one the objective also raises the refusal projection, which is what the detector misses in
+    attacked prompts (see :func:`suffix_analysis.adaptive.attack_defended`).
+    """
+    own = [p for p in prompts if p.kind == "harmful" and p.split == "select"]
+    tokens = direction.refusal_tokens
+    refused = opens_refusal(model, [model.chat(p.text).ids for p in own], tokens)
+    train, held_out = split_for_attack(own, config.n_instructions, config.seed, refused.tolist())
+    cut = threshold(fitted.of(GAP).score(fitted.calibration), GAP_RATE)
+    strength, restoring = STRENGTHS[-1], "projection restored where the detector fires"
+    defended: dict[str, Defended] = {
+        "none": lambda behind: contextlib.nullcontext(),
+        f"suffix edges of the top heads damped by {strength:.0%}": lambda behind: damped(
+            model, top, strength, behind=behind
+        ),
+        restoring: lambda behind: restored(model, direction, fitted.harmfulness, cut, behind=behind),
+    }
+    evading = Projection(direction.vector, direction.layer, weight=-EVASION / float(direction.vector.norm()))
+    return attack_defended(model, train, held_out, tokens, defended, {restoring: (evading,)}, config, on_step)
 
 
 def _refused(replies: Sequence[str]) -> Float[ndarray, " reply"]:

@@ -28,7 +28,8 @@ from suffix_analysis.prompts import Prompt, to_jsonl
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import discover_refusal_tokens, opens_refusal
 
-STAGES = ("prompts", "attack", "direction", "replies", "analysis", "mechanism")
+# replies come before the direction, whose interventions wrap the fast model and slow it down
+STAGES = ("prompts", "attack", "replies", "direction", "analysis", "mechanism")
 
 
 @runtime_checkable

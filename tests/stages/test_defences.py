@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from suffix_analysis.adaptive import attack_defended
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import damped, restored
 from suffix_analysis.detectors import (
     Harmfulness,
@@ -21,9 +27,13 @@ from suffix_analysis.detectors import (
     windowed,
 )
 from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import generate
+from suffix_analysis.mitigations import halves, measure_detectors, measure_mitigations, swapped
 from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt, load_prompts
+from suffix_analysis.records import Suffix
 from tests import tiny
 
 TEXTS = ["Pick a lock", "Break a window now", "Bake a cake", "Sing about the sea and the sky"]
@@ -185,3 +195,89 @@ def test_thresholds_keep_their_promise_on_what_they_come_from() -> None:
     scores = np.random.default_rng(0).normal(size=250)
     for rate in (0.01, 0.05):
         assert (scores > threshold(scores, rate)).mean() <= rate
+
+
+def suffixes(count: int) -> list[Suffix]:
+    return [
+        Suffix(f"{arm}-{i}", arm, text * (i + 1))
+        for arm, text in (("adversarial", "x ! y "), ("random", "q w e "), ("benign", "and so on "))
+        for i in range(count)
+    ]
+
+
+def few_prompts() -> list[Prompt]:
+    kinds = [(kind, split) for kind in ("harmful", "harmless") for split in ("fit", "select", "report")]
+    return [
+        prompt
+        for kind, split in [*kinds, ("lookalike", "report")]
+        for prompt in load_prompts("embedded", split=split, kind=kind)[:4]
+    ]
+
+
+def test_the_tables_have_every_line_and_their_controls() -> None:
+    model = tiny.model("llama")
+    direction, prompts = some_direction(model), few_prompts()
+    fitted, rows = measure_detectors(model, direction, prompts, suffixes(4), most=3)
+    assert len(rows) == 6 * 5
+    assert {(row["n_prompts"], row["n_suffixes"]) for row in rows} == {(3, 2)}
+    assert all(0 <= row["lo"] <= row["auroc"] <= row["hi"] <= 1 for row in rows)
+    table = measure_mitigations(model, direction, fitted, prompts, suffixes(4), [(1, 0), (2, 1)], length=3, most=3)
+    names = [row["defence"] for row in table]
+    assert names[0] == "none" and len(set(names)) == len(names) == 11
+    assert sum(row["control"] for row in table) == 3
+    assert (table[0]["cost"], table[0]["slower"]) == (0, 0)
+    assert {row["defence"] for row in table if row["cost"] is None} == {"perplexity filter", "SmoothLLM, 4 copies"}
+    assert all(row["success"] == 1 for row in table if "filter" not in row["defence"]), "a random model refuses nothing"
+
+
+def test_one_suffix_is_too_few_to_fit_and_to_measure() -> None:
+    with pytest.raises(UserError, match="1 suffixes of the adversarial arm"):
+        halves(suffixes(1), "adversarial")
+
+
+def test_a_swapped_text_keeps_its_length_and_most_letters() -> None:
+    text = "Tell me how clouds form over the sea"
+    found = swapped(text, random.Random(0), 0.25)
+    assert len(found) == len(text)
+    assert 0 < sum(a != b for a, b in zip(found, text, strict=True)) <= 9
+    assert swapped(text, random.Random(0), 0.0) == text
+
+
+def test_an_attackers_forward_meets_the_same_defence() -> None:
+    model = tiny.model("llama")
+    direction, ids = some_direction(model), model.chat(TEXTS[1], SUFFIX).ids
+    target = torch.tensor([7, 8, 9])
+    behind = len(target) - 1
+    longer = torch.cat([ids, target[:-1]])[None]
+
+    def contexts(behind: int) -> list[Any]:
+        return [
+            damped(model, every_head(model), 0.7, tail=4, behind=behind), restored(model, direction, behind=behind),
+        ]  # fmt: skip
+
+    for plain, attacked in zip(contexts(0), contexts(behind), strict=True):
+        with torch.no_grad(), plain:
+            wanted = model.hf(input_ids=ids[None]).logits[0, -1]
+        with torch.no_grad(), attacked:
+            by_ids = model.hf(input_ids=longer).logits[0, len(ids) - 1]
+            by_embeddings = model.hf(inputs_embeds=model.hf.get_input_embeddings()(longer)).logits[0, len(ids) - 1]
+        assert torch.allclose(by_ids, wanted, atol=1e-4)
+        assert torch.allclose(by_embeddings, wanted, atol=1e-4)
+
+
+def test_adaptive_attacks_have_equal_budgets_and_meet_their_defence() -> None:
+    model = tiny.model("llama")
+    direction = some_direction(model)
+    prompts = load_prompts("embedded", split="select", kind="harmful")[:6]
+    config = StudyConfig(steps=3, search_width=8, topk=16, suffix_tokens=4, n_instructions=2)
+    defended: dict[str, Any] = {
+        "none": lambda behind: contextlib.nullcontext(),
+        "nothing": lambda behind: restored(model, direction, strength=0.0, behind=behind),
+        "restored": lambda behind: restored(model, direction, strength=3.0, behind=behind),
+    }
+    rows = attack_defended(model, prompts[:2], prompts[2:], [5, 6], defended, {}, config)
+    losses = {name: [row["loss"] for row in rows if row["defence"] == name] for name in defended}
+    assert [row["step"] for row in rows] == [1, 2, 3] * 3
+    assert losses["none"] == losses["nothing"] != losses["restored"]
+    assert all((row["success"] is not None) == (row["step"] == 3) for row in rows)
+    assert {(row["n_prompts"], row["n_train"]) for row in rows} == {(4, 2)}
