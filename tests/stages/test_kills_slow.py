@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -15,24 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
+from safetensors.torch import load_file
 
 from suffix_analysis.runs import read_json, read_jsonl, read_table
 from tests import tiny
 
 KILLS = int(os.environ.get("KILLS", "6"))
 SETTINGS: dict[str, Any] = {
-    "n-instructions": 2, "suffix-tokens": 5, "steps": 6, "search-width": 8, "topk": 16, "n-controls": 2, "n-traced": 6,
-    "n-traced-controls": 1, "reply-tokens": 8, "n-top-heads": 2, "n-causal": 4, "n-fit": 8, "n-select": 4,
-    "prompts-per-split": 8, "kl-threshold": 1e9, "induce-threshold": -1e9, "layer-share": 1.0,
-    "score-dtype": "float32",
+    "n_instructions": 2, "suffix_tokens": 5, "steps": 6, "search_width": 8, "topk": 16, "n_controls": 2, "n_traced": 6,
+    "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 2, "n_causal": 4, "n_fit": 24, "n_select": 16,
+    "prompts_per_split": 16, "kl_threshold": 1e9, "induce_threshold": -1e9, "layer_share": 1.0,
+    "score_dtype": "float32",
+    # half of the vocabulary, so that a random model "refuses" some prompts and not others
+    "refusal_tokens": list(range(0, 700, 2)),
 }  # fmt: skip
-REFUSAL_TOKENS = ("40", "41")
 
 
 def command(model: Path, out: Path) -> list[str]:
-    flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    flags += [word for token in REFUSAL_TOKENS for word in ("--refusal-tokens", token)]
-    return [sys.executable, "-m", "suffix_analysis.cli", "run", "--model", str(model), "--out", str(out), *flags]
+    settings = model / "study.toml"
+    settings.write_text(tomli_w.dumps({**SETTINGS, "model": str(model)}))
+    return [sys.executable, "-m", "suffix_analysis.cli", "run", "--config", str(settings), "--out", str(out)]
 
 
 def findings(run: Path) -> dict[str, Any]:
@@ -42,8 +46,20 @@ def findings(run: Path) -> dict[str, Any]:
     found["suffixes"] = read_jsonl(run / "suffixes.jsonl")
     steps = read_jsonl(run / "steps.jsonl")
     found["steps"] = [{k: v for k, v in row.items() if k != "seconds"} for row in steps]
-    found["direction"] = (run / "direction.safetensors").read_bytes()
+    # tensors, not bytes: the order of a safetensors file's metadata is no part of what was found
+    found["direction"] = {k: v.tolist() for k, v in load_file(run / "direction.safetensors").items()}
     return found
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, but for rounding: sums may come in another order where memory lies differently (seen: 4e-7)."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-5) or (math.isnan(a) and math.isnan(b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
 
 
 @pytest.mark.slow
@@ -66,7 +82,7 @@ def test_a_killed_run_goes_on_to_the_same_findings(tmp_path: Path) -> None:
         done = subprocess.run(command(model, out), check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found = findings(out)
-        assert {name for name in wanted if found.get(name) != wanted[name]} == set(), f"kill {number}"
+        assert {name for name in wanted if not same(found.get(name), wanted[name])} == set(), f"kill {number}"
         assert (out / "report.html").exists()
     print(f"{cut} of {KILLS} runs were killed, in a run of {whole:.0f} s; all went on to the same findings")
     assert cut >= KILLS / 2
