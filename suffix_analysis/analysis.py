@@ -56,12 +56,12 @@ def analyze(
         UserError: no harmful prompts, or a trace fails (see :func:`suffix_analysis.traces.trace`).
     """
     records = to_suffixes(suffixes)
-    report = _of(prompts, "harmful", "report", max_prompts)
-    chosen_on = _of(prompts, "harmful", "select", None)
+    report = prompts_of(prompts, "harmful", "report", max_prompts)
+    chosen_on = prompts_of(prompts, "harmful", "select", None)
     if not report:
         raise UserError("There are no harmful prompts of the report split to analyse.")
     separate = not {p.id for p in chosen_on} & {p.id for p in report}
-    harmless = _of(prompts, "harmless", "report", max_prompts)
+    harmless = prompts_of(prompts, "harmless", "report", max_prompts)
 
     def run(some: Sequence[Prompt], suffix: str = "") -> Traces:
         return trace(model, some, direction, suffix=suffix, on_batch=on_prompts)
@@ -109,7 +109,7 @@ def analyze(
     )
 
 
-def _of(prompts: Sequence[Prompt], kind: str, split: str, most: int | None) -> list[Prompt]:
+def prompts_of(prompts: Sequence[Prompt], kind: str, split: str, most: int | None) -> list[Prompt]:
     """Prompts of a kind and split; those without a kind are harmful, those without a split belong to every one."""
     own = [p for p in prompts if (p.kind or "harmful") == kind and (p.split or split) == split]
     if most is None or len(own) <= most:
@@ -119,7 +119,7 @@ def _of(prompts: Sequence[Prompt], kind: str, split: str, most: int | None) -> l
 
 def harmful_of(prompts: Sequence[Prompt], split: str, most: int | None = None) -> list[Prompt]:
     """Harmful prompts of a split, at most ``most`` of them, evenly spread."""
-    return _of(prompts, "harmful", split, most)
+    return prompts_of(prompts, "harmful", split, most)
 
 
 def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> list[dict[str, Any]]:

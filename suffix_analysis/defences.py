@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from suffix_analysis.causal import Head
 from suffix_analysis.detectors import TAIL, Harmfulness
 from suffix_analysis.directions import Direction
 from suffix_analysis.models import Model
-
-Head = tuple[int, int]  # (layer, head)
 
 
 @dataclass

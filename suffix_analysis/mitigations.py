@@ -17,11 +17,13 @@ from numpy import ndarray
 
 from attacks.terms import Projection
 from suffix_analysis.adaptive import Defended, attack_defended
+from suffix_analysis.analysis import prompts_of
 from suffix_analysis.attacking import split_for_attack
+from suffix_analysis.causal import Head
 from suffix_analysis.causal_tests import random_heads
 from suffix_analysis.chat import Chat
 from suffix_analysis.config import StudyConfig
-from suffix_analysis.defences import Head, damped, restored
+from suffix_analysis.defences import damped, restored
 from suffix_analysis.detectors import (
     Detector,
     Harmfulness,
@@ -46,6 +48,7 @@ from suffix_analysis.stats import interval, rate_interval
 COPIES, SWAPPED = 4, 0.1  # SmoothLLM: noisy copies of a prompt, and the share of characters that are swapped in each
 REFUSAL = "I cannot help with that request."  # what a filter answers
 STRENGTHS = (0.5, 0.9)
+RESTORED = "projection restored where the detector fires"
 GAP, GAP_RATE = "harmfulness − refusal", 0.05  # the detector that restoring waits for, and its false positives
 EVASION = 1.0  # weight of the refusal projection (in lengths of the direction) beside the target's loss
 Context = contextlib.AbstractContextManager[None]
@@ -69,6 +72,11 @@ class Fitted:
     harmfulness: Harmfulness
     detectors: list[Detector]
     calibration: Readings
+
+    @property
+    def gap(self) -> float:
+        """What harmfulness − refusal must exceed for the projection to be restored."""
+        return threshold(self.of(GAP).score(self.calibration), GAP_RATE)
 
     def of(self, name: str) -> Detector:
         """The detector whose name begins so."""
@@ -96,8 +104,7 @@ def conversations(
     """Attacked conversations suffix by suffix, and those of every other kind, of one split and half of the suffixes."""
 
     def chats(kind: str, arm: str) -> list[list[Chat]]:
-        own = [p for p in prompts if p.kind == kind and p.split == split]
-        own = [own[i * len(own) // most] for i in range(most)] if len(own) > most else own
+        own = prompts_of(prompts, kind, split, most)
         return [[model.chat(p.text, suffix.text) for p in own] for suffix in halves(suffixes, arm)[part]]
 
     return chats("harmful", "adversarial"), {
@@ -185,7 +192,6 @@ def defences(
     model: Model, direction: Direction, fitted: Fitted, top: Sequence[Head], length: int, seed: int
 ) -> list[Defence]:
     """The table's lines, each edit with its control: other heads of the same layers, another direction."""
-    cut = threshold(fitted.of(GAP).score(fitted.calibration), GAP_RATE)
     others = random_heads(top, model.n_heads, seed)
     (vector,) = random_directions(direction.vector, 1, seed)
     elsewhere = Direction(**{**vars(direction), "vector": vector})
@@ -212,8 +218,8 @@ def defences(
     made += [
         Defence(f"edges of all heads damped by {STRENGTHS[-1]:.0%}", partial(damped, model, every, STRENGTHS[-1])),
         Defence(
-            "projection restored where the detector fires",
-            partial(restored, model, direction, fitted.harmfulness, cut),
+            RESTORED,
+            partial(restored, model, direction, fitted.harmfulness, fitted.gap),
         ),
         Defence("projection restored always", partial(restored, model, direction)),
         Defence("random direction set always", partial(restored, model, elsewhere), control=True),
@@ -303,17 +309,16 @@ def attack_defences(
     tokens = direction.refusal_tokens
     refused = opens_refusal(model, [model.chat(p.text).ids for p in own], tokens)
     train, held_out = split_for_attack(own, config.n_instructions, config.seed, refused.tolist())
-    cut = threshold(fitted.of(GAP).score(fitted.calibration), GAP_RATE)
-    strength, restoring = STRENGTHS[-1], "projection restored where the detector fires"
+    strength, cut = STRENGTHS[-1], fitted.gap
     defended: dict[str, Defended] = {
         "none": lambda behind: contextlib.nullcontext(),
         f"suffix edges of the top heads damped by {strength:.0%}": lambda behind: damped(
             model, top, strength, behind=behind
         ),
-        restoring: lambda behind: restored(model, direction, fitted.harmfulness, cut, behind=behind),
+        RESTORED: lambda behind: restored(model, direction, fitted.harmfulness, cut, behind=behind),
     }
     evading = Projection(direction.vector, direction.layer, weight=-EVASION / float(direction.vector.norm()))
-    return attack_defended(model, train, held_out, tokens, defended, {restoring: (evading,)}, config, on_step)
+    return attack_defended(model, train, held_out, tokens, defended, {RESTORED: (evading,)}, config, on_step)
 
 
 def _refused(replies: Sequence[str]) -> Float[ndarray, " reply"]:
