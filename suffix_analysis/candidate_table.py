@@ -25,6 +25,7 @@ class DirectionConfig:
     """Settings of extraction and selection; defaults are the paper's.
 
     ``layer_step`` n scores candidates of every n-th layer only, from 0 on: a quicker look at a deep model.
+    ``score_late`` scores those too that ``layer_share`` rules out, as the paper's tables do; the choice is the same.
     """
 
     n_fit: int = 128
@@ -33,6 +34,7 @@ class DirectionConfig:
     induce_threshold: float = 0.0
     layer_share: float = 0.8
     layer_step: int = 1
+    score_late: bool = True
     alpha: float = 1.0
     keep_by_score: bool = True
     rescore: int = 8
@@ -44,16 +46,21 @@ class DirectionConfig:
         return {name: getattr(self, name) for name in ("kl_threshold", "induce_threshold", "layer_share")}
 
 
+def first_late(n_layers: int, layer_share: float) -> int:
+    """The first layer whose candidates are too late to be chosen."""
+    # the small term keeps products such as 0.8 · 35 from falling below the whole number they stand for
+    return math.floor(layer_share * n_layers + 1e-9)
+
+
 def status(
     row: Mapping[str, Any], *, n_layers: int, kl_threshold: float, induce_threshold: float, layer_share: float
 ) -> str:
-    """Why a candidate is out (``not finite``, ``too late``, ``KL too high``, ``does not induce``), or ``kept``."""
+    """Why a candidate is out (``too late``, ``not finite``, ``KL too high``, ``does not induce``), or ``kept``."""
     scores = (row["refusal_score"], row["steering_score"], row["kl_div_score"])
+    if row["layer"] >= first_late(n_layers, layer_share):
+        return "too late"
     if any(value is None or not math.isfinite(value) for value in scores):
         return "not finite"
-    # the small term keeps products such as 0.8 · 35 from falling below the whole number they stand for
-    if row["layer"] >= math.floor(layer_share * n_layers + 1e-9):
-        return "too late"
     if row["kl_div_score"] > kl_threshold:
         return "KL too high"
     if row["steering_score"] < induce_threshold:
@@ -126,25 +133,25 @@ def score_candidates(
     # one pass for both sets, so that the shared prefix runs once
     run_ablated, run_added = ablated_logits(model, [*bad, *good]), added_logits(model, good, config.alpha)
     pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(0, n_layers, config.layer_step)]
+    late = n_layers if config.score_late else first_late(n_layers, config.layer_share)
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for layer in sorted({layer for _, layer in pairs}):  # one layer's candidates run together
         positions = [position for position, at in pairs if at == layer]
         vectors = candidates[layer, positions]
         norms = vectors.norm(dim=-1)
         usable = norms >= ZERO * scale
-        for position, norm in zip(positions, norms.tolist(), strict=True):
+        for position, norm, use in zip(positions, norms.tolist(), usable.tolist(), strict=True):
             found[position, layer] = {
-                "position": position, "layer": layer, "norm": norm,
-                "refusal_score": math.nan, "steering_score": math.nan, "kl_div_score": math.nan, "status": "zero",
+                "position": position, "layer": layer, "norm": norm, "refusal_score": math.nan,
+                "steering_score": math.nan, "kl_div_score": math.nan, "status": "" if use else "zero",
             }  # fmt: skip
-        if usable.any():
+        if usable.any() and layer < late:
             ablated, added = run_ablated(vectors[usable]), run_added(vectors[usable], layer)
             for position, after, with_it in zip(compress(positions, usable.tolist()), ablated, added, strict=True):
                 found[position, layer] |= {
                     "refusal_score": float(refusal_score(after[: len(bad)], tokens).mean()),
                     "steering_score": float(refusal_score(with_it, tokens).mean()),
                     "kl_div_score": float(kl_divergence(baseline, after[len(bad) :]).mean()),
-                    "status": "",
                 }
         if on_candidate is not None:
             on_candidate(len(found), len(pairs))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
 
 from attacks.caches import prefix_cache
-from suffix_analysis.directions import chat_means, find_direction
+from suffix_analysis.directions import DirectionConfig, chat_means, find_direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import answers, generate
@@ -74,6 +75,22 @@ def test_find_direction_names_what_is_wrong() -> None:
     many = [f"Do thing number {i}" for i in range(20)]
     with pytest.raises(UserError, match="refuses 0 of"):
         find_direction(model, many, [f"Make cake number {i}" for i in range(20)])
+
+
+def test_candidates_that_are_too_late_can_be_left_unscored() -> None:
+    model = tiny.model("llama")
+    texts = [[f"{word} thing number {i}" for i in range(12)] for word in ("Do", "Make")]
+    settings = {"kl_threshold": 1e9, "induce_threshold": -1e9, "layer_share": 0.7, "keep_by_score": False}
+    whole, quick = (
+        find_direction(model, *texts, DirectionConfig(**settings, score_late=late), refusal_tokens=[5])  # type: ignore[arg-type]
+        for late in (True, False)
+    )
+    assert (quick.position, quick.layer) == (whole.position, whole.layer)
+    assert torch.equal(quick.vector, whole.vector)
+    late = [row for row in quick.scores if row["layer"] >= int(0.7 * model.n_layers)]
+    assert late and all(row["status"] == "too late" and math.isnan(row["refusal_score"]) for row in late)
+    early = [row for row in quick.scores if row not in late]
+    assert early == [row for row in whole.scores if row["layer"] < int(0.7 * model.n_layers)]
 
 
 def test_no_reply_is_made_from_rows_that_are_not_contiguous() -> None:
