@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffi
 from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Traces, trace
 
+Job = tuple[Sequence[Prompt], str]  # prompts to trace, with a suffix or an empty one
+
 
 def analyze(
     model: Model,
@@ -38,6 +41,7 @@ def analyze(
     n_views: int = 4,
     max_prompts: int | None = None,
     on_prompts: Callable[[int], None] | None = None,
+    trace_all: Callable[[Sequence[Job]], list[Traces]] | None = None,
 ) -> Findings:
     """Trace every arm and tabulate projections, region attention and exact head contributions.
 
@@ -51,6 +55,7 @@ def analyze(
         n_views: prompts whose full patterns are kept for the attention views.
         max_prompts: at most this many report prompts of each kind (the first ones of an evenly spread choice).
         on_prompts: called with the number of prompts traced after each batch.
+        trace_all: traces (prompts, suffix) pairs, in order; here and one after the other if left out.
 
     Raises:
         UserError: no harmful prompts, or a trace fails (see :func:`suffix_analysis.traces.trace`).
@@ -63,24 +68,29 @@ def analyze(
     separate = not {p.id for p in chosen_on} & {p.id for p in report}
     harmless = prompts_of(prompts, "harmless", "report", max_prompts)
 
-    def run(some: Sequence[Prompt], suffix: str = "") -> Traces:
-        return trace(model, some, direction, suffix=suffix, on_batch=on_prompts)
-
-    select_none = run(chosen_on)
-    heads = top_heads(select_none, below=direction.layer, count=n_top)
-    arms = [ArmTraces("none", (), (run(report),))]
-    for name in SUFFIX_ARMS:
-        own = tuple(s for s in records if s.arm == name)
-        if own:
-            arms.append(ArmTraces(name, own, tuple(run(report, s.text) for s in own)))
-    first = next((s for s in records if s.arm == "adversarial"), None)
+    first = tuple(s for s in records if s.arm == "adversarial")[:1]
+    named = {name: tuple(s for s in records if s.arm == name) for name in SUFFIX_ARMS}
+    cells: list[tuple[str, str, tuple[Suffix, ...], Sequence[Prompt]]] = [
+        ("select", "none", (), chosen_on),
+        ("report", "none", (), report),
+        *(("report", name, own, report) for name, own in named.items() if own),
+    ]
     if harmless:
-        arms.append(ArmTraces("harmless", (), (run(harmless),)))
-        if first is not None:
-            arms.append(ArmTraces("harmless+adversarial", (first,), (run(harmless, first.text),)))
-    select_arms = [ArmTraces("none", (), (select_none,))]
-    if first is not None:
-        select_arms.append(ArmTraces("adversarial", (first,), (run(chosen_on, first.text),)))
+        cells.append(("report", "harmless", (), harmless))
+    if harmless and first:
+        cells.append(("report", "harmless+adversarial", first, harmless))
+    if first:
+        cells.append(("select", "adversarial", first, chosen_on))
+    jobs = [(some, text) for _, _, own, some in cells for text in ([s.text for s in own] or [""])]
+    if trace_all is None:
+        traced = iter([trace(model, some, direction, suffix=text, on_batch=on_prompts) for some, text in jobs])
+    else:
+        traced = iter(trace_all(jobs))
+    found = [
+        (split, ArmTraces(arm, own, tuple(itertools.islice(traced, max(1, len(own)))))) for split, arm, own, _ in cells
+    ]
+    select_arms, arms = ([arm for split, arm in found if split == name] for name in ("select", "report"))
+    heads = top_heads(select_arms[0].traces[0], below=direction.layer, count=n_top)
     tables = {
         "profile": [row for arm in arms for row in profile_rows(arm, direction)],
         "heads": [
@@ -103,7 +113,7 @@ def analyze(
         patterns=[
             view
             for prompt in views
-            for suffix in ([None, first] if first is not None else [None])
+            for suffix in (None, *first)
             for view in [pattern_view(model, direction, prompt, suffix, heads)]
         ],
     )

@@ -41,6 +41,13 @@ class Progress:
     flipped: int | None
     select_refusal: float | None
 
+    def line(self, n_instructions: int) -> str:
+        """Losses, and what the last look at the prompts found."""
+        text = f"loss {self.step.loss:.3f}, best {self.step.best_loss:.3f}"
+        if self.flipped is not None and self.select_refusal is not None:
+            text += f", flipped {self.flipped}/{n_instructions}, others refused {self.select_refusal:.0%}"
+        return text
+
 
 def conversation(model: Model, instruction: str) -> list[dict[str, str]]:
     """The turns that :meth:`Model.chat` renders, with the suffix's place marked."""

@@ -23,6 +23,7 @@ from suffix_analysis.console import (
     detector_line,
     intervention_line,
     mitigation_line,
+    shown,
     tell,
 )
 from suffix_analysis.errors import UsageError, UserError
@@ -322,7 +323,7 @@ def _finish(study: Study, as_json: bool) -> None:
 
 
 def _print_result(value: Any, as_json: bool, lines: Any) -> None:
-    print(json.dumps(value, indent=1) if as_json else "\n".join(lines()))
+    print(json.dumps(value, indent=1) if as_json else shown("\n".join(lines())))
 
 
 def main() -> None:

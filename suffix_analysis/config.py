@@ -51,10 +51,10 @@ class StudyConfig:
         dtype: the model's own precision: float32, bfloat16 or float16.
         device: cpu, cuda, or auto, which spreads a large model over GPUs, memory and disk; the GPU if there is one.
         four_bit: quantise the weights to four bits (needs bitsandbytes).
-        executor: where the attacks of a pool run: local (one after the other) or ray (side by side; extra ray).
+        executor: where attacks, replies and traces run: local (one after the other) or ray (side by side; extra ray).
         address: of a Ray cluster; a local one is started if left out.
-        attack_cpus: processors of each attack under Ray.
-        attack_gpus: GPUs of each attack under Ray; parts of one may be given.
+        attack_cpus: processors of each task under Ray.
+        attack_gpus: GPUs of each task under Ray; parts of one may be given.
     """
 
     model: str = "embedded"

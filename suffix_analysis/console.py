@@ -7,9 +7,14 @@ import time
 from typing import Any
 
 
+def shown(text: str) -> str:
+    """The text as a terminal may have it: control characters, reordering marks and lone surrogates as their escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def tell(text: str) -> None:
-    """A line on stderr; control characters are shown, never sent to the terminal."""
-    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), file=sys.stderr, flush=True)
+    """A line on stderr; see :func:`shown`."""
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 class Console:

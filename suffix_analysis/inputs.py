@@ -1,4 +1,4 @@
-"""What a study starts from: its prompts with kinds and splits, and suffixes that were found elsewhere."""
+"""What a study starts from: model, prompts with kinds and splits, and suffixes that were found elsewhere."""
 
 from __future__ import annotations
 
@@ -7,13 +7,39 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from attacks.config import resolve_dtype
 from suffix_analysis import runs
 from suffix_analysis.chat import survives_decoding
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
-from suffix_analysis.models import Model
+from suffix_analysis.models import Model, load_model
 from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts
 from suffix_analysis.records import Suffix
+
+
+def study_model(config: StudyConfig, device: str | None = None) -> Model:
+    """The study's model, together with its fast twin (which must exist before the bridge).
+
+    Args:
+        config: the settings.
+        device: instead of the settings' one.
+
+    Raises:
+        UserError: see :func:`suffix_analysis.models.load_model`.
+    """
+    model = load_model(
+        config.model, dtype=getattr(torch, config.dtype), device=device or config.device, four_bit=config.four_bit,
+        adapter=config.adapter,
+    )  # fmt: skip
+    model.twin(fast_dtype(config, model))
+    return model
+
+
+def fast_dtype(config: StudyConfig, model: Model) -> torch.dtype:
+    """Precision of searches and replies."""
+    return resolve_dtype(config.score_dtype, model.hf)  # type: ignore[arg-type]
 
 
 def study_prompts(config: StudyConfig) -> list[Prompt]:

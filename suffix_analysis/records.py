@@ -27,6 +27,12 @@ class Suffix:
     loss: float | None = None
     seed: int | None = None
 
+    @property
+    def number(self) -> int:
+        """The number that the id ends in; 0 where it ends otherwise."""
+        tail = self.id.rsplit("-", 1)[-1]
+        return int(tail) if tail.isdigit() else 0
+
 
 def to_suffixes(suffixes: Sequence[Suffix | str]) -> list[Suffix]:
     """Suffix records; plain strings become the adversarial arm."""

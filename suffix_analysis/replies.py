@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from suffix_analysis.records import SUFFIX_ARMS, Suffix
 from suffix_analysis.refusal import refusal_score
 from suffix_analysis.runs import append_jsonl, read_jsonl
 from suffix_analysis.stats import contrast, contrast_row, interval, rate_interval
+
+Cell = tuple[str, Suffix | None, list[Prompt]]  # an arm, one of its suffixes, and the prompts to answer
 
 
 def reply_rows(
@@ -43,17 +45,16 @@ def reply_rows(
 
 
 def measure_replies(
-    model: Model,
     prompts: Sequence[Prompt],
     suffixes: Sequence[Suffix],
-    tokens: Sequence[int],
-    length: int,
+    answer: Callable[[list[Cell]], Iterator[tuple[int, list[dict[str, Any]]]]],
     journal: Path,
     on_arm: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """All replies; each finished arm × suffix is kept in ``journal`` and not repeated on resume.
 
-    Report prompts are answered in every arm, look-alikes only without a suffix.
+    Report prompts are answered in every arm, look-alikes only without a suffix. ``answer`` yields :func:`reply_rows` of
+    cells in any order, each with its cell's number.
     """
     done = read_jsonl(journal) if journal.exists() else []
     have = {(row["arm"], row["suffix_id"]): row["rows"] for row in done}
@@ -61,21 +62,20 @@ def measure_replies(
         kind: [p for p in prompts if p.kind == kind and p.split == "report"]
         for kind in ("harmful", "harmless", "lookalike")
     }
-    cells: list[tuple[str, Suffix | None, list[Prompt]]] = [("none", None, kinds["harmful"])]
+    cells: list[Cell] = [("none", None, kinds["harmful"])]
     cells += [(s.arm, s, kinds["harmful"]) for arm in SUFFIX_ARMS for s in suffixes if s.arm == arm]
     cells += [("harmless", None, kinds["harmless"]), ("lookalike", None, kinds["lookalike"])]
     cells += [("harmless+adversarial", s, kinds["harmless"]) for s in suffixes if s.arm == "adversarial"]
     cells = [cell for cell in cells if cell[2]]
-    rows = []
-    for i, (arm, suffix, some) in enumerate(cells, 1):
-        key = (arm, suffix.id if suffix else None)
-        if key not in have:
-            have[key] = reply_rows(model, some, suffix, arm, tokens, length)
-            append_jsonl(journal, {"arm": arm, "suffix_id": key[1], "rows": have[key]})
-        rows += have[key]
+    keys = [(arm, suffix.id if suffix else None) for arm, suffix, _ in cells]
+    missing = [i for i, key in enumerate(keys) if key not in have]
+    for n_done, (i, rows) in enumerate(answer([cells[n] for n in missing]), 1 + len(cells) - len(missing)):
+        arm, suffix_id = key = keys[missing[i]]
+        have[key] = rows
+        append_jsonl(journal, {"arm": arm, "suffix_id": suffix_id, "rows": rows})
         if on_arm is not None:
-            on_arm(i, len(cells))
-    return rows
+            on_arm(n_done, len(cells))
+    return [row for key in keys for row in have[key]]
 
 
 def crossed(rows: Sequence[dict[str, Any]], arm: str, value: Callable[[dict[str, Any]], float]) -> ndarray:

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from attacks.config import resolve_dtype
 from suffix_analysis import attacking, replies, runs
 from suffix_analysis.analysis import analyze, harmful_of
 from suffix_analysis.causal_tests import ATTENTION
@@ -19,9 +19,9 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
 from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
 from suffix_analysis.errors import UserError
-from suffix_analysis.inputs import given_suffixes, study_prompts
+from suffix_analysis.inputs import fast_dtype, given_suffixes, study_model, study_prompts
 from suffix_analysis.mechanism import measure_mechanism
-from suffix_analysis.models import Model, load_model
+from suffix_analysis.models import Model
 from suffix_analysis.oneness import measure_oneness
 from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import Prompt, to_jsonl
@@ -59,19 +59,13 @@ class Study:
     def model(self) -> Model:
         """The model, loaded on first use together with its fast twin (which must exist before the bridge)."""
         if self._model is None:
-            config = self.config
-            self._model = load_model(
-                config.model, dtype=getattr(torch, config.dtype), device=config.device, four_bit=config.four_bit,
-                adapter=config.adapter,
-            )  # fmt: skip
-            self._model.twin(self.fast_dtype)
+            self._model = study_model(self.config)
         return self._model
 
     @property
     def fast_dtype(self) -> torch.dtype:
         """Precision of searches and replies."""
-        assert self._model is not None
-        return resolve_dtype(self.config.score_dtype, self._model.hf)  # type: ignore[arg-type]
+        return fast_dtype(self.config, self.model)
 
     @property
     def fast(self) -> Model:
@@ -155,7 +149,7 @@ class Study:
 
         def tell(progress: attacking.Progress) -> None:
             done = number * steps + progress.step.step
-            self.narrator.progress(done, self.config.n_attacks * steps, _attack_line(progress, self.config))
+            self.narrator.progress(done, self.config.n_attacks * steps, progress.line(self.config.n_instructions))
 
         return attacking.one_attack(
             self.model, number, train, held_out, tokens, self.config, attacking.pool_folder(self.folder, number),
@@ -237,16 +231,25 @@ class Study:
 
     def _answered(self, suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
         """Replies without a suffix and with each of these; what an earlier stage has made is read."""
-        prompts = self.prompts()
+        prompts, length = self.prompts(), self.config.reply_tokens
+        tokens = self._refusal_tokens([p for p in prompts if p.split == "select"])
+
+        def answer(cells: list[replies.Cell]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+            if self.config.executor == "ray" and cells:
+                from suffix_analysis import campaign
+
+                # workers reply in this process's precision
+                name = str(self.fast_dtype).removeprefix("torch.")
+                config = self.config if name == "float16" else replace(self.config, score_dtype=name)
+                yield from campaign.answer(cells, tokens, length, config)
+                return
+            for i, (arm, suffix, some) in enumerate(cells):
+                yield i, replies.reply_rows(self.fast, some, suffix, arm, tokens, length)
+
         return replies.measure_replies(
-            self.fast,
-            prompts,
-            suffixes,
-            self._refusal_tokens([p for p in prompts if p.split == "select"]),
-            self.config.reply_tokens,
-            self.folder / "replies.jsonl",
+            prompts, suffixes, answer, self.folder / "replies.jsonl",
             lambda done, total: self.narrator.progress(done, total, "arms × suffixes answered"),
-        )
+        )  # fmt: skip
 
     def _replies(self) -> None:
         rows = self._answered(runs.read_suffixes(self.folder / "suffixes.jsonl"))
@@ -257,9 +260,7 @@ class Study:
     def _analysis(self) -> None:
         suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
         direction, prompts, config = self.direction(), self.prompts(), self.config
-        traced = [
-            s for s in suffixes if s.arm in ("adversarial", "failed") or _number(s.id) <= config.n_traced_controls
-        ]
+        traced = [s for s in suffixes if s.arm in ("adversarial", "failed") or s.number <= config.n_traced_controls]
         total = self._n_forwards(prompts, traced)
         done = 0
 
@@ -268,9 +269,14 @@ class Study:
             done += n
             self.narrator.progress(min(done, total), total, "prompts traced")
 
+        trace_all = None
+        if config.executor == "ray":
+            from suffix_analysis import campaign
+
+            trace_all = partial(campaign.trace_all, direction=direction, config=config, on_prompts=count)
         found = analyze(
             self.model, direction, prompts, traced,
-            n_top=config.n_top_heads, max_prompts=config.n_traced, on_prompts=count,
+            n_top=config.n_top_heads, max_prompts=config.n_traced, on_prompts=count, trace_all=trace_all,
         )  # fmt: skip
         folder = self.folder / "findings"
         rows = runs.read_table(folder / "replies.parquet")
@@ -337,16 +343,3 @@ class Study:
         if summary.exists():  # a stage after the analysis
             runs.write_json(summary, runs.read_json(summary) | {"skipped": sentences})
         self.narrator.say(sentence)
-
-
-def _number(suffix_id: str) -> int:
-    tail = suffix_id.rsplit("-", 1)[-1]
-    return int(tail) if tail.isdigit() else 0
-
-
-def _attack_line(progress: attacking.Progress, config: StudyConfig) -> str:
-    step = progress.step
-    text = f"loss {step.loss:.3f}, best {step.best_loss:.3f}"
-    if progress.flipped is not None and progress.select_refusal is not None:
-        text += f", flipped {progress.flipped}/{config.n_instructions}, others refused {progress.select_refusal:.0%}"
-    return text

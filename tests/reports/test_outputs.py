@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reports import ReportError, build_report
 from reports.compare import build_comparison
@@ -18,7 +20,7 @@ from reports.data import read_run
 from reports.export import circuit_graphs, save_figures
 from reports.notebook import findings_html, register
 from reports.redact import redact, stand_in
-from tests.fake_run import make_fake_run
+from tests.fake_run import HOSTILE, make_fake_run
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,18 @@ def test_a_notebook_shows_findings_in_a_frame_of_their_own(fake: Path) -> None:
     shown = findings_html(Findings(fake))
     assert shown.startswith('<iframe sandbox="allow-scripts"') and shown.count("<") == 2
     assert "data-figure=&quot;heads&quot;" in shown
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(st.characters(categories=None), max_size=60) | st.sampled_from(HOSTILE))
+def test_hostile_findings_cannot_leave_the_notebooks_frame(text: str) -> None:
+    summary = {"schema_version": 1, "model": text, "n_layers": 2, "n_heads": 2, "d_model": 8, "target": text}
+    check = {"name": text, "value": text, "bound": text, "passed": None, "sentence": text}
+    shown = findings_html(types.SimpleNamespace(tables={}, summary=summary, checks=[check], patterns=[]))
+    # one frame and nothing beside it: every mark that could end the attribute or open an element is an entity
+    assert shown.count("<") == 2 and shown.endswith("></iframe>")
+    assert shown.split('srcdoc="')[1].count('"') == 3
+    shown.encode("utf-8")
 
 
 def test_ipython_is_told_and_its_absence_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from suffix_analysis import attacking
-from suffix_analysis.campaign import run_pool
+from suffix_analysis.campaign import answer, run_pool, trace_all
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import load_model
 from suffix_analysis.prompts import Prompt, load_prompts
 from suffix_analysis.records import Suffix
+from suffix_analysis.replies import Cell, reply_rows
+from suffix_analysis.traces import trace
 from tests import tiny
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
@@ -104,3 +108,26 @@ def test_a_failing_attack_is_named_and_the_others_are_kept(
 ) -> None:
     with pytest.raises(UserError, match=r"Attack \d of 3 failed: There is no model"):
         run_pool(tmp_path, *prompts, TOKENS, replace(config, model="./no/where/at/all"), lambda done: None)
+
+
+def test_replies_and_traces_are_those_of_one_process(
+    config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]]
+) -> None:
+    model, some = load_model(config.model), prompts[1]
+    suffix = Suffix(id="adversarial-1", arm="adversarial", text="x y z")
+    cells: list[Cell] = [("none", None, some), ("adversarial", suffix, some)]
+    for i, rows in answer(cells, TOKENS, 6, config):
+        arm, own, _ = cells[i]
+        for row, here in zip(rows, reply_rows(model, some, own, arm, TOKENS, 6), strict=True):
+            assert row.pop("refusal_score") == pytest.approx(here.pop("refusal_score"), abs=1e-4)
+            assert row == here
+    zeros = torch.zeros(model.n_layers + 1, model.d_model)
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
+    direction = Direction(vector, -1, 1, [], zeros, zeros, (5,), {})
+    counted: list[int] = []
+    found = trace_all([(some, ""), (some, "x y z")], direction, config, counted.append)
+    for traces, text in zip(found, ("", "x y z"), strict=True):
+        here = trace(model, some, direction, suffix=text)
+        assert [chat.text for chat in traces.chats] == [chat.text for chat in here.chats]
+        torch.testing.assert_close(traces.contribution, here.contribution, atol=1e-5, rtol=1e-4)
+    assert counted == [len(some)] * 2

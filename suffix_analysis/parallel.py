@@ -1,0 +1,82 @@
+"""Tasks side by side under Ray, on one machine or on many (extra ``ray``)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.errors import UserError, first_line
+from suffix_analysis.inputs import study_model
+from suffix_analysis.models import Model
+
+RETRIES = 3  # of a task whose worker died
+WAITING = 64  # tasks that Ray is given at once: what is queued is held in memory
+
+
+def side_by_side(
+    task: Callable[..., Any], parts: Sequence[tuple[Any, ...]], config: StudyConfig, name: Callable[[int], str]
+) -> Iterator[tuple[int, Any]]:
+    """Run ``task`` on every part and yield (number of the part, result) as they come.
+
+    Workers need no access to the run folder: they get arguments and return results. A task whose worker died runs
+    again. How many run at once follows from ``attack_cpus`` and ``attack_gpus``.
+
+    Args:
+        task: a function of a module, called with ``config`` and a part's arguments.
+        parts: arguments of every task.
+        config: the study's settings.
+        name: what a part is called when it fails, as the beginning of a sentence.
+
+    Raises:
+        UserError: Ray is not installed or its cluster cannot be reached, or a task failed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--executor ray needs Ray; run: pip install 'suffix-analysis[ray]'") from error
+    ours = not ray.is_initialized()
+    try:
+        if ours and parts:
+            ray.init(address=config.address, include_dashboard=False, log_to_driver=False, logging_level="error")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"Ray cannot be reached at {config.address or 'this machine'}: {first_line(error)}") from error
+    remote = ray.remote(_in_worker).options(
+        name=task.__name__, num_cpus=config.attack_cpus, num_gpus=config.attack_gpus, max_retries=RETRIES
+    )
+    try:
+        waiting, pending = list(enumerate(parts)), dict[Any, int]()
+        while waiting or pending:
+            while waiting and len(pending) < WAITING:
+                number, part = waiting.pop(0)
+                pending[remote.remote(task, config, part)] = number
+            (ready,), _ = ray.wait(list(pending), num_returns=1)
+            number = pending.pop(ready)
+            try:
+                result = ray.get(ready)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None) or error  # without Ray's frames around it
+                raise UserError(f"{name(number)} failed: {first_line(cause)}") from error
+            yield number, result
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _in_worker(task: Callable[..., Any], config: StudyConfig, part: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(config.attack_cpus)
+    return task(config, *part)
+
+
+def worker_model(config: StudyConfig) -> Model:
+    """The study's model in a worker; the worker's next task finds it loaded."""
+    named = {name: getattr(config, name) for name in ("model", "adapter", "dtype", "four_bit", "score_dtype")}
+    return _model(StudyConfig(**named, device="cuda" if config.attack_gpus else config.device))
+
+
+@functools.lru_cache(maxsize=1)
+def _model(config: StudyConfig) -> Model:
+    return study_model(config)
