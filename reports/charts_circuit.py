@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import altair as alt
@@ -11,8 +12,8 @@ from reports.data import Row, RunData
 from reports.escape import visible
 from reports.numbers import plain
 
-REGION_AT = {"instruction": 0.0, "suffix": 1.2, "system": 2.4, "bos": 3.2, "chat": 4.0}
-TOKENS_FROM, HEADS_AT, END_AT = 5.6, 0.9, 2.6
+REGION_AT = {"instruction": 0.0, "suffix": 1.0, "system": 2.0, "bos": 2.7, "chat": 3.4}
+TOKENS_FROM, HEADS_AT, APART, MLPS_AT, END_AT = 4.8, 1.4, 0.6, 2.2, 3.6  # APART: heads of one layer side by side
 BOTTOM = -2.0
 
 
@@ -31,11 +32,12 @@ def circuit(data: RunData) -> Figure | None:
         key: weight - states["without suffix"][key] for key, weight in states["with the suffix"].items()
     }
     most = max(abs(weight) for found in states.values() for weight in found.values()) or 1.0
+    slots = _slots(states["difference"])
     say = "Graph of layers against sources: edges from regions and earlier heads into the top heads and the direction."
     views = []
     arm_of = dict(zip(states, ("none", "adversarial", "adversarial − none"), strict=True))
     for label, weights in states.items():
-        edges = [_edge(key, weight, most, end, tokens) for key, weight in weights.items()]
+        edges = [_edge(key, weight, most, end, tokens, slots) for key, weight in weights.items()]
         shown = [*edges, *_nodes(edges)]
         views.append(View(label, finish(_chart(top, tokens), shown, 430, say), arm=arm_of[label]))
     caption = (
@@ -61,7 +63,25 @@ def _weights(rows: list[Row]) -> dict[Key, float]:
     return {tuple(row[name] for name in names): row["weight"] for row in rows}
 
 
-def _edge(key: Key, weight: float, most: float, end: int, tokens: int) -> Row:
+Slots = dict[tuple[str, int, int], float]
+
+
+def _slots(keys: Iterable[Key]) -> Slots:
+    """How far a head stands from the first one of its layer and column: early heads, top heads."""
+    columns: dict[tuple[str, int], set[int]] = {}
+    for kind, layer, head, _, _, target_layer, target_head in keys:
+        if kind in ("early → head", "head → direction"):
+            columns.setdefault(("early" if kind[0] == "e" else "top", layer), set()).add(head)
+        if target_layer is not None:
+            columns.setdefault(("early" if kind == "region → early" else "top", target_layer), set()).add(target_head)
+    return {
+        (column, layer, head): place * min(APART, 0.8 * MLPS_AT / max(1, len(heads) - 1))
+        for (column, layer), heads in columns.items()
+        for place, head in enumerate(sorted(heads))
+    }
+
+
+def _edge(key: Key, weight: float, most: float, end: int, tokens: int, slots: Slots) -> Row:
     """One edge with both its ends placed."""
     kind, layer, head, token, region, target_layer, target_head = key
     heads_at = TOKENS_FROM - tokens * 1.0 + HEADS_AT
@@ -69,23 +89,26 @@ def _edge(key: Key, weight: float, most: float, end: int, tokens: int) -> Row:
     place = f" at chat[{str(token).replace('-', '−')}]"
     target = None if target_layer is None else head_name(target_layer, target_head)
     if kind == "mlp → direction":
-        start, stop = (heads_at + 1.2, layer), (heads_at + END_AT, end)
+        start, stop = (heads_at + MLPS_AT, layer), (heads_at + END_AT, end)
         return _row(f"MLP {layer} at chat[−1]", "refusal direction", start, stop, weight, most, f"MLP {layer}")
     if kind == "head → direction":
         source = head_name(layer, head)
-        start, stop = (heads_at + 0.25 * (head % 3), layer), (heads_at + END_AT, end)
+        start, stop = (heads_at + slots["top", layer, head], layer), (heads_at + END_AT, end)
         return _row(source, "refusal direction", start, stop, weight, most, source)
     assert target is not None
-    to_head = (heads_at + 0.25 * (target_head % 3), target_layer)
-    if kind == "region → head":
-        return _row(visible(region), target, (REGION_AT.get(region, 4.0), BOTTOM), to_head, weight, most, target)
-    assert at_token is not None
+    start = (REGION_AT.get(region, REGION_AT["chat"]), BOTTOM)
     if kind == "region → early":
-        start = (REGION_AT.get(region, 4.0), BOTTOM)
-        return _row(visible(region), target + place, start, (at_token, target_layer), weight, most, target)
+        assert at_token is not None
+        stop = (at_token - slots["early", target_layer, target_head], target_layer)
+        return _row(visible(region), target + place, start, stop, weight, most, target)
+    to_head = (heads_at + slots["top", target_layer, target_head], target_layer)
+    if kind == "region → head":
+        return _row(visible(region), target, start, to_head, weight, most, target)
+    assert at_token is not None
     if kind == "early → head":
         source = head_name(layer, head) + place
-        return _row(source, target, (at_token, layer), to_head, weight, most, target)
+        start = (at_token - slots["early", layer, head], layer)
+        return _row(source, target, start, to_head, weight, most, target)
     source = ("embedding" if layer is None else f"MLP {layer}") + place
     start = (at_token + 0.35, BOTTOM if layer is None else layer)
     return _row(source, target, start, to_head, weight, most, target)
@@ -115,9 +138,10 @@ def _nodes(edges: list[Row]) -> list[Row]:
         for label, x, y in ((edge["from"], edge["x"], edge["y"]), (edge["to"], edge["x2"], edge["y2"])):
             bare = label.split(" at chat")[0]
             is_head = bare.startswith("L") and ".H" in bare
+            side = "right" if bare.startswith("MLP") else "left" if is_head and bare != label else "above"
             found[label, x, y] = {
                 "node": label, "label": bare, "x": x, "y": y, "name": bare if is_head else "", "sign": None,
-                "kind": "head" if is_head else "other", "tip": label,
+                "kind": "head" if is_head else "other", "tip": label, "side": side,
             }  # fmt: skip
     return list(found.values())
 
@@ -165,7 +189,12 @@ def _chart(top: int, tokens: int) -> Any:
         tooltip=alt.Tooltip("tip:N", title="node"),
     )  # fmt: skip
     labels = (
-        base.mark_text(fontSize=10, dy=-9)
+        base.mark_text(
+            fontSize=10,
+            align=alt.expr("datum.side == 'left' ? 'right' : datum.side == 'right' ? 'left' : 'center'"),
+            dx=alt.expr("datum.side == 'left' ? -7 : datum.side == 'right' ? 7 : 0"),
+            dy=alt.expr("datum.side == 'above' ? -9 : 4"),
+        )
         .transform_filter("datum.node != null")
         .encode(
             x=x,

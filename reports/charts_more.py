@@ -71,7 +71,7 @@ def interventions(data: RunData) -> Figure | None:
     shown.sort(key=lambda row: (row["kind"], row["intervention"] != "none"))
     order = list(dict.fromkeys(row["what"] for row in shown))
     base = alt.Chart(MAIN).encode(
-        y=alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=170)),
+        y=alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=230)),
         color=alt.Color("kind:N", scale=alt.Scale(range=theme.POSITION_COLOURS), legend=None),
         tooltip=tips(
             ("what:N", "direction"), ("refusal_rate:Q", "rate"), ("refusal_lo:Q", "CI from"), ("refusal_hi:Q", "CI to")
@@ -184,6 +184,9 @@ def candidates(data: RunData) -> Figure | None:
         "Chosen on the select split: the smallest bypass among candidates that come early enough, keep harmless "
         "behaviour (KL) and induce refusal when added. Hollow points are ruled out."
     )
+    unscored = [row["layer"] for row in rows if row["status"] == "too late" and row["refusal_score"] is None]
+    if unscored:
+        caption += f" Layers from {min(unscored)} on come too late to be chosen and were not scored."
     columns = (
         ("where", "position"),
         ("layer", "layer"),

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reports import ReportError, build, build_report, charts
+from reports.charts_circuit import circuit
 from reports.data import MISSING_MEANS, read_run
 from reports.numbers import percent, plain
 from reports.text import adversarial_count, checked, headline, not_checked
@@ -311,3 +312,13 @@ def test_layers_where_the_classes_hardly_differ_are_left_out_of_the_normalised_p
     ]
     assert charts._small_gaps(rows) == {0}
     assert charts._small_gaps([]) == set()
+
+
+def test_no_two_heads_of_the_circuit_stand_in_one_place(tmp_path: Path) -> None:
+    figure = circuit(read_run(make_fake_run(tmp_path / "run", n_prompts=12)))
+    assert figure is not None
+    for view in figure.views:
+        rows = [row for found in view.spec["datasets"].values() for row in found]
+        nodes = [row for row in rows if row.get("node") is not None and row["kind"] == "head"]
+        places = [(round(row["x"], 6), row["y"]) for row in nodes]
+        assert nodes and len(set(places)) == len(places)
