@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,14 @@ def test_auto_and_four_bits(folder: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("suffix_analysis.placement.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         load_model(folder, four_bit=True)
+
+
+def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
+    tok = copy.deepcopy(tiny.tokenizer())
+    tok.chat_template = None
+    tok.save_pretrained(tmp_path)
+    tiny.hf_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        load_model(str(tmp_path))
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).chat("Hello").n_chat == 4

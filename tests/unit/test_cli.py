@@ -126,22 +126,6 @@ def test_models_that_are_not_there(tmp_path: Path, name: str, expected: str) -> 
         load_model(real)
 
 
-def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
-    import copy
-
-    from suffix_analysis.models import load_model
-    from tests import tiny
-
-    tok = copy.deepcopy(tiny.tokenizer())
-    tok.chat_template = None
-    tok.save_pretrained(tmp_path)
-    tiny.hf_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        load_model(str(tmp_path))
-    tiny.tokenizer().save_pretrained(tmp_path)
-    assert load_model(str(tmp_path)).chat("Hello").n_chat == 4
-
-
 def test_a_full_disk_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
