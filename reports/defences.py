@@ -26,11 +26,12 @@ def context(data: RunData) -> dict[str, Any]:
 
 def adaptive(data: RunData) -> str:
     """Return what attacks on the defended model reached, in a sentence; that none was run, where none was."""
-    last = {row["defence"]: row for row in data.table("adaptive") if row["success"] is not None}
+    last = {row["defence"]: row for row in data.table("adaptive") if row["not_refused"] is not None}
     if not last:
         return "Adaptive attack: not tested."
     told = ", ".join(
-        f"{visible(name)}: loss {plain(row['best_loss'])}, {percent(row['success'])} of unseen prompts answered"
+        f"{visible(name)}: target loss {plain(row['target_loss'])}, {percent(row['not_refused'])} of unseen prompts "
+        "not refused"
         for name, row in last.items()
     )
     row = next(iter(last.values()))
@@ -57,7 +58,10 @@ def _mitigation_row(row: Row) -> dict[str, str]:
     return {
         "name": visible(row["defence"] or "") + (" (control)" if row.get("control") else ""),
         "success": percent_ci(row["success"], row["success_lo"], row["success_hi"]),
-        "lookalike": percent_ci(row["lookalike"], row["lookalike_lo"], row["lookalike_hi"]),
+        "refused": percent(row["refused"]),
+        "lookalike": "–"
+        if row["lookalike"] is None
+        else percent_ci(row["lookalike"], row["lookalike_lo"], row["lookalike_hi"]),
         "cost": "–" if row["cost"] is None else plain(row["cost"], 3),
         "slower": percent(row["slower"]),
     }
@@ -75,7 +79,7 @@ def trade_off(data: RunData) -> Figure | None:
     legend = alt.Legend(orient="bottom", title=None)
     axis = alt.Axis(format=".0%", tickCount=5)
     base = alt.Chart(MAIN).encode(
-        x=alt.X("lookalike:Q", title="harmless look-alikes refused", axis=axis),
+        x=alt.X("lookalike:Q", title="harmless look-alikes refused", axis=axis, scale=alt.Scale(zero=True, padding=12)),
         y=alt.Y("success:Q", title="attack success", axis=axis, scale=alt.Scale(domain=[0, 1])),
         color=alt.Color(
             "kind:N", scale=alt.Scale(domain=list(KINDS), range=theme.POSITION_COLOURS[: len(KINDS)]), legend=legend
@@ -91,7 +95,8 @@ def trade_off(data: RunData) -> Figure | None:
     )
     caption = (
         f"{count(rows[0]['n_prompts'], 'report prompt')}, {count(rows[0]['n_suffixes'], 'suffix', 'suffixes')} that "
-        f"nothing was fitted with. The lower left is better. {adaptive(data)}"
+        "nothing was fitted with. Success: answered, by the rule-based verdict. The lower left is better. "
+        f"{adaptive(data)}"
     )
     columns = (
         ("defence", "defence"), ("success", "attack success"), ("success_lo", "CI from"), ("success_hi", "CI to"),

@@ -11,6 +11,7 @@ import torch
 
 import attacks
 from attacks.config import ScoreDtype
+from attacks.scorer import Scorer
 from attacks.terms import Term
 from suffix_analysis.attacking import conversation, gcg_config
 from suffix_analysis.config import StudyConfig
@@ -32,7 +33,11 @@ def attack_defended(
     config: StudyConfig,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Loss and success against steps, one attack with the same budget and seed on each defended model.
+    """Loss and what is not refused against steps, one attack with the same budget and seed on each defended model.
+
+    Every few steps the best suffix so far is looked at: ``target_loss`` is its loss without further terms of the
+    objective, so that attacks can be compared, ``not_refused`` the share of unseen prompts whose reply does not open as
+    a refusal.
 
     The defence is on while the attack scores candidates, takes gradients and looks at unseen prompts.
 
@@ -57,19 +62,23 @@ def attack_defended(
     for number, (name, context) in enumerate(defended.items()):
         with context(behind):
             attack = attacks.GCG(model.hf, model.tokenizer, talks, config.target, settings, terms.get(name, ()))
+        plain = Scorer(model.hf, attack.slots, settings)
         steps = attack.steps()
         for _ in range(config.steps):
             with context(behind):
                 step = next(steps)
             row = {
-                "defence": name, "step": step.step, "loss": step.loss, "best_loss": step.best_loss, "success": None,
+                "defence": name, "step": step.step, "loss": step.loss, "best_loss": step.best_loss,
+                "target_loss": None, "not_refused": None,
                 "n_prompts": len(held_out), "n_train": len(train), "seed": config.seed,
             }  # fmt: skip
             if step.step % EVERY == 0 or step.step == config.steps:
-                chats = [model.chat(prompt.text, step.string).ids for prompt in held_out]
+                _, ids, text = attack.best
+                with context(behind):
+                    row["target_loss"] = float(plain(torch.tensor([ids]))[0].mean())
                 with context(0):
-                    refused = opens_refusal(model, chats, refusal_tokens)
-                row["success"] = float((~refused).float().mean())
+                    refused = opens_refusal(model, [model.chat(p.text, text).ids for p in held_out], refusal_tokens)
+                row["not_refused"] = float((~refused).float().mean())
             rows.append(row)
             if on_step is not None:
                 on_step(number * config.steps + step.step, len(defended) * config.steps)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +79,19 @@ def shared_prefix(rows: Sequence[Int[Tensor, " _"]], leave: int = 1) -> int:
     return int(same.long().cumprod(0).sum())
 
 
+_most_shared: ContextVar[int | None] = ContextVar("most_shared", default=None)
+
+
+@contextlib.contextmanager
+def sharing_at_most(n_tokens: int) -> Iterator[None]:
+    """No prefix of more than ``n_tokens`` is taken apart meanwhile: hooks find the rest of a prompt in one forward."""
+    token = _most_shared.set(n_tokens)
+    try:
+        yield
+    finally:
+        _most_shared.reset(token)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Prompts that run together: their places in the list, and the arguments of the forward (without the cache)."""
@@ -98,6 +113,8 @@ def prefix_batches(
     window = getattr(hf.config.get_text_config(), "sliding_window", None)
     longest = max(len(row) for row in rows) + new_tokens
     n_prefix = 0 if window is not None and longest > window else shared_prefix(rows, leave)
+    most = _most_shared.get()
+    n_prefix = n_prefix if most is None else min(n_prefix, most)
     rests = [row[n_prefix:] for row in rows]
     budget = REPLY_BUDGET if new_tokens else TOKEN_BUDGET
     made = []

@@ -5,9 +5,11 @@ stdout carries results, stderr progress. Exit codes: 0 ok, 1 failed, 2 usage, 3 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +23,7 @@ from suffix_analysis.console import (
     ability_line,
     adaptive_line,
     detector_line,
-    intervention_line,
+    direction_lines,
     mitigation_line,
     shown,
     tell,
@@ -99,27 +101,11 @@ def direction(
     more = {
         name: read_table(out / "findings" / f"{name}.parquet") for name in ("stability", "cascade", "two_directions")
     }
-    result = {"position": found.position, "layer": found.layer, "interventions": rows, "cost": cost, **more}
-    lines = [f"position {found.position}, layer {found.layer}, norm {float(found.vector.norm()):.3f}"]
-    lines += [intervention_line(row) for row in rows]
-    lines += [
-        f"cross-entropy on {row['material']} ({row['n_tokens']} tokens): {row['none']:.3f} nats, with the direction "
-        f"ablated {row['change']:+.3f}"
-        for row in cost
-    ]
-    cosine, rank = more["stability"]
-    lines += [
-        f"split-half cosine {cosine['value']:.3f} [{cosine['lo']:.3f}, {cosine['hi']:.3f}]",
-        f"directions that separate held-out prompts, one after the other: {rank['value']:.0f} "
-        f"(AUROC {', '.join(format(row['auroc'], '.2f') for row in more['cascade'])})",
-    ]
-    lines += [
-        f"{row['direction']:11} cosine with refusal {row['cosine_with_refusal']:+.2f}; mean refusal score: harmful "
-        f"{row['harmful']:+.1f}, ablated {row['harmful_ablated']:+.1f}; harmless {row['harmless']:+.1f}, added "
-        f"{row['harmless_added']:+.1f}"
-        for row in more["two_directions"]
-    ]
-    _print_result(result, as_json, lambda: lines)
+    result = {
+        "position": found.position, "layer": found.layer, "norm": float(found.vector.norm()), "interventions": rows,
+        "cost": cost, **more,
+    }  # fmt: skip
+    _print_result(result, as_json, lambda: direction_lines(result))
 
 
 @app.command
@@ -142,16 +128,15 @@ def abilities(
 ) -> None:
     """Run lm-eval's TASKS on a run's model as it is, with the direction ablated, and taken out of the weights."""
     from suffix_analysis.abilities import measure_abilities
-    from suffix_analysis.runs import read_config, write_table
+    from suffix_analysis.runs import write_table
 
-    study = _study(StudyConfig(**read_config(out)), out)
-    vector = study.direction().vector
     console = Console()
-    rows = measure_abilities(
-        study.fast, vector, tasks, folder=tasks_folder, limit=limit,
-        on_run=lambda done, total: console.progress(done, total, "interventions"),
-    )  # fmt: skip
-    write_table(out / "findings" / "abilities.parquet", rows)
+    with _held(out) as study:
+        rows = measure_abilities(
+            study.fast, study.direction().vector, tasks, folder=tasks_folder, limit=limit,
+            on_run=lambda done, total: console.progress(done, total, "interventions"),
+        )  # fmt: skip
+        write_table(out / "findings" / "abilities.parquet", rows)
     _print_result(rows, as_json, lambda: [ability_line(row) for row in rows])
 
 
@@ -166,33 +151,30 @@ def defend(
     as_json: AsJson = False,
 ) -> None:
     """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
-    from suffix_analysis.mitigations import measure_detectors, measure_mitigations
-    from suffix_analysis.runs import read_config, read_suffixes, read_table, write_table
+    from suffix_analysis.mitigations import attack_defences, measure_detectors, measure_mitigations
+    from suffix_analysis.runs import read_suffixes, read_table, write_table
 
-    config = StudyConfig(**read_config(out))
-    study, findings = _study(config, out), out / "findings"
-    suffixes = read_suffixes(out / "suffixes.jsonl")
-    direction, prompts = study.direction(), study.prompts()
-    top = [(row["layer"], row["head"]) for row in read_table(findings / "top_heads.parquet")]
-    fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
-    write_table(findings / "detectors.parquet", detectors)
-    console = Console()
-    rows = measure_mitigations(
-        study.fast, direction, fitted, prompts, suffixes, top,
-        length=config.reply_tokens, most=most, seed=config.seed,
-        on_line=lambda done, total: console.progress(done, total, "defences"),
-    )  # fmt: skip
-    write_table(findings / "mitigations.parquet", rows)
-    lines = [*map(detector_line, detectors), *map(mitigation_line, rows)]
+    console, findings = Console(), out / "findings"
     adapted: list[dict[str, Any]] = []
-    if adaptive_steps:
-        from suffix_analysis.mitigations import attack_defences
-
-        adapted = attack_defences(
-            study.fast, direction, fitted, prompts, top, replace(config, steps=adaptive_steps),
-            on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
+    with _held(out) as study:
+        suffixes = read_suffixes(out / "suffixes.jsonl")
+        config, direction, prompts = study.config, study.direction(), study.prompts()
+        top = [(row["layer"], row["head"]) for row in read_table(findings / "top_heads.parquet")]
+        fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
+        write_table(findings / "detectors.parquet", detectors)
+        rows = measure_mitigations(
+            study.fast, direction, fitted, prompts, suffixes, top,
+            length=config.reply_tokens, most=most, seed=config.seed,
+            on_line=lambda done, total: console.progress(done, total, "defences"),
         )  # fmt: skip
-        write_table(findings / "adaptive.parquet", adapted)
+        write_table(findings / "mitigations.parquet", rows)
+        if adaptive_steps:
+            adapted = attack_defences(
+                study.fast, direction, fitted, prompts, top, replace(config, steps=adaptive_steps),
+                on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
+            )  # fmt: skip
+            write_table(findings / "adaptive.parquet", adapted)
+    lines = [*map(detector_line, detectors), *map(mitigation_line, rows)]
     lines += [adaptive_line(row) for row in adapted if row["step"] == adaptive_steps]
     lines += [] if adapted else ["adaptive attack: not tested"]
     result = {"detectors": detectors, "mitigations": rows, "adaptive": adapted or "not tested"}
@@ -279,6 +261,16 @@ def _study(config: StudyConfig, out: Path) -> Study:
     from suffix_analysis.study import Study
 
     return Study(out, config, Console())
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[Study]:
+    """The study that made a run folder, which stays locked meanwhile."""
+    from suffix_analysis.runs import open_run, read_config
+
+    settings = read_config(out)
+    with open_run(out, settings):
+        yield _study(StudyConfig(**settings), out)
 
 
 def _sources(words: list[str]) -> list[Any]:

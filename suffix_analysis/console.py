@@ -103,14 +103,39 @@ def detector_line(row: dict[str, Any]) -> str:
 
 def mitigation_line(row: dict[str, Any]) -> str:
     cost = "–" if row["cost"] is None else format(row["cost"], "+.3f")
+    over = "–" if row["lookalike"] is None else format(row["lookalike"], ".1%")
     return (
-        f"{row['defence']:48} attack success {row['success']:6.1%}, look-alikes refused {row['lookalike']:6.1%}, "
-        f"harmless replies {cost} nats, {row['slower']:+.0%} time"
+        f"{row['defence']:48} attack success {row['success']:6.1%}, refused {row['refused']:6.1%}, look-alikes refused "
+        f"{over:>6}, harmless replies {cost} nats, {row['slower']:+.0%} time"
     )
 
 
 def adaptive_line(row: dict[str, Any]) -> str:
     return (
-        f"{row['defence']:48} attacked for {row['step']} steps: loss {row['best_loss']:.3f}, {row['success']:.0%} of "
-        f"{row['n_prompts']} unseen prompts answered"
+        f"{row['defence']:48} attacked for {row['step']} steps: target loss {row['target_loss']:.3f}, "
+        f"{row['not_refused']:.0%} of {row['n_prompts']} unseen prompts not refused"
     )
+
+
+def direction_lines(result: dict[str, Any]) -> list[str]:
+    """What `suffix-analysis direction` found, from its tables."""
+    lines = [f"position {result['position']}, layer {result['layer']}, norm {result['norm']:.3f}"]
+    lines += [intervention_line(row) for row in result["interventions"]]
+    lines += [
+        f"cross-entropy on {row['material']} ({row['n_tokens']} tokens): {row['none']:.3f} nats, with the direction "
+        f"ablated {row['change']:+.3f}"
+        for row in result["cost"]
+    ]
+    cosine, rank = result["stability"]
+    lines += [
+        f"split-half cosine {cosine['value']:.3f} [{cosine['lo']:.3f}, {cosine['hi']:.3f}]",
+        f"directions that separate held-out prompts, one after the other: {rank['value']:.0f} "
+        f"(AUROC {', '.join(format(row['auroc'], '.2f') for row in result['cascade'])})",
+    ]
+    lines += [
+        f"{row['direction']:11} cosine with refusal {row['cosine_with_refusal']:+.2f}; mean refusal score: harmful "
+        f"{row['harmful']:+.1f}, ablated {row['harmful_ablated']:+.1f}; harmless {row['harmless']:+.1f}, added "
+        f"{row['harmless_added']:+.1f}"
+        for row in result["two_directions"]
+    ]
+    return lines

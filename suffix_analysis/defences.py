@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attacks.caches import cache_argument
+from suffix_analysis.batching import sharing_at_most
 from suffix_analysis.causal import Head
 from suffix_analysis.detectors import TAIL, Harmfulness
 from suffix_analysis.directions import Direction
@@ -20,48 +22,74 @@ from suffix_analysis.models import Model
 
 @dataclass
 class Place:
-    """Where the present forward stands.
+    """Where the present forward stands; None where no row holds a whole prompt (a shared prefix, a reply's token).
 
-    ``chat``: the template's chat tokens among those that run, where it is a prompt (neither a shared prefix nor a
-    reply's token). ``user`` then marks the tokens of the user's texts among them.
+    ``chat`` marks the template's chat tokens of every row among the tokens that run, ``last`` is the place of chat[-1]
+    among them, and ``user`` marks the tokens of the users' texts among all keys, cached ones included.
     """
 
-    chat: slice | None = None
-    user: Bool[Tensor, "row token"] | None = None
+    chat: Bool[Tensor, "row token"] | None = None
+    last: Int[Tensor, " row"] | None = None
+    user: Bool[Tensor, "row key"] | None = None
+
+    @property
+    def queries(self) -> slice:
+        """The tokens that run from the first chat token of any row to the last one."""
+        assert self.chat is not None
+        at = self.chat.any(dim=0).nonzero().flatten()
+        return slice(int(at[0]), int(at[-1]) + 1)
 
 
 @contextlib.contextmanager
 def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
     """Keep a :class:`Place` up to date while forwards run.
 
-    ``behind`` tokens stand after chat[-1]: none in a prompt, all of the target but the last in an attack's forwards.
-    The gradient of an attack passes embeddings instead of ids; then the chat tokens are taken to be where they must be.
+    Chat tokens are recognised by their ids, wherever they stand in a row, so a reply may follow them. The gradient of
+    an attack passes embeddings instead of ids: there ``behind`` tokens stand after chat[-1] (all of the target but the
+    last). No prefix that holds a user's tokens is shared between prompts meanwhile, because what is read at those
+    tokens must run together with chat[-1].
     """
     example = model.chat("x")
     chat_ids = example.ids[example.regions["chat"]]
+    # the first chat token can melt into the text before it in some tokenizers; the others cannot
+    known = chat_ids[1:] if len(chat_ids) > 2 else chat_ids
     n_before = int(example.regions["instruction"].nonzero()[0])
-    place = Place()
+    place, cache_name = Place(), cache_argument(model.hf)
+
+    def ends(ids: Int[Tensor, "row token"] | None, width: int, n_rows: int) -> Int[Tensor, " row"]:
+        """The place of chat[-1] in every row, −1 where it holds none."""
+        if ids is None:
+            return torch.full((n_rows,), width - behind - 1 if width - behind >= len(chat_ids) else -1)
+        if width < len(known):
+            return torch.full((n_rows,), -1)
+        found = (ids.unfold(1, len(known), 1) == known.to(ids.device)).all(dim=-1)
+        places = torch.arange(found.shape[1], device=ids.device) + len(known) - 1
+        return torch.where(found, places, -1).max(dim=1).values
 
     def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids: Int[Tensor, "row token"] | None = kwargs.get("input_ids", args[0] if args else None)
         first = kwargs["inputs_embeds"] if ids is None else ids
-        width, stop = first.shape[1], first.shape[1] - behind
-        place.chat = place.user = None
-        if stop < len(chat_ids):
+        n_rows, width = first.shape[:2]
+        last = ends(ids, width, n_rows).to(first.device)
+        place.chat = place.last = place.user = None
+        if int(last.max()) < 0:
             return
-        chat = slice(stop - len(chat_ids), stop)
-        if ids is not None and not bool((ids[:, chat] == chat_ids.to(ids.device)).all()):
-            return
+        tokens = torch.arange(width, device=first.device)
+        place.last = last
+        place.chat = (tokens <= last[:, None]) & (tokens > last[:, None] - len(chat_ids)) & (last[:, None] >= 0)
         mask = kwargs.get("attention_mask")
-        mask = torch.ones(first.shape[:2], device=first.device) if mask is None else mask
-        at = (mask.cumsum(dim=1) - 1)[:, -width:]
-        user = (at >= n_before) & mask[:, -width:].bool()
-        user[:, chat.start :] = False
-        place.chat, place.user = chat, user
+        if mask is None:
+            cache = kwargs.get(cache_name)
+            n_keys = width + (0 if cache is None else cache.get_seq_length())
+            mask = torch.ones(n_rows, n_keys, device=first.device)
+        keys = torch.arange(mask.shape[1], device=first.device)
+        before_chat = keys < (mask.shape[1] - width) + last[:, None] - len(chat_ids) + 1
+        place.user = mask.bool() & (mask.cumsum(dim=1) - 1 >= n_before) & before_chat
 
     handle = model.hf.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield place
+        with sharing_at_most(n_before):
+            yield place
     finally:
         handle.remove()
 
@@ -70,7 +98,7 @@ def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
 def damped(
     model: Model, heads: Sequence[Head], strength: float, tail: int = TAIL, *, behind: int = 0
 ) -> Iterator[None]:
-    """The chat tokens attend less to the ``tail`` tokens before them, in ``heads``; the others take over the mass.
+    """The chat tokens attend less to the last ``tail`` tokens of the user's text, in ``heads``; others take the mass.
 
     A pattern p becomes (1 − ``strength``) p on those tokens and is scaled to sum to 1. Strength 0 changes nothing, bit
     for bit; 1 cuts the edges. ``behind``: see :func:`watched_place`.
@@ -86,18 +114,18 @@ def damped(
     with watched_place(model, behind) as place:
 
         def weaken(pattern: Tensor, hook: Any, which: list[int]) -> Tensor | None:
-            if place.chat is None:
+            if place.chat is None or place.user is None:
                 return None
-            # keys end where queries end, so the chat tokens stand as far from both ends
-            n_queries, n_keys = pattern.shape[2:]
-            end = n_keys - (n_queries - place.chat.start)
-            changed = pattern.clone()
-            rows = pattern[:, which, place.chat]
-            factor = torch.ones(n_keys, device=rows.device, dtype=rows.dtype)
-            factor[max(0, end - tail) : end] = 1 - strength
+            at = place.queries
+            user = place.user[:, -pattern.shape[3] :].to(pattern.device)
+            ends = user & (user.flip(1).cumsum(dim=1).flip(1) <= tail)
+            chat = place.chat[:, None, at, None].to(pattern.device)
+            rows = pattern[:, which, at]
+            factor = torch.where(chat, 1 - strength * ends[:, None, None].to(rows.dtype), torch.ones_like(rows))
             # what is left of a row's mass: never 0, because every chat token also attends to itself
             left = 1 - (rows * (1 - factor)).sum(dim=-1, keepdim=True)
-            changed[:, which, place.chat] = rows * factor / left
+            changed = pattern.clone()
+            changed[:, which, at] = rows * factor / left
             return changed
 
         hooks = [
@@ -131,20 +159,22 @@ def restored(
         def restore(x: Float[Tensor, "row token d_model"], hook: Any) -> Tensor | None:
             if place.chat is None or strength == 0:
                 return None
-            step = strength * (high - x[:, place.chat].float() @ unit)
+            at = place.queries
+            step = strength * (high - x[:, at].float() @ unit) * place.chat[:, at].to(x.device)
             if harmfulness is not None:
-                step = step * fires(x, place.chat.stop - 1)[:, None]
+                step = step * fires(x)[:, None]
             changed = x.clone()
-            changed[:, place.chat] += (step[..., None] * unit).to(x.dtype)
+            changed[:, at] += (step[..., None] * unit).to(x.dtype)
             return changed
 
-        def fires(x: Tensor, last: int) -> Bool[Tensor, " row"]:
-            assert harmfulness is not None and place.user is not None
+        def fires(x: Tensor) -> Bool[Tensor, " row"]:
+            assert harmfulness is not None and place.user is not None and place.last is not None
             along = x.float() @ harmfulness.unit.to(x.device)
-            most = along.masked_fill(~place.user.to(x.device), float("-inf")).max(dim=1).values
+            user = place.user[:, -x.shape[1] :].to(x.device)
+            most = along.masked_fill(~user, float("-inf")).max(dim=1).values
             harm = (most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless)
-            refusal = (x[:, last].float() @ unit - low) / (high - low)
-            return harm - refusal > threshold
+            here = x[torch.arange(len(x), device=x.device), place.last.to(x.device)].float()
+            return harm - (here @ unit - low) / (high - low) > threshold
 
         with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", restore)]):
             yield

@@ -120,6 +120,12 @@ def by_user_token(
     return [found[i] for i in range(len(chats))]
 
 
+def perplexities(model: Model, chats: Sequence[Chat], harmfulness: Harmfulness) -> Float[Tensor, " chat"]:
+    """The windowed perplexity of each user's text alone: what a filter needs, for one forward."""
+    tokens = by_user_token(model, chats, harmfulness.unit, harmfulness.layer)
+    return torch.tensor([windowed(surprisal) for surprisal, _ in tokens])
+
+
 def harmfulness_of(
     model: Model, direction: Direction, harmful: Sequence[Chat], harmless: Sequence[Chat]
 ) -> Harmfulness:
@@ -179,7 +185,7 @@ def threshold(scores: Float[ndarray, " chat"], rate: float) -> float:
 
 def detector_rows(
     detectors: Sequence[Detector],
-    calibration: Readings,
+    calibration: Mapping[str, Readings],
     attacked: Sequence[Readings],
     others: Mapping[str, Sequence[Readings]],
 ) -> list[dict[str, Any]]:
@@ -187,12 +193,14 @@ def detector_rows(
 
     Args:
         detectors: see :func:`fit_detectors`.
-        calibration: select conversations that are not attacked; thresholds come from them.
+        calibration: select conversations of the same kinds as ``others``, on prompts that nothing was fitted with. The
+            threshold against a kind comes from that kind.
         attacked: readings of the same report prompts, with one suffix after the other.
         others: the same of every kind of conversation that is not attacked.
 
     A row's ``false_positives`` say what became of a rate on unseen conversations.
     """
+    everything = Readings.joined([*calibration.values()])
     against = {name: [readings] for name, readings in others.items()} | {"all of these": list(others.values())}
     rows = []
     for detector in detectors:
@@ -200,8 +208,9 @@ def detector_rows(
         def cells(parts: Sequence[Readings], score: Any = detector.score) -> Float[ndarray, "prompt suffix"]:
             return np.stack([score(part) for part in parts], axis=1).astype(float)
 
-        positive, marks = cells(attacked), detector.score(calibration)
+        positive = cells(attacked)
         for name, kinds in against.items():
+            marks = detector.score(calibration.get(name, everything))
             negatives = [cells(parts) for parts in kinds]
             value, lo, hi = crossed_auroc(positive, negatives)
             row: dict[str, Any] = {

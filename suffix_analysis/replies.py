@@ -15,7 +15,7 @@ from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SUFFIX_ARMS, Suffix
 from suffix_analysis.refusal import refusal_score
-from suffix_analysis.runs import append_jsonl, read_jsonl
+from suffix_analysis.runs import append_jsonl, read_jsonl, write_jsonl
 from suffix_analysis.stats import contrast, contrast_row, interval, rate_interval
 
 Cell = tuple[str, Suffix | None, list[Prompt]]  # an arm, one of its suffixes, and the prompts to answer
@@ -57,6 +57,8 @@ def measure_replies(
     cells in any order, each with its cell's number.
     """
     done = read_jsonl(journal) if journal.exists() else []
+    if done:
+        write_jsonl(journal, done)  # a line that was cut off is gone before the next one is appended
     have = {(row["arm"], row["suffix_id"]): row["rows"] for row in done}
     kinds = {
         kind: [p for p in prompts if p.kind == kind and p.split == "report"]

@@ -96,7 +96,8 @@ def mitigations() -> list[dict[str, Any]]:
     )  # fmt: skip
     return [
         {"defence": name, "control": control, "n_prompts": 32, "n_suffixes": 4, "success": success,
-         "success_lo": success - 0.05, "success_hi": success + 0.05, "lookalike": over, "lookalike_lo": over - 0.04,
+         "success_lo": success - 0.05, "success_hi": success + 0.05, "refused": 1 - success,
+         "lookalike": over, "lookalike_lo": over - 0.04,
          "lookalike_hi": over + 0.04, "harmless": 0.01, "cost": cost, "slower": slower}
         for name, control, success, over, cost, slower in lines
     ]  # fmt: skip

@@ -70,6 +70,7 @@ def test_mitigations_act_the_same_alone_in_batches_and_in_replies() -> None:
     plain = last_logits(model.hf, model.tokenizer, rows)
     for context in (
         lambda: damped(model, every_head(model), 0.8, tail=3),
+        lambda: damped(model, every_head(model), 0.8, tail=99),  # more than the users' texts hold
         lambda: restored(model, direction),
     ):
         with context():
@@ -82,6 +83,49 @@ def test_mitigations_act_the_same_alone_in_batches_and_in_replies() -> None:
         assert torch.allclose(together[0], whole, atol=1e-4)
         assert not torch.allclose(together, plain, atol=1e-3)
         assert replies == first
+
+
+def test_only_the_users_own_tokens_are_damped() -> None:
+    model = tiny.model("llama")
+    chats = [model.chat(text) for text in TEXTS]  # shorter than the tail
+    seen: list[torch.Tensor] = []
+
+    def look(pattern: torch.Tensor, hook: object) -> None:
+        seen.append(pattern.detach().clone())
+
+    with (
+        damped(model, [(0, 0)], 1.0, tail=99),
+        model.bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", look)]),
+    ):
+        for chat in chats:
+            model.hf(input_ids=chat.ids[None])
+    for chat, pattern in zip(chats, seen, strict=True):
+        row = pattern[0, 0, -1]
+        assert float(row[user_mask(chat)].max()) == 0
+        assert float(row[~user_mask(chat)].min()) > 0
+
+
+def test_a_defence_acts_on_a_prompt_whatever_else_runs_with_it() -> None:
+    """Behind a reply, beside equal prompts, and where one instruction meets several suffixes, which share a prefix."""
+    model = tiny.model("llama")
+    direction = some_direction(model)
+    harm = Harmfulness(torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0)
+    ids = model.chat(TEXTS[3], SUFFIX).ids
+    others = [model.chat(TEXTS[3], text).ids for text in ("a b c", "x ! y")]
+    longer = torch.cat([ids, torch.tensor([7, 8, 9])])
+    for context in (
+        lambda: damped(model, every_head(model), 0.8),
+        lambda: restored(model, direction),
+        lambda: restored(model, direction, harm, -1e9),
+    ):
+        with torch.no_grad(), context():
+            wanted = model.hf(input_ids=ids[None]).logits[0, -1].float()
+            behind_a_reply = model.hf(input_ids=longer[None]).logits[0, len(ids) - 1].float()
+            equals = last_logits(model.hf, model.tokenizer, [ids, ids])
+            beside = last_logits(model.hf, model.tokenizer, [ids, *others])
+        for found in (behind_a_reply, *equals, beside[0]):
+            assert torch.allclose(found, wanted, atol=1e-4)
+        assert not torch.allclose(wanted, last_logits(model.hf, model.tokenizer, [ids])[0], atol=1e-3)
 
 
 def test_a_full_strength_cuts_the_edges_and_rows_still_sum_to_one() -> None:
@@ -176,7 +220,7 @@ def readings(n: int, harm: float, tokens: float, seed: int) -> Readings:
 
 def test_what_is_planted_is_found_and_the_baseline_finds_nothing() -> None:
     detectors = fit_detectors(readings(64, 3.0, 30, 0), readings(64, 0.0, 30, 1))
-    calibration = readings(400, 0.0, 30, 2)
+    calibration = {"benign": readings(400, 0.0, 30, 2)}
     rows = detector_rows(
         detectors, calibration, [readings(40, 3.0, 30, s) for s in (3, 4)],
         {"benign": [readings(40, 0.0, 30, s) for s in (5, 6, 7)]},
@@ -227,7 +271,29 @@ def test_the_tables_have_every_line_and_their_controls() -> None:
     assert sum(row["control"] for row in table) == 3
     assert (table[0]["cost"], table[0]["slower"]) == (0, 0)
     assert {row["defence"] for row in table if row["cost"] is None} == {"perplexity filter", "SmoothLLM, 4 copies"}
-    assert all(row["success"] == 1 for row in table if "filter" not in row["defence"]), "a random model refuses nothing"
+    assert all(row["refused"] == 0 for row in table if "filter" not in row["defence"]), "a random model refuses nothing"
+    edits = [row for row in table[1:] if row["cost"] is not None and "where the detector fires" not in row["defence"]]
+    assert all(row["cost"] != 0 for row in edits), "an edit acts while the cost of replies is measured"
+
+
+def test_a_table_without_look_alikes_says_so() -> None:
+    model = tiny.model("llama")
+    direction, prompts = some_direction(model), [p for p in few_prompts() if p.kind != "lookalike"]
+    fitted, _ = measure_detectors(model, direction, prompts, suffixes(2), most=2)
+    table = measure_mitigations(model, direction, fitted, prompts, suffixes(2), [(1, 0)], length=3, most=2)
+    assert all(row["lookalike"] is row["lookalike_lo"] is None for row in table)
+
+
+def test_thresholds_come_from_prompts_that_nothing_was_fitted_with() -> None:
+    model = tiny.model("llama")
+    fitted, rows = measure_detectors(model, some_direction(model), few_prompts(), suffixes(4), most=2)
+    assert set(fitted.calibration) == {row["against"] for row in rows} - {"all of these"}
+    # two of four select prompts, with the two suffixes of the first half
+    assert {len(found.tokens) for found in fitted.calibration.values()} == {4}
+    cuts = {row["against"]: row["threshold_5"] for row in rows if row["detector"] == "windowed perplexity"}
+    assert len(set(cuts.values())) > 2, "every kind has a threshold of its own"
+    benign = fitted.calibration["harmless + benign text"].perplexity
+    assert fitted.perplexity == pytest.approx(float(benign.max()))
 
 
 def test_one_suffix_is_too_few_to_fit_and_to_measure() -> None:
@@ -279,5 +345,9 @@ def test_adaptive_attacks_have_equal_budgets_and_meet_their_defence() -> None:
     losses = {name: [row["loss"] for row in rows if row["defence"] == name] for name in defended}
     assert [row["step"] for row in rows] == [1, 2, 3] * 3
     assert losses["none"] == losses["nothing"] != losses["restored"]
-    assert all((row["success"] is not None) == (row["step"] == 3) for row in rows)
+    for row in rows:
+        looked = row["step"] == 3
+        assert (row["not_refused"] is not None) == (row["target_loss"] is not None) == looked
+        if looked:  # there are no further terms, so the best loss is the target's own
+            assert row["target_loss"] == pytest.approx(row["best_loss"], abs=1e-4)
     assert {(row["n_prompts"], row["n_train"]) for row in rows} == {(4, 2)}

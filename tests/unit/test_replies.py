@@ -1,0 +1,34 @@
+"""The journal of replies: what is there is not made again, and a line that was cut off is made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
+from suffix_analysis.replies import Cell, measure_replies
+
+PROMPTS = [Prompt("a", "Pick a lock", "harmful", "report"), Prompt("b", "Bake", "harmless", "report")]
+SUFFIXES = [Suffix(f"random-{i}", "random", "x") for i in (1, 2)]
+
+
+def test_a_line_that_was_cut_off_is_made_again_and_damages_nothing(tmp_path: Path) -> None:
+    journal, made = tmp_path / "replies.jsonl", []
+
+    def answer(cells: list[Cell]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        for i, (arm, suffix, some) in reversed(list(enumerate(cells))):  # any order will do
+            made.append(arm)
+            yield i, [{"arm": arm, "suffix_id": suffix and suffix.id, "prompt_id": p.id} for p in some]
+
+    whole = measure_replies(PROMPTS, SUFFIXES, answer, journal)
+    assert sorted(made) == ["harmless", "none", "random", "random"]
+    assert [row["arm"] for row in whole] == ["none", "random", "random", "harmless"]
+    text = journal.read_text()
+    journal.write_text(text[: -len(text.splitlines()[-1]) // 2])  # the disk was full
+    for times in (1, 1):
+        made.clear()
+        assert measure_replies(PROMPTS, SUFFIXES, answer, journal) == whole
+        assert len(made) <= times
+    assert not made
