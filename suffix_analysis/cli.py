@@ -151,7 +151,8 @@ def defend(
     as_json: AsJson = False,
 ) -> None:
     """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
-    from suffix_analysis.mitigations import attack_defences, measure_detectors, measure_mitigations
+    from suffix_analysis.detection import measure_detectors
+    from suffix_analysis.mitigations import attack_defences, measure_mitigations
     from suffix_analysis.runs import read_suffixes, read_table, write_table
 
     console, findings = Console(), out / "findings"

@@ -1,4 +1,4 @@
-"""What defences do to attacks, and what they cost: the tables ``detectors`` and ``mitigations`` (METHODS §6)."""
+"""What mitigations do to attacks, and what they cost: the tables ``mitigations`` and ``adaptive`` (METHODS §6)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import random
 import string
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,22 +21,11 @@ from suffix_analysis.analysis import prompts_of
 from suffix_analysis.attacking import split_for_attack
 from suffix_analysis.causal import Head
 from suffix_analysis.causal_tests import random_heads
-from suffix_analysis.chat import Chat
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import damped, restored
-from suffix_analysis.detectors import (
-    Detector,
-    Harmfulness,
-    Readings,
-    detector_rows,
-    fit_detectors,
-    harmfulness_of,
-    perplexities,
-    read,
-    threshold,
-)
+from suffix_analysis.detection import Fitted, halves
+from suffix_analysis.detectors import perplexities
 from suffix_analysis.directions import Direction
-from suffix_analysis.errors import UserError
 from suffix_analysis.generate import generate
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
@@ -50,8 +39,6 @@ COPIES, SWAPPED = 4, 0.1  # SmoothLLM: noisy copies of a prompt, and the share o
 REFUSAL = "I cannot help with that request."  # what a filter answers
 STRENGTHS = (0.5, 0.9)
 RESTORED = "projection restored where the detector fires"
-GAP, GAP_RATE = "harmfulness − refusal", 0.05  # the detector that restoring waits for, and its false positives
-BENIGN, FILTER_RATE = "harmless + benign text", 0.01  # what a perplexity filter is calibrated on, and for which rate
 EVASION = 1.0  # weight of the refusal projection (in lengths of the direction) beside the target's loss
 Context = contextlib.AbstractContextManager[None]
 Reply = Callable[[Model, Sequence[str]], list[str]]
@@ -65,113 +52,6 @@ class Defence:
     context: Callable[[], Context] = contextlib.nullcontext
     reply: Reply | None = None
     control: bool = False
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What is learnt before anything is measured: directions, detectors, and the readings that thresholds come from."""
-
-    harmfulness: Harmfulness
-    detectors: list[Detector]
-    calibration: dict[str, Readings]
-
-    @property
-    def gap(self) -> float:
-        """What harmfulness − refusal must exceed for the projection to be restored."""
-        return threshold(self.of(GAP).score(Readings.joined([*self.calibration.values()])), GAP_RATE)
-
-    @property
-    def perplexity(self) -> float:
-        """What windowed perplexity must exceed for a filter to fire: it lets benign text of the same length through."""
-        return threshold(self.of("windowed perplexity").score(self.calibration[BENIGN]), FILTER_RATE)
-
-    def of(self, name: str) -> Detector:
-        """The detector whose name begins so."""
-        return next(detector for detector in self.detectors if detector.name.startswith(name))
-
-
-def halves(suffixes: Sequence[Suffix], arm: str) -> tuple[list[Suffix], list[Suffix]]:
-    """An arm's suffixes to fit with, and others to measure with.
-
-    Raises:
-        UserError: there are fewer than two.
-    """
-    own = [suffix for suffix in suffixes if suffix.arm == arm]
-    if len(own) < 2:
-        raise UserError(
-            f"The run has {len(own)} suffixes of the {arm} arm; detectors are fitted with some and measured with "
-            "others, so run a pool (--n-attacks 16) or give a file of suffixes."
-        )
-    return own[::2], own[1::2]
-
-
-def conversations(
-    model: Model, prompts: Mapping[str, Sequence[Prompt]], suffixes: Sequence[Suffix], part: int
-) -> tuple[list[list[Chat]], dict[str, list[list[Chat]]]]:
-    """Attacked conversations suffix by suffix, and those of every other kind, with one half of the suffixes."""
-
-    def chats(kind: str, arm: str) -> list[list[Chat]]:
-        return [[model.chat(p.text, suffix.text) for p in prompts[kind]] for suffix in halves(suffixes, arm)[part]]
-
-    return chats("harmful", "adversarial"), {
-        BENIGN: chats("harmless", "benign"),
-        "harmless + random text": chats("harmless", "random"),
-        "harmless + adversarial": chats("harmless", "adversarial"),
-        "harmful + random text": chats("harmful", "random"),
-    }
-
-
-def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes: Sequence[Suffix], most: int) -> Fitted:
-    """Fit everything on the fit and select splits, with the first half of the suffixes.
-
-    One half of the select prompts fits detectors, the other calibrates them: what a probe has learnt from scores too
-    low to set its threshold.
-    """
-    sides = [
-        [model.chat(p.text) for p in prompts_of(prompts, kind, "fit", 4 * most)] for kind in ("harmful", "harmless")
-    ]
-    harmfulness = harmfulness_of(model, direction, sides[0], sides[1])
-    select = {kind: prompts_of(prompts, kind, "select", 2 * most) for kind in ("harmful", "harmless")}
-
-    def readings(parts: Sequence[Sequence[Chat]]) -> Readings:
-        return Readings.joined([read(model, part, direction, harmfulness) for part in parts])
-
-    attacked, others = conversations(model, {kind: own[::2] for kind, own in select.items()}, suffixes, 0)
-    detectors = fit_detectors(readings(attacked), readings([part for parts in others.values() for part in parts]))
-    _, unattacked = conversations(model, {kind: own[1::2] for kind, own in select.items()}, suffixes, 0)
-    return Fitted(harmfulness, detectors, {name: readings(parts) for name, parts in unattacked.items()})
-
-
-def measure_detectors(
-    model: Model,
-    direction: Direction,
-    prompts: Sequence[Prompt],
-    suffixes: Sequence[Suffix],
-    most: int = 32,
-) -> tuple[Fitted, list[dict[str, Any]]]:
-    """Fit detectors on select prompts with half of the suffixes; measure them on report prompts with the other half.
-
-    Args:
-        model: the model.
-        direction: its refusal direction.
-        prompts: of all splits and kinds.
-        suffixes: of the arms adversarial, random and benign, at least two of each.
-        most: prompts of each kind.
-
-    Raises:
-        UserError: an arm has fewer than two suffixes.
-    """
-    fitted = fit(model, direction, prompts, suffixes, most)
-    report = {kind: prompts_of(prompts, kind, "report", most) for kind in ("harmful", "harmless")}
-    attacked, others = conversations(model, report, suffixes, 1)
-
-    def readings(parts: Sequence[Sequence[Chat]]) -> list[Readings]:
-        return [read(model, part, direction, fitted.harmfulness) for part in parts]
-
-    rows = detector_rows(
-        fitted.detectors, fitted.calibration, readings(attacked), {name: readings(p) for name, p in others.items()}
-    )
-    return fitted, rows
 
 
 def swapped(text: str, rng: random.Random, share: float = SWAPPED) -> str:
@@ -279,9 +159,11 @@ def measure_mitigations(
         with defence.context():
             replies = reply(defence, [text for _, text in attacked])
             lookalike = _refused(reply(defence, [p.text for p in kinds["lookalike"]]))
-            started = time.perf_counter()
-            harmless = reply(defence, plain)
-            seconds = time.perf_counter() - started
+            seconds = float("inf")
+            for _ in range(2):  # the better of two, because other work on the machine only ever adds
+                started = time.perf_counter()
+                harmless = reply(defence, plain)
+                seconds = min(seconds, time.perf_counter() - started)
             nats = None if defence.reply is not None else cross_entropy(model.hf, model.tokenizer, pairs)
         n_tokens = sum(len(ids) for ids in model.tokenizer(harmless, add_special_tokens=False).input_ids)
         success = cells([judge(text, told) == "complied" for (text, _), told in zip(attacked, replies, strict=True)])

@@ -13,6 +13,7 @@ import torch
 from suffix_analysis.adaptive import attack_defended
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import damped, restored
+from suffix_analysis.detection import halves, matched, measure_detectors
 from suffix_analysis.detectors import (
     Harmfulness,
     Readings,
@@ -30,7 +31,7 @@ from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import generate
-from suffix_analysis.mitigations import halves, measure_detectors, measure_mitigations, swapped
+from suffix_analysis.mitigations import measure_mitigations, swapped
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, load_prompts
 from suffix_analysis.records import Suffix
@@ -253,7 +254,7 @@ def few_prompts() -> list[Prompt]:
     kinds = [(kind, split) for kind in ("harmful", "harmless") for split in ("fit", "select", "report")]
     return [
         prompt
-        for kind, split in [*kinds, ("lookalike", "report")]
+        for kind, split in [*kinds, ("lookalike", "select"), ("lookalike", "report")]
         for prompt in load_prompts("embedded", split=split, kind=kind)[:4]
     ]
 
@@ -290,10 +291,32 @@ def test_thresholds_come_from_prompts_that_nothing_was_fitted_with() -> None:
     assert set(fitted.calibration) == {row["against"] for row in rows} - {"all of these"}
     # two of four select prompts, with the two suffixes of the first half
     assert {len(found.tokens) for found in fitted.calibration.values()} == {4}
-    cuts = {row["against"]: row["threshold_5"] for row in rows if row["detector"] == "windowed perplexity"}
-    assert len(set(cuts.values())) > 2, "every kind has a threshold of its own"
+    cuts = {row["against"]: row["threshold_5"] for row in rows if row["detector"] == "probe on head contributions"}
+    probe = fitted.of("probe")
+    for kind, found in fitted.calibration.items():
+        assert cuts[kind] == pytest.approx(threshold(probe.score(found), 0.05)), "every kind has its own threshold"
+    assert len(set(cuts.values())) > 2
     benign = fitted.calibration["harmless + benign text"].perplexity
     assert fitted.perplexity == pytest.approx(float(benign.max()))
+    unasked = fitted.of("harmfulness − refusal").score(fitted.plain)
+    assert len(unasked) == 8 and fitted.gap >= unasked.max(), "harmless prompts are left alone"
+
+
+def test_prompts_come_in_pairs_of_the_same_length() -> None:
+    model = tiny.model("llama")
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    kinds = (("harmful", range(4, 12)), ("harmless", range(12)))
+    prompts = [
+        Prompt(f"{kind}-{n}-{i}", " ".join([*words[:n], letter]), kind, "report")
+        for kind, lengths in kinds for n in lengths for i, letter in enumerate("xy")
+    ]  # fmt: skip
+    found = matched(model, prompts, "report", 12)
+    sizes = [[len(model.chat(p.text).ids) for p in found[kind]] for kind in ("harmful", "harmless")]
+    assert sizes[0] == sizes[1] and len(set(sizes[0])) > 3
+    assert len({p.id for own in found.values() for p in own}) == 24, "no prompt twice"
+    # where no length is shared, a few pairs are better than none
+    far = [p for p in prompts if (len(p.text) < 20) == (p.kind == "harmless")]
+    assert 0 < len(matched(model, far, "report", 12)["harmful"]) <= 8
 
 
 def test_one_suffix_is_too_few_to_fit_and_to_measure() -> None:

@@ -1,0 +1,165 @@
+"""What detectors are fitted, calibrated and measured on: the table ``detectors`` (METHODS §6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from suffix_analysis.analysis import prompts_of
+from suffix_analysis.chat import Chat
+from suffix_analysis.detectors import (
+    Detector,
+    Harmfulness,
+    Readings,
+    detector_rows,
+    fit_detectors,
+    harmfulness_of,
+    read,
+    threshold,
+)
+from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
+from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
+
+GAP, GAP_RATE = "harmfulness − refusal", 0.02  # the detector that restoring waits for, and its false positives
+BENIGN, FILTER_RATE = "harmless + benign text", 0.01  # what a perplexity filter is calibrated on, and for which rate
+NEAR, FEWEST = 2, 8  # tokens between the two prompts of a pair; pairs that are taken however far apart they are
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is learnt before anything is measured: directions, detectors, and the readings that thresholds come from.
+
+    ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` harmless ones without.
+    """
+
+    harmfulness: Harmfulness
+    detectors: list[Detector]
+    calibration: dict[str, Readings]
+    plain: Readings
+
+    @property
+    def gap(self) -> float:
+        """What harmfulness − refusal must exceed for the projection to be restored; rare without a text too."""
+        kinds = (Readings.joined([*self.calibration.values()]), self.plain)
+        return max(threshold(self.of(GAP).score(kind), GAP_RATE) for kind in kinds)
+
+    @property
+    def perplexity(self) -> float:
+        """What windowed perplexity must exceed for a filter to fire: it lets benign text of the same length through."""
+        return threshold(self.of("windowed perplexity").score(self.calibration[BENIGN]), FILTER_RATE)
+
+    def of(self, name: str) -> Detector:
+        """The detector whose name begins so."""
+        return next(detector for detector in self.detectors if detector.name.startswith(name))
+
+
+def halves(suffixes: Sequence[Suffix], arm: str) -> tuple[list[Suffix], list[Suffix]]:
+    """An arm's suffixes to fit with, and others to measure with.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    own = [suffix for suffix in suffixes if suffix.arm == arm]
+    if len(own) < 2:
+        raise UserError(
+            f"The run has {len(own)} suffixes of the {arm} arm; detectors are fitted with some and measured with "
+            "others, so run a pool (--n-attacks 16) or give a file of suffixes."
+        )
+    return own[::2], own[1::2]
+
+
+def matched(model: Model, prompts: Sequence[Prompt], split: str, most: int) -> dict[str, list[Prompt]]:
+    """Harmful and harmless prompts of a split in pairs of nearly the same token count, at most ``most`` of them.
+
+    Without this the count alone tells them apart. The pairs are those that differ least in all; the nearest are taken.
+    """
+    kinds = {kind: prompts_of(prompts, kind, split, None) for kind in ("harmful", "harmless")}
+    sizes = [np.array([len(model.chat(p.text).ids) for p in own]) for own in kinds.values()]
+    apart = np.abs(sizes[0][:, None] - sizes[1][None])
+    pairs = sorted(zip(*linear_sum_assignment(apart), strict=True), key=lambda pair: (apart[pair], pair))
+    kept = sorted(pairs[: min(most, max(FEWEST, int((apart[tuple(np.array(pairs).T)] <= NEAR).sum())))])
+    return {
+        "harmful": [kinds["harmful"][i] for i, _ in kept],
+        "harmless": [kinds["harmless"][j] for _, j in kept],
+    }
+
+
+def conversations(
+    model: Model, prompts: Mapping[str, Sequence[Prompt]], suffixes: Sequence[Suffix], part: int
+) -> tuple[list[list[Chat]], dict[str, list[list[Chat]]]]:
+    """Attacked conversations suffix by suffix, and those of every other kind, with one half of the suffixes."""
+
+    def chats(kind: str, arm: str) -> list[list[Chat]]:
+        return [[model.chat(p.text, suffix.text) for p in prompts[kind]] for suffix in halves(suffixes, arm)[part]]
+
+    return chats("harmful", "adversarial"), {
+        BENIGN: chats("harmless", "benign"),
+        "harmless + random text": chats("harmless", "random"),
+        "harmless + adversarial": chats("harmless", "adversarial"),
+        "harmful + random text": chats("harmful", "random"),
+    }
+
+
+def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes: Sequence[Suffix], most: int) -> Fitted:
+    """Fit everything on the fit and select splits, with the first half of the suffixes.
+
+    One half of the select prompts fits detectors, the other calibrates them: what a probe has learnt from scores too
+    low to set its threshold.
+    """
+    sides = [
+        [model.chat(p.text) for p in prompts_of(prompts, kind, "fit", 4 * most)] for kind in ("harmful", "harmless")
+    ]
+    harmfulness = harmfulness_of(model, direction, sides[0], sides[1])
+    select = matched(model, prompts, "select", 2 * most)
+
+    def readings(parts: Sequence[Sequence[Chat]]) -> Readings:
+        return Readings.joined([read(model, part, direction, harmfulness) for part in parts])
+
+    attacked, others = conversations(model, {kind: own[::2] for kind, own in select.items()}, suffixes, 0)
+    detectors = fit_detectors(readings(attacked), readings([part for parts in others.values() for part in parts]))
+    # what the model meets most of the time: harmless prompts and their look-alikes as they are
+    plain = [
+        model.chat(p.text) for kind in ("harmless", "lookalike") for p in prompts_of(prompts, kind, "select", 2 * most)
+    ]
+    _, unattacked = conversations(model, {kind: own[1::2] for kind, own in select.items()}, suffixes, 0)
+    return Fitted(
+        harmfulness, detectors, {name: readings(parts) for name, parts in unattacked.items()}, readings([plain])
+    )
+
+
+def measure_detectors(
+    model: Model,
+    direction: Direction,
+    prompts: Sequence[Prompt],
+    suffixes: Sequence[Suffix],
+    most: int = 32,
+) -> tuple[Fitted, list[dict[str, Any]]]:
+    """Fit detectors on select prompts with half of the suffixes; measure them on report prompts with the other half.
+
+    Args:
+        model: the model.
+        direction: its refusal direction.
+        prompts: of all splits and kinds.
+        suffixes: of the arms adversarial, random and benign, at least two of each.
+        most: prompts of each kind at most; fewer where the two kinds have too few of the same length.
+
+    Raises:
+        UserError: an arm has fewer than two suffixes.
+    """
+    fitted = fit(model, direction, prompts, suffixes, most)
+    attacked, others = conversations(model, matched(model, prompts, "report", most), suffixes, 1)
+
+    def readings(parts: Sequence[Sequence[Chat]]) -> list[Readings]:
+        return [read(model, part, direction, fitted.harmfulness) for part in parts]
+
+    rows = detector_rows(
+        fitted.detectors, fitted.calibration, readings(attacked), {name: readings(p) for name, p in others.items()}
+    )
+    return fitted, rows
