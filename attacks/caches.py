@@ -67,11 +67,14 @@ def _repeated(x: Float[Tensor, "row head token d_head"], batch: int) -> Float[Te
     return x.expand(batch, -1, -1, -1) if len(x) == 1 else x.repeat_interleave(batch // len(x), dim=0)
 
 
-def croppable(cache: Any) -> bool:
-    """Whether tokens can be dropped from the cache's end: not from sliding windows that have lost their beginning."""
+def croppable(cache: Any, more: int = 0) -> bool:
+    """Whether tokens can be dropped from the cache's end once it holds ``more`` of them.
+
+    Not from sliding windows that have lost their beginning.
+    """
     if cache is None or not _plain(cache):
         return False
-    return all(not layer.is_sliding or layer.get_seq_length() < layer.sliding_window for layer in cache.layers)
+    return all(not layer.is_sliding or layer.get_seq_length() + more < layer.sliding_window for layer in cache.layers)
 
 
 def _plain(cache: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attacks.candidates import forbidden_ids
 from attacks.config import AttackError
-from attacks.slot import Slot, suffix_string, survives
+from attacks.slot import Slot, split_ids, suffix_string, survives
 
 # Ordinary sentences with nothing to do with any instruction; cut to the token count that is asked for.
 BENIGN_TEXT = (
@@ -91,7 +91,8 @@ def benign_suffixes(
     for i in range(len(BENIGN_TEXT)):
         # long suffixes run on into the next sentences
         text = " ".join(BENIGN_TEXT[(i + k) % len(BENIGN_TEXT)] for k in range(1 + length // 12))
-        row = tokenizer(slots[0].joiner + text, add_special_tokens=False).input_ids[:length]
+        slot = slots[0]
+        row = split_ids(tokenizer, slot.before_text, slot.joiner + text, slot.after_text)[1].tolist()[:length]
         if len(row) == length and bool(survives(tokenizer, slots, torch.tensor([row]))[0]):
             found.append((suffix_string(tokenizer, slots[0], row), tuple(row)))
         if len(found) == count:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from attacks.candidates import compat_gradient, draw, forbidden_ids, token_gradient
 from attacks.config import AttackError, GCGConfig, GCGResult, Step, resolve_dtype
+from attacks.controls import random_suffixes
+from attacks.inputs import Conversations, check_slots, pair_up
 from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives
 from attacks.scorer import Scorer, rescored_best
-from attacks.slot import Messages, Slot, build_slot, suffix_string, survives
+from attacks.slot import Messages, Slot, build_slot, split_ids, suffix_string, survives
 from attacks.terms import Term
 
-Conversations = Messages | list[Messages]
 Entry = tuple[float, tuple[int, ...]]
 
 
@@ -48,7 +49,7 @@ class GCG:
             AttackError: bad input (see :func:`attacks.slot.build_slot`), or several conversations in compat mode.
         """
         self.tokenizer, self.config, self.terms = tokenizer, config, tuple(terms)
-        conversations, targets = _pair(messages, target)
+        conversations, targets = pair_up(messages, target)
         self.conversations: list[Messages] = conversations
         self.generator = torch.Generator()
         self.generator.manual_seed(config.seed) if config.seed is not None else self.generator.seed()
@@ -62,7 +63,7 @@ class GCG:
         self.slots: list[Slot] = [
             build(tokenizer, talk, lead + aim, inits[0]) for talk, aim in zip(conversations, targets, strict=True)
         ]
-        _check(self.slots, model, config)
+        check_slots(self.slots, model, config)
         self.model = model
         self.search, self.exact = self._scorers(model)
         self._both = [scorer for scorer in (self.search, self.exact) if scorer is not None]
@@ -98,20 +99,28 @@ class GCG:
         )
 
     def _initial_buffer(self, inits: list[str]) -> list[Entry]:
-        first, size = self.slots[0].suffix_ids, self.config.buffer_size
-        rows = [first] if len(inits) == 1 else [build_init(self.tokenizer, self.slots[0], text) for text in inits]
+        first, size, compat = self.slots[0].suffix_ids, self.config.buffer_size, self.config.compat
+        rows = [first] if len(inits) == 1 else [build_init(self.tokenizer, self.slots[0], t, compat) for t in inits]
         if len({len(row) for row in rows}) > 1:
             raise AttackError(f"The initial suffixes have {[len(row) for row in rows]} tokens; give equal lengths.")
         ids = torch.stack(rows)
-        if size > 1 and len(inits) == 1:
+        if size > 1 and len(inits) == 1 and not compat:
+            seed = int(torch.randint(2**31, (1,), generator=self.generator))
+            n_rows = self.model.get_input_embeddings().weight.shape[0]
+            more = random_suffixes(self.tokenizer, self.slots, size - 1, len(first), seed, n_rows)
+            ids = torch.cat([ids, torch.tensor([row for _, row in more])])
+        elif size > 1 and len(inits) == 1:
             chars = torch.tensor(self.tokenizer(INIT_CHARS, add_special_tokens=False).input_ids).squeeze()
             picks = torch.randint(0, chars.shape[0], (size - 1, len(first)), generator=self.generator)
             ids = torch.cat([ids, chars[picks]])
         losses, _ = (self.exact or self.search)(ids)
         means = losses.mean(dim=1).tolist()
+        entries: list[Entry] = [(loss, tuple(row)) for loss, row in zip(means, ids.tolist(), strict=True)]
+        if not compat:
+            return sorted(entries, key=lambda pair: pair[0])[: max(1, size)]
         buffer: list[Entry] = []
-        for loss, row in zip(means, ids.tolist(), strict=True):
-            buffer = _push(buffer, size, (loss, tuple(row)))
+        for entry in entries:  # nanoGCG without a buffer begins with the last one, whatever its loss
+            buffer = _push(buffer, size, entry)
         return buffer
 
     def steps(self) -> Iterator[Step]:
@@ -151,7 +160,10 @@ class GCG:
             n_rejected=rejected,
             seconds=time.perf_counter() - started,
             flops=self._flops() - flops,
-            matched=bool(matched.all()) and self.search.active == len(self.slots),
+            # nanoGCG stops at a match of any candidate, also one that it does not take
+            matched=any(scorer.seen_match for scorer in self._both)
+            if self.config.compat
+            else bool(matched.all()) and self.search.active == len(self.slots),
         )
         if bool(matched.all()) and self.search.active < len(self.slots):
             self._take_in_a_goal()
@@ -212,6 +224,7 @@ class GCG:
             "active": self.search.active,
             "best_step": self.best_step,
             "error": self.search.error,
+            "seen_match": [scorer.seen_match for scorer in self._both],
             "velocity": None if self.velocity is None else _pack(self.velocity),
             "search_dtype": str(self.search.model.dtype),
         }
@@ -234,6 +247,8 @@ class GCG:
         self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
         for scorer, (batch_size, memory) in zip(self._both, state["batches"], strict=True):
             scorer.batch_size, scorer.memory = batch_size, memory
+        for scorer, seen in zip(self._both, state["seen_match"], strict=True):
+            scorer.seen_match = seen
         self._activate(state["active"])
         self.best_step, self.search.error = state["best_step"], state["error"]
         self.velocity = None if state["velocity"] is None else _unpack(state["velocity"])
@@ -264,9 +279,11 @@ def _unpack(packed: dict[str, Any]) -> Tensor:
     return torch.frombuffer(raw, dtype=torch.float32).reshape(packed["shape"])
 
 
-def build_init(tokenizer: Any, slot: Slot, text: str) -> Tensor:
-    """Ids of another initial suffix in ``slot``'s place."""
-    return torch.tensor(tokenizer(slot.joiner + text, add_special_tokens=False).input_ids)
+def build_init(tokenizer: Any, slot: Slot, text: str, compat: bool) -> Tensor:
+    """Ids of another initial suffix in ``slot``'s place; alone in compat mode."""
+    if compat:
+        return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    return split_ids(tokenizer, slot.before_text, slot.joiner + text, slot.after_text)[1]
 
 
 def _push(buffer: list[Entry], size: int, entry: Entry) -> list[Entry]:
@@ -275,37 +292,6 @@ def _push(buffer: list[Entry], size: int, entry: Entry) -> list[Entry]:
         return [entry]
     kept = buffer if len(buffer) < size else buffer[:-1]
     return sorted([*kept, entry], key=lambda pair: pair[0])
-
-
-def _pair(messages: Conversations, target: str | list[str]) -> tuple[list[Messages], list[str]]:
-    """Conversations and targets as two equally long lists."""
-    single = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
-    conversations: list[Any] = [messages] if single else list(messages)
-    if not conversations:
-        raise AttackError("There is no conversation to attack; give a string, a list of turns, or a list of those.")
-    targets = [target] * len(conversations) if isinstance(target, str) else list(target)
-    if len(targets) != len(conversations):
-        raise AttackError(f"{len(conversations)} conversations but {len(targets)} targets; give one target or as many.")
-    return conversations, targets
-
-
-def _check(slots: list[Slot], model: Any, config: GCGConfig) -> None:
-    """Refuse what cannot work before any time is spent."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    lengths = {tuple(slot.suffix_ids.tolist()) for slot in slots}
-    if len(lengths) > 1:
-        raise AttackError(
-            f"The initial suffix {config.optim_str_init!r} is tokenised differently in different conversations; put a "
-            "space before {optim_str} in each of them."
-        )
-    for slot in slots:
-        total = len(slot.before_ids) + len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids)
-        if limit is not None and total > limit:
-            raise AttackError(f"Conversation, suffix and target are {total} tokens; the model takes {limit}.")
-    for name in ("n_replace", "n_replace_start"):
-        value = getattr(config, name)
-        if value is not None and value > len(slots[0].suffix_ids):
-            raise AttackError(f"{name} is {value}, but the suffix has {len(slots[0].suffix_ids)} tokens.")
 
 
 def result(steps: list[Step]) -> GCGResult:

@@ -46,6 +46,7 @@ class Scorer:
         self.memory = free_bytes(self.model.device)  # once: batches must not depend on the moment
         self.active = len(self.slots)
         self.flops = 0.0
+        self.seen_match = False  # of any candidate so far
         self.error: float | None = None  # of this scorer's mean losses, where a more exact one checks them
         self.head_weights = self.model.get_output_embeddings().weight.numel()
         self.body_weights = body_weights(self.model)
@@ -83,6 +84,8 @@ class Scorer:
         rest, bound = torch.arange(len(ids)), float("inf")
         order = [((first or 0) + i) % self.active for i in range(self.active)]
         for n_done, goal in enumerate(order):
+            if not len(rest):
+                break  # all but the scouts, which are complete, have been dropped
             if first is not None and n_done:
                 n_kept = max(self.config.rescore, math.ceil(len(rest) / 2))
                 rest = rest[sums[rest].argsort()[:n_kept]]
@@ -95,6 +98,7 @@ class Scorer:
                 bound = float(sums[scouts].min()) + margin * self.active
             rest = rest[sums[rest] <= bound]
             fill(rest, goal)
+        self.seen_match |= bool(matched.all(dim=1).any())
         return table, matched
 
     @property
@@ -111,7 +115,7 @@ class Scorer:
         slot, n_suffix = self.slots[goal], ids.shape[1]
         groups: list[tuple[int, list[int]]] = [(0, list(range(len(ids))))]
         cache, held = self.caches[goal], 0
-        if current is not None and croppable(cache):
+        if current is not None and croppable(cache, n_suffix):
             overhead = overhead_tokens(self.model.dtype)
             groups = group_by_start(first_changes(ids, current), n_suffix, slot.n_behind, overhead)
             held = groups[-1][0]

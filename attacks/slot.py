@@ -86,12 +86,12 @@ def build_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) -> 
     before, after = render(tokenizer, messages)
     stripped = before.rstrip(" ")
     joiner, before = before[len(stripped) :], stripped
-    before_ids, suffix_ids, after_ids = _split_ids(tokenizer, before, joiner + suffix, after)
+    before_ids, suffix_ids, after_ids = split_ids(tokenizer, before, joiner + suffix, after)
     target_ids = torch.tensor(tokenizer(target, add_special_tokens=False).input_ids)
     return Slot(before, joiner, after, before_ids, suffix_ids, after_ids, target_ids)
 
 
-def _split_ids(tokenizer: Any, before: str, suffix: str, after: str) -> tuple[Tensor, Tensor, Tensor]:
+def split_ids(tokenizer: Any, before: str, suffix: str, after: str) -> tuple[Tensor, Tensor, Tensor]:
     """Ids of the three parts of ``before + suffix + after``, tokenised as one text; a token belongs where it ends."""
     encoded = tokenizer(before + suffix + after, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded.offset_mapping]
@@ -115,7 +115,7 @@ def survives(tokenizer: Any, slots: Sequence[Slot], ids: Int[Tensor, "cand suffi
 
     A candidate must also keep the joiner and not end in white space, which some templates strip.
     """
-    texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+    texts = decoded(tokenizer, slots[0], ids)
     keep = torch.ones(len(texts), dtype=torch.bool)
     for slot in slots:
         whole = [slot.before_text + text + slot.after_text for text in texts]
@@ -129,5 +129,13 @@ def survives(tokenizer: Any, slots: Sequence[Slot], ids: Int[Tensor, "cand suffi
 
 def suffix_string(tokenizer: Any, slot: Slot, ids: Sequence[int]) -> str:
     """The suffix as a user would type it into the slot: decoded, without the joiner."""
-    text: str = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    (text,) = decoded(tokenizer, slot, torch.tensor([list(ids)]))
     return text.removeprefix(slot.joiner)
+
+
+def decoded(tokenizer: Any, slot: Slot, ids: Int[Tensor, "cand suffix"]) -> list[str]:
+    """The texts of suffixes behind the slot's last token: alone, some tokenizers would take their first space away."""
+    anchor = slot.before_ids[-1:]
+    (start,) = tokenizer.batch_decode(anchor[None], clean_up_tokenization_spaces=False)
+    whole = torch.cat([anchor.expand(len(ids), -1), ids.cpu()], dim=1)
+    return [text[len(start) :] for text in tokenizer.batch_decode(whole, clean_up_tokenization_spaces=False)]

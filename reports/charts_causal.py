@@ -20,7 +20,7 @@ def causal_tests(data: RunData) -> Figure | None:
     rows = [described(row) for row in data.table("causal") if row["on"] == "attacked" and row["test"] != UNCHANGED]
     most = max((row.get("n_heads") or 0 for row in rows if row["heads"] == "top"), default=0)
     # smaller sets of heads belong to the set-size curve, which is in the table of the run folder
-    rows = [row for row in rows if row["heads"] not in ("top", "random") or (row.get("n_heads") or most) == most]
+    rows = [row for row in rows if row["heads"] not in ("top", "random") or row.get("n_heads") == most]
     rows = [row for row in rows if row["projection_recovered"] is not None]
     if not rows:
         return None
@@ -33,7 +33,8 @@ def causal_tests(data: RunData) -> Figure | None:
     caption = (
         f"With the suffix present, on {count(rows[0]['n_prompts'], 'report prompt')}: the share of its effect that "
         "each intervention at the chat tokens undoes (1 = as without it). Heads were chosen on the select split; "
-        "random ones are as many of the same layers. Edges cut before the softmax leave their mass to the others; "
+        "random ones are as many of the same layers, as far as these have others. Edges cut before the softmax leave "
+        "their mass to the others; "
         "after it the mass is gone."
     )
     columns = (

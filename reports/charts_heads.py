@@ -54,7 +54,8 @@ def head_grid(data: RunData) -> Figure | None:
     caption = (
         "Contribution: what each head writes along the refusal direction at chat[-1], mean over the report split; a "
         "share of the write, not the effect of deleting the head. Attention: change of the share that chat[-1] gives a "
-        "region. Effect of ablating: change of the projection when that head alone gives its mean at the chat tokens. "
+        "region. Effect of ablating: change of the projection when that head alone gives what it gives harmless "
+        "prompts on average. "
         "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour. "
         "Click a head to pin it."
     )

@@ -42,7 +42,7 @@ def save_figures(run: Path, folder: Path) -> list[Path]:
             written.append(folder / f"{table.stem}.csv")
             pyarrow.csv.write_csv(pq.read_table(table), written[-1])
         for arm, graph in circuit_graphs(data).items():
-            written.append(folder / f"circuit-{arm}.json")
+            written.append(folder / f"circuit-{_slug(arm)}.json")
             written[-1].write_text(json.dumps(graph, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{folder} cannot be written ({error.strerror}): give another folder.") from None

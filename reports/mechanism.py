@@ -94,9 +94,10 @@ def sentences(data: RunData) -> Iterator[str]:
     terms = _parts([row for row in data.table("carried") if row["term"] != "embedding"], "term", least=0.0)
     factors = _parts([row for row in data.table("factors") if row["layer"] == -1], "factor", least=0.1)
     clauses = []
-    if terms:
+    # shares of a rise would read as shares of a fall
+    if terms and sum(row["value"] for row in data.table("carried")) > 0:
         clauses.append(f"Of the fall in projection {_listed(terms, 'is written', 'by')}")
-    if factors:
+    if factors and sum(row["value"] for row in data.table("factors") if row["layer"] == -1) < 0:
         clauses.append(f"of what the top heads bring less from the instruction {_listed(factors, 'comes', 'from')}")
     if clauses:
         yield "; ".join(clauses) + "."

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
+import tomli_w
+
 from reports.data import RunData
 from reports.schema import Pattern, Suffix
 
@@ -51,7 +53,7 @@ def redact(data: RunData) -> RunData:
 
 def _quoted(text: str) -> str:
     """The text as a TOML string holds it."""
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    return tomli_w.dumps({"x": text}).strip()[len('x = "') : -1]
 
 
 def _suffix(suffix: Suffix) -> Suffix:

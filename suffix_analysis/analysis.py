@@ -22,6 +22,7 @@ from suffix_analysis.chat import survives_decoding, token_strings
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.heads import TopHead, top_heads
+from suffix_analysis.identities import ROUNDING
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
@@ -109,7 +110,7 @@ def analyze(
     return Findings(
         tables=tables,
         summary=_summary(model, direction, everything),
-        checks=identity_checks(everything, arms, separate),
+        checks=identity_checks(everything, arms, separate, ROUNDING.get(model.hf.dtype, 0.0)),
         patterns=[
             view
             for prompt in views
@@ -127,11 +128,6 @@ def prompts_of(prompts: Sequence[Prompt], kind: str, split: str, most: int | Non
     return [own[i * len(own) // most] for i in range(most)]  # evenly spread, so that no topic is cut off
 
 
-def harmful_of(prompts: Sequence[Prompt], split: str, most: int | None = None) -> list[Prompt]:
-    """Harmful prompts of a split, at most ``most`` of them, evenly spread."""
-    return prompts_of(prompts, "harmful", split, most)
-
-
 def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> list[dict[str, Any]]:
     """Normalised projection at the direction's layer, each suffix arm against none (and adversarial against random)."""
     at = direction.layer
@@ -141,14 +137,16 @@ def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> lis
     pairs: list[tuple[str, str]] = [(name, "none") for name in SUFFIX_ARMS]
     pairs += [("adversarial", "failed"), ("adversarial", "random"), ("harmless+adversarial", "harmless")]
     return [
-        contrast_row("normalised projection", a, b, contrast(values[a], values[b]))
+        contrast_row("normalised projection", a, b, contrast(values[a], values[b], against_suffixes=b in SUFFIX_ARMS))
         for a, b in pairs
         if a in values and b in values and np.isfinite(values[a]).all() and np.isfinite(values[b]).all()
     ]
 
 
-def identity_checks(traces: Sequence[Traces], arms: Sequence[ArmTraces], separate: bool) -> list[dict[str, Any]]:
-    """The identities of this run, with their bounds (METHODS §0 and §3)."""
+def identity_checks(
+    traces: Sequence[Traces], arms: Sequence[ArmTraces], separate: bool, rounding: float = 0.0
+) -> list[dict[str, Any]]:
+    """The identities of this run, with their bounds (METHODS §0 and §3), or the precision's ``rounding`` if larger."""
     identity, closure = max(t.identity for t in traces), max(t.closure for t in traces)
     several = {arm.arm: len(arm.suffixes) for arm in arms if arm.suffixes}
     few = ", ".join(name for name, n in several.items() if n < MIN_SUFFIXES and not name.startswith("harmless"))
@@ -156,15 +154,15 @@ def identity_checks(traces: Sequence[Traces], arms: Sequence[ArmTraces], separat
         {
             "name": "head contributions add up",
             "value": identity,
-            "bound": IDENTITY_BOUND,
-            "passed": identity <= IDENTITY_BOUND,
+            "bound": max(IDENTITY_BOUND, rounding),
+            "passed": identity <= max(IDENTITY_BOUND, rounding),
             "sentence": "Contributions of all heads and sources plus the bias equal each attention write along r̂.",
         },
         {
             "name": "writes add up",
             "value": closure,
-            "bound": CLOSURE_BOUND,
-            "passed": closure <= CLOSURE_BOUND,
+            "bound": max(CLOSURE_BOUND, rounding),
+            "passed": closure <= max(CLOSURE_BOUND, rounding),
             "sentence": "Embedding, attention and MLP writes together equal the final residual's projection on r̂.",
         },
         {

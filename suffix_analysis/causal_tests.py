@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from suffix_analysis import causal
@@ -30,6 +31,21 @@ class Runs:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What heads mix from values at the chat tokens of other prompts: their mean, and some prompts' own.
+
+    Of harmless prompts: the mean of harmful ones is what a head that carries refusal gives each of them anyway.
+    """
+
+    mean: Float[Tensor, "layer chat head d_head"]
+    own: Float[Tensor, "prompt layer chat head d_head"]
+
+    def partners(self, count: int) -> Float[Tensor, "count layer chat head d_head"]:
+        """One of the prompts for each of ``count`` others, in turn."""
+        return self.own[torch.arange(count) % len(self.own)]
+
+
+@dataclass(frozen=True)
 class Test:
     """One causal test: hooks on one of the runs. Its effect is held against the way from that run to the other.
 
@@ -47,12 +63,17 @@ class Test:
     once: bool = False
 
 
-def random_heads(heads: Sequence[Head], n_heads: int, seed: int) -> list[Head]:
-    """As many other heads of the same layers."""
+def random_heads(heads: Sequence[Head], n_heads: int, below: int, seed: int) -> list[Head]:
+    """As many other heads of the same layers, or of the nearest ones before layer ``below`` where a layer has no more.
+
+    Fewer, where there are no more at all.
+    """
     rng = random.Random(seed)
     taken, found = set(heads), []
     for layer, _ in heads:
-        free = [(layer, h) for h in range(n_heads) if (layer, h) not in taken]
+        free = [(at, h) for at in range(max(below, layer + 1)) for h in range(n_heads) if (at, h) not in taken]
+        near = min((abs(at - layer) for at, _ in free), default=0)
+        free = [(at, h) for at, h in free if abs(at - layer) == near]
         if free:
             found.append(rng.choice(free))
             taken.add(found[-1])
@@ -60,20 +81,26 @@ def random_heads(heads: Sequence[Head], n_heads: int, seed: int) -> list[Head]:
 
 
 def tests(
-    readout: Readout, top: Sequence[Head], others: Sequence[Sequence[Head]], means: Tensor, n_layers: int, n_heads: int
+    readout: Readout,
+    top: Sequence[Head],
+    others: Sequence[Sequence[Head]],
+    reference: Reference,
+    n_layers: int,
+    n_heads: int,
 ) -> list[Test]:
     """The causal tests of a study, each with its controls: random heads of the same layers, and a random direction."""
+    others = [some for some in others if some]  # a set of no heads changes nothing and controls nothing
     every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     made = [
         Test("nothing changed", "none", "attacked", lambda runs: [], replies=True),
         Test("nothing changed", "none", "none", lambda runs: [], replies=True, once=True),
     ]
     for label, heads in (("top", top), *(("random", some) for some in others), ("all", every)):
-        made += _of_heads(label, list(heads), means, replies=label != "random")
+        made += _of_heads(label, list(heads), reference, replies=label != "random")
     for size in SIZES:  # the set-size curve
         for label, heads in (("top", top), *(("random", some) for some in others)):
             if size < len(heads):
-                made += [t for t in _of_heads(label, list(heads[:size]), means) if t.name in (MEAN, PATCHED)]
+                made += [t for t in _of_heads(label, list(heads[:size]), reference) if t.name in (MEAN, PATCHED)]
     for dose in DOSES:
 
         def restore(runs: Runs, dose: float = dose) -> list[Hook]:
@@ -93,7 +120,7 @@ def tests(
     return made
 
 
-def _of_heads(label: str, heads: list[Head], means: Tensor, replies: bool = False) -> list[Test]:
+def _of_heads(label: str, heads: list[Head], reference: Reference, replies: bool = False) -> list[Test]:
     """The tests of one set of heads."""
     plans: list[tuple[str, Literal["attacked", "none"], Callable[[Runs], list[Hook]]]] = [
         ("suffix edges cut, mass renormalised", "attacked", lambda runs: causal.cut(runs.attacked, "suffix", heads)),
@@ -102,8 +129,8 @@ def _of_heads(label: str, heads: list[Head], means: Tensor, replies: bool = Fals
         (PATCHED, "attacked", lambda runs: causal.replaced(heads, runs.none.z)),
         ("patched from the attacked run", "none", lambda runs: causal.replaced(heads, runs.attacked.z)),
         (ATTENTION, "attacked", lambda runs: causal.transplanted(runs.attacked, _known(runs.control), heads)),
-        (MEAN, "none", lambda runs: causal.replaced(heads, means)),
-        (RESAMPLED, "none", lambda runs: causal.replaced(heads, runs.none.z.roll(1, dims=0))),
+        (MEAN, "none", lambda runs: causal.replaced(heads, reference.mean)),
+        (RESAMPLED, "none", lambda runs: causal.replaced(heads, reference.partners(len(runs.none)))),
     ]  # fmt: skip
     talking, alone = ("suffix edges cut, mass renormalised", PATCHED), (MEAN, RESAMPLED)
     return [

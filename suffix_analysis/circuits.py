@@ -236,6 +236,6 @@ def joined(parts: Sequence[Paths]) -> Paths:
     tensors = ("through_heads", "through_mlp", "embedding", "bias", "whole", "direct", "mlps")
     return Paths(
         into=parts[0].into,
-        error=max(part.error for part in parts),
+        error=float(torch.tensor([part.error for part in parts]).max()),  # NaN where one is
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors},
     )

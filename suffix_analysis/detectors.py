@@ -220,7 +220,7 @@ def detector_rows(
             }  # fmt: skip
             for rate in RATES:
                 cut, key = threshold(marks, rate), f"{100 * rate:.0f}"
-                caught = interval((positive > cut).astype(float))
+                caught = interval((positive > cut).astype(float), rate=True)
                 row |= {
                     f"threshold_{key}": cut, f"caught_{key}": caught.estimate, f"caught_{key}_lo": caught.lo,
                     f"caught_{key}_hi": caught.hi, "descriptive": caught.descriptive,

@@ -72,6 +72,8 @@ def answers(
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=1.0,  # some checkpoints bring their own, which would count the suffix's tokens
+                no_repeat_ngram_size=0,
                 pad_token_id=pad,
                 begin_suppress_tokens=list(not_first) or None,
                 suppress_tokens=list(never) or None,

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suffix_analysis.chat import REGIONS
+from suffix_analysis.errors import UserError
 from suffix_analysis.traces import Traces
 
 
@@ -31,7 +32,12 @@ def top_heads(traces: Traces, below: int, count: int = 8) -> list[TopHead]:
         below: only heads in layers before this one: the direction is read at its input, so later heads cannot
             have moved it.
         count: how many.
+
+    Raises:
+        UserError: no head stands before the layer.
     """
+    if not below:
+        raise UserError("The direction is read at layer 0, before any head has written; choose one of a later layer.")
     mean = traces.head_contribution.mean(dim=0)[:below]
     order = mean.abs().flatten().argsort(descending=True)[:count].tolist()
     n_heads = mean.shape[1]

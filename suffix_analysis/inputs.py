@@ -45,15 +45,18 @@ def fast_dtype(config: StudyConfig, model: Model) -> torch.dtype:
 def study_prompts(config: StudyConfig) -> list[Prompt]:
     """All prompts of a study with their kinds and splits.
 
-    Files without splits are cut with the seed: half fit, a fifth select, the rest report.
+    A text that stands there twice is taken once. Files without splits are cut with the seed: half fit, a fifth select,
+    the rest report.
 
     Raises:
-        UserError: a file cannot be read, or a split comes out empty.
+        UserError: a file cannot be read, a split comes out empty, only some prompts have one, or a text is of both
+            kinds.
     """
     prompts: list[Prompt] = []
     for kind, source in (("harmful", config.harmful), ("harmless", config.harmless)):
         found = load_prompts(source, kind=kind)
-        prompts += _with_splits([replace(p, kind=kind) for p in found], config.seed)
+        found = _once([replace(p, kind=kind) for p in found], prompts)
+        prompts += _with_splits(found, config.seed, source)
     if config.harmless == "embedded":
         prompts += load_prompts("embedded", kind="lookalike")
     for kind in ("harmful", "harmless"):
@@ -76,9 +79,29 @@ def _first(prompts: Sequence[Prompt], kind: str, split: str, config: StudyConfig
     return [own[i * len(own) // most] for i in range(most)]
 
 
-def _with_splits(prompts: list[Prompt], seed: int) -> list[Prompt]:
-    if all(p.split for p in prompts):
+def _once(found: Sequence[Prompt], before: Sequence[Prompt]) -> list[Prompt]:
+    """Every text once, so that none stands in two splits.
+
+    Raises:
+        UserError: a text is of both kinds.
+    """
+    other = {_words(p.text) for p in before}
+    both = [p.text for p in found if _words(p.text) in other]
+    if both:
+        raise UserError(f"{len(both)} prompts are both harmful and harmless, e.g. {both[0]!r}; remove them.")
+    return list({_words(p.text): p for p in reversed(found)}.values())[::-1]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _with_splits(prompts: list[Prompt], seed: int, source: str) -> list[Prompt]:
+    given = sum(bool(p.split) for p in prompts)
+    if given == len(prompts):
         return prompts
+    if given:
+        raise UserError(f"{given} of {len(prompts)} prompts in {source} have a split; give all of them one, or none.")
     shuffled = list(prompts)
     random.Random(seed).shuffle(shuffled)
     first, second = len(shuffled) // 2, len(shuffled) * 7 // 10
@@ -106,3 +129,17 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
     if not any(s.arm == "adversarial" for s in out):
         raise UserError(f"{path} holds no suffix of the adversarial arm.")
     return out
+
+
+def study_text(config: StudyConfig) -> str | None:
+    """The user's text for the cost of ablation, None where there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if config.text is None:
+        return None
+    try:
+        return Path(config.text).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The text file {config.text!r} cannot be read: {error}.") from error

@@ -51,6 +51,17 @@ class LogitAttribution:
 
 
 @torch.no_grad()
+def read_directly(prepared: Prepared, tokens: Sequence[int]) -> Float[Tensor, " prompt"]:
+    """The refusal tokens' mean logit over the vocabulary's mean, from the model's own norm and head, uncapped."""
+    model = prepared.model
+    norm, head = model.bridge.ln_final.original_component, model.hf.get_output_embeddings()
+    with in_memory(norm), in_memory(head):
+        state = type(norm).forward(norm, prepared.resid[:, -1, -1:])[:, 0]
+        logits = torch.nn.functional.linear(state, head.weight, getattr(head, "bias", None)).float().cpu()
+    return logits[:, list(tokens)].mean(dim=1) - logits.mean(dim=1)
+
+
+@torch.no_grad()
 def logit_attribution(model: Model, chats: Sequence[Chat], tokens: Sequence[int]) -> LogitAttribution:
     """Direct logit attribution: the trace along the direction in which the refusal tokens' logits are read."""
     norm = rms_norm(model.bridge.ln_final.original_component, model.d_model)
@@ -87,10 +98,12 @@ def measure_lens(
     errors = []
     for arm, text in (("none", ""), ("adversarial", suffix.text)):
         chats = [[model.chat(p.text, text) for p in group] for group in groups(prompts)]
-        scores = torch.cat([logit_lens(prepare(model, group), tokens) for group in chats])
+        prepared = [prepare(model, group) for group in chats]
+        scores = torch.cat([logit_lens(run, tokens) for run in prepared])
+        wanted = torch.cat([read_directly(run, tokens) for run in prepared])
         found = logit_attribution(model, [chat for group in chats for chat in group], tokens)
         whole = found.heads.sum(dim=(1, 2)) + found.attention_bias.sum(dim=1) + found.mlp_out.sum(dim=1)
-        errors.append(float((whole + found.embedding - found.total).abs().max() / found.total.abs().max()))
+        errors.append(float((whole + found.embedding - wanted).abs().max() / wanted.abs().max()))
         tables["lens"] += _rows(scores, arm, range(scores.shape[1]))
         layers = range(model.n_layers)
         tables["logits"] += [

@@ -1,7 +1,7 @@
 """How a suffix acts: what carries the fall in projection, why, and what undoes it (METHODS §3 and §4), as tables.
 
-Everything is measured on report prompts; heads and means come from the select split. Prompts run in groups, so memory
-does not grow with their number.
+Everything is measured on report prompts; heads and reference values come from the select split. Prompts run in groups,
+so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from suffix_analysis import causal
 from suffix_analysis.causal import Head, Readout
-from suffix_analysis.causal_tests import PATCHED, Runs, Test, random_heads, tests
+from suffix_analysis.causal_tests import PATCHED, Reference, Runs, Test, random_heads, tests
 from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
 from suffix_analysis.directions import Direction
 from suffix_analysis.factors import FACTORS, split_change
@@ -35,15 +35,14 @@ from suffix_analysis.traces import output_directions
 TERMS = ("top heads", "other heads", "MLPs", "embedding")
 
 
-def head_means(model: Model, prompts: Sequence[Prompt]) -> Float[Tensor, "layer chat head d_head"]:
-    """Mean of what every head mixes from values, at every chat token: what a mean-ablated head gives."""
-    total, count = None, 0
-    for group in groups(prompts):
-        z = prepare(model, [model.chat(p.text) for p in group]).z
-        total = z.double().sum(dim=0) if total is None else total + z.double().sum(dim=0)
-        count += len(group)
-    assert total is not None
-    return (total / count).float()
+def reference_of(model: Model, prompts: Sequence[Prompt]) -> Reference:
+    """What every head mixes from values on these prompts, at every chat token: the mean, and the first group's own."""
+    parts = groups(prompts)
+    first = prepare(model, [model.chat(p.text) for p in parts[0]]).z
+    total = first.double().sum(dim=0)
+    for group in parts[1:]:
+        total += prepare(model, [model.chat(p.text) for p in group]).z.double().sum(dim=0)
+    return Reference((total / len(prompts)).float(), first)
 
 
 def measure_mechanism(
@@ -51,6 +50,7 @@ def measure_mechanism(
     direction: Direction,
     report: Sequence[Prompt],
     select: Sequence[Prompt],
+    harmless: Sequence[Prompt],
     suffixes: Sequence[Suffix],
     top: Sequence[Head],
     *,
@@ -66,7 +66,8 @@ def measure_mechanism(
         model: the model.
         direction: its refusal direction; its layer is where the projection is read.
         report: harmful prompts that are measured.
-        select: harmful prompts for the heads' means.
+        select: harmful prompts of the select split, which choose the circuit's edges.
+        harmless: harmless ones of the select split: what an ablated head gives instead of its own.
         suffixes: adversarial ones; each is crossed with every prompt. Circuit and lens are of the first only, and so is
             the sweep, on the first group of prompts.
         top: the heads chosen on the select split.
@@ -77,9 +78,9 @@ def measure_mechanism(
         on_step: called with (done, total).
     """
     readout = Readout.of(direction)
-    others = [random_heads(top, model.n_heads, seed + i) for i in range(n_random)]
-    means = head_means(model, select)
-    plan = tests(readout, top, others, means, model.n_layers, model.n_heads)
+    others = [random_heads(top, model.n_heads, readout.layer, seed + i) for i in range(n_random)]
+    reference = reference_of(model, harmless)
+    plan = tests(readout, top, others, reference, model.n_layers, model.n_heads)
     parts, cells = groups(report), _Cells()
     arms: dict[str, list[Paths]] = {"none": [], "adversarial": []}
     errors: dict[str, list[float]] = {"replays": [], "states": [], "factors": []}
@@ -110,11 +111,15 @@ def measure_mechanism(
                 errors["replays"] += [replay_error(plain), replay_error(run)]
                 for name, one in (("none", plain), ("adversarial", run)):
                     if done == 1:  # one group is enough: a sweep is many replays
-                        cells.add_outcome(f"sweep {name}", causal.head_sweep(one, means, readout))
+                        cells.add_outcome(f"sweep {name}", causal.head_sweep(one, reference.mean, readout))
                     arms[name].append(find_paths(one, readout.unit, top, readout.layer))
         if on_step is not None:
             on_step(done, len(parts))
-    tested = [_causal_row(cells, i, test) for i, test in enumerate(plan) if cells.complete(f"test {i} score", report)]
+    tested = [
+        _causal_row(cells, i, test)
+        for i, test in enumerate(plan)
+        if cells.complete(f"test {i} score", report, 1 if test.once else len(suffixes))
+    ]
     every = next(row for row in tested if row["test"] == PATCHED and row["heads"] == "all")
     misses = [paths.error for parts in arms.values() for paths in parts]
     lens, errors["logits"] = measure_lens(model, report, suffixes[0], direction.refusal_tokens, top)
@@ -164,10 +169,10 @@ class _Cells:
             return None
         return torch.stack([torch.cat(parts) for parts in self._found[name].values()], dim=1).numpy()
 
-    def complete(self, name: str, prompts: Sequence[Prompt]) -> bool:
-        """Whether the quantity is there for every prompt (a control may not fit some of them)."""
+    def complete(self, name: str, prompts: Sequence[Prompt], n_suffixes: int) -> bool:
+        """Whether the quantity is there for every prompt and suffix (a control may not fit some of them)."""
         parts = self._found.get(name, {})
-        return bool(parts) and all(sum(map(len, found)) == len(prompts) for found in parts.values())
+        return len(parts) == n_suffixes and all(sum(map(len, found)) == len(prompts) for found in parts.values())
 
     def need(self, name: str) -> Float[ndarray, "prompt suffix *rest"]:
         """All prompts and suffixes of what is known to be there."""
@@ -262,24 +267,29 @@ def _causal_row(cells: _Cells, number: int, test: Test) -> dict[str, Any]:
     if refused is not None and refused.shape[1] == 1:
         rate = rate_interval(refused[:, 0])
     elif refused is not None:
-        both = interval(refused)
+        both = interval(refused, rate=True)
         rate = (both.estimate, both.lo, both.hi)
     row |= dict(zip(("refused", "refused_lo", "refused_hi"), rate, strict=True))
     return row | _whole(after)
 
 
 def _sweep_rows(cells: _Cells, run: str) -> list[dict[str, Any]]:
-    """Mean-ablation of every single head, with p values adjusted for all heads."""
+    """Mean-ablation of every single head, with p values adjusted for all heads; None where one prompt allows none."""
     projection, score = (cells.need(f"sweep {run} {name}")[:, 0] for name in ("projection", "score"))
-    tested = {"projection": sign_flip_max_t(projection), "score": sign_flip_max_t(score)}
+    several = len(projection) > 1
+    tested = [sign_flip_max_t(values).p if several else None for values in (projection, score)]
+
+    def p_value(found: ndarray | None, layer: int, head: int) -> float | None:
+        return None if found is None else float(found[layer, head])
+
     _, n_layers, n_heads = projection.shape
     return [
         {
             "run": run, "layer": layer, "head": head, "n_prompts": len(projection),
             "projection_effect": float(projection[:, layer, head].mean()),
-            "projection_p": float(tested["projection"].p[layer, head]),
+            "projection_p": p_value(tested[0], layer, head),
             "score_effect": float(score[:, layer, head].mean()),
-            "score_p": float(tested["score"].p[layer, head]),
+            "score_p": p_value(tested[1], layer, head),
         }
         for layer in range(n_layers)
         for head in range(n_heads)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from suffix_analysis.forward import last_logits
 from suffix_analysis.replay import Prepared
 
@@ -22,14 +24,15 @@ def state_error(plain: Prepared, attacked: Prepared) -> float:
 
     Under a causal mask it is 0 but for rounding: padding makes sums of another order.
     """
-    worst = 0.0
+    worst = []
     for before, after in zip(plain.values, attacked.values, strict=True):
         sides = []
         for run, values in ((plain, before), (attacked, after)):
             mask = run.regions["instruction"][:, : values.shape[2]]
             sides.append(values.transpose(1, 2)[mask].float())
-        worst = max(worst, float((sides[0] - sides[1]).abs().max() / sides[0].abs().max()))
-    return worst
+        scale = sides[0].abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        worst.append((sides[0] - sides[1]).abs().max() / scale)
+    return float(torch.stack(worst).max())  # a tensor's max is NaN where one value is; Python's may hide it
 
 
 def check_rows(
@@ -37,15 +40,19 @@ def check_rows(
     logits: Sequence[float], patched_all: float | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The mechanism's identities with their bounds, as records of findings/checks.json."""
+
+    def worst(values: Sequence[float]) -> float:
+        return float(torch.tensor(values, dtype=torch.float64).max())
+
     found = [
-        ("replays", max(replays), REPLAY_BOUND, "Replays of the chat tokens give the logits of whole forwards."),
-        ("states", max(states), STATE_BOUND, "The suffix changes no state at an instruction token."),
+        ("replays", worst(replays), REPLAY_BOUND, "Replays of the chat tokens give the logits of whole forwards."),
+        ("states", worst(states), STATE_BOUND, "The suffix changes no state at an instruction token."),
         (
-            "factors add up", max(factors), SUM_BOUND,
+            "factors add up", worst(factors), SUM_BOUND,
             "The factors of the instruction's lost contribution begin and end at the two runs they stand between.",
         ),
-        ("paths add up", max(paths), SUM_BOUND, "Two-hop paths sum to what the top heads bring from chat tokens."),
-        ("logit attribution adds up", max(logits), SUM_BOUND, "All writes sum to the logits that they are read as."),
+        ("paths add up", worst(paths), SUM_BOUND, "Two-hop paths sum to what the top heads bring from chat tokens."),
+        ("logit attribution adds up", worst(logits), SUM_BOUND, "All writes sum to the model's own logits."),
     ]  # fmt: skip
     if patched_all is not None:
         sentence = "Positive control: all heads patched from the run without a suffix bring all of the projection back."

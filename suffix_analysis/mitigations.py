@@ -84,7 +84,7 @@ def defences(
     model: Model, direction: Direction, fitted: Fitted, top: Sequence[Head], length: int, seed: int
 ) -> list[Defence]:
     """The table's lines, each edit with its control: other heads of the same layers, another direction."""
-    others = random_heads(top, model.n_heads, seed)
+    others = random_heads(top, model.n_heads, direction.layer, seed)
     (vector,) = random_directions(direction.vector, 1, seed)
     elsewhere = Direction(**{**vars(direction), "vector": vector})
 
@@ -167,7 +167,7 @@ def measure_mitigations(
             nats = None if defence.reply is not None else cross_entropy(model.hf, model.tokenizer, pairs)
         n_tokens = sum(len(ids) for ids in model.tokenizer(harmless, add_special_tokens=False).input_ids)
         success = cells([judge(text, told) == "complied" for (text, _), told in zip(attacked, replies, strict=True)])
-        won = interval(success)
+        won = interval(success, rate=True)
         over: tuple[float | None, ...] = rate_interval(lookalike) if len(lookalike) else (None, None, None)
         rows.append({
             "defence": defence.name, "control": defence.control, "n_prompts": success.shape[0],

@@ -87,14 +87,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
                         _within_header(row, path, i) for i, row in enumerate(csv.DictReader(handle, restkey=BEHIND), 1)
                     ]
             case ".jsonl":
-                lines = path.read_text("utf-8").splitlines()
+                lines = path.read_text("utf-8-sig").split("\n")  # strings may hold other line separators
                 return [_object(json.loads(line), path, i) for i, line in enumerate(lines, 1) if line.strip()]
             case ".json":
-                data = json.loads(path.read_text("utf-8"))
+                data = json.loads(path.read_text("utf-8-sig"))
                 rows = data if isinstance(data, list) else [data]
                 return [_object(row, path, i) for i, row in enumerate(rows, 1)]
             case ".txt":
-                return [{"text": line.strip()} for line in path.read_text("utf-8").splitlines() if line.strip()]
+                return [{"text": line.strip()} for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
             case other:
                 raise UserError(f"{path} ends in {other!r}; prompts come as .csv, .json, .jsonl, .parquet or .txt.")
     except UnicodeDecodeError as error:

@@ -102,7 +102,7 @@ def refusal_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for name, value in (("refusal", _refused), ("complied", _complied)):
             cells = crossed(rows, arm, value)
             has_suffix = any(row["suffix_id"] for row in rows if row["arm"] == arm)
-            found = interval(cells, suffix_arm=has_suffix)
+            found = interval(cells, suffix_arm=has_suffix, rate=True)
             lo, hi = found.lo, found.hi
             if cells.shape[1] == 1:  # over prompts alone the exact interval holds, also at 0 and 1
                 _, lo, hi = rate_interval(cells[:, 0])
@@ -133,8 +133,9 @@ def refusal_contrasts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = [(arm, "none") for arm in SUFFIX_ARMS] + [
         ("adversarial", other) for other in ("failed", "random", "shuffled")
     ]
+    cells = {arm: crossed(rows, arm, _refused) for arm in {*SUFFIX_ARMS, "none"} & arms}
     found = {
-        (a, b): contrast(crossed(rows, a, _refused), crossed(rows, b, _refused))
+        (a, b): contrast(cells[a], cells[b], against_suffixes=b != "none", rate=True)
         for a, b in pairs
         if a in arms and b in arms
     }

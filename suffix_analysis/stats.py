@@ -28,20 +28,20 @@ class Interval:
 
 
 def resampled_means(
-    cells: Float[ndarray, "prompt suffix measure"], seed: int = 0, draws: int = DRAWS
+    cells: Float[ndarray, "prompt suffix measure"], seed: int = 0, draws: int = DRAWS, stream: int = 0
 ) -> Float[ndarray, "draw measure"]:
     """Means over bootstrap draws of prompts and, where there are several, of suffixes.
 
     Both factors are drawn with replacement and independently (two-way bootstrap), because cells that share an
     instruction or a suffix are not independent. The same seed draws the same prompts, so differences between arms
-    over the same prompts are paired.
+    over the same prompts are paired; ``stream`` draws other suffixes, because those of two arms are not.
     """
     rng = np.random.default_rng(seed)
     n_prompts, n_suffixes, n_measures = cells.shape
     prompt_weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=draws) / n_prompts
     if n_suffixes == 1:
         return prompt_weights @ cells[:, 0, :]
-    suffix_rng = np.random.default_rng([seed, n_suffixes])
+    suffix_rng = np.random.default_rng([seed, n_suffixes, stream])
     suffix_weights = suffix_rng.multinomial(n_suffixes, np.full(n_suffixes, 1 / n_suffixes), size=draws) / n_suffixes
     out = np.empty((draws, n_measures))
     for start in range(0, draws, 250):  # in blocks: the intermediate is draws × suffixes × measures
@@ -68,32 +68,55 @@ def interval_table(
     return cells.mean(axis=(0, 1)), lo, hi
 
 
-def interval(cells: Float[ndarray, "prompt suffix"], seed: int = 0, *, suffix_arm: bool = True) -> Interval:
-    """Interval for one measure; ``suffix_arm`` says whether the arm has suffixes at all (else only prompts vary)."""
-    mean, lo, hi = interval_table(cells[:, :, None], seed)
+def interval(
+    cells: Float[ndarray, "prompt suffix"], seed: int = 0, *, suffix_arm: bool = True, rate: bool = False
+) -> Interval:
+    """Interval for one measure; ``suffix_arm`` says whether the arm has suffixes at all (else only prompts vary).
+
+    Of a ``rate`` that is 0 or 1 in every cell a bootstrap has no width; the exact interval over prompts is taken.
+    """
+    mean, (lo,), (hi,) = interval_table(cells[:, :, None], seed)
     n_prompts, n_suffixes = cells.shape
+    if rate and _is_certain(cells):
+        _, lo, hi = rate_interval(cells[:, 0])
     return Interval(
         estimate=float(mean[0]),
-        lo=float(lo[0]),
-        hi=float(hi[0]),
+        lo=float(lo),
+        hi=float(hi),
         n_prompts=n_prompts,
         n_suffixes=n_suffixes if suffix_arm else 0,
         resampled="prompts and suffixes" if n_suffixes > 1 else "prompts",
-        descriptive=suffix_arm and n_suffixes < MIN_SUFFIXES,
+        descriptive=(suffix_arm and n_suffixes < MIN_SUFFIXES) or n_prompts < 2,
     )
 
 
+def _is_certain(cells: Float[ndarray, "prompt suffix"]) -> bool:
+    """Whether a rate is 0 in every cell, or 1."""
+    return bool(cells[0, 0] in (0, 1) and (cells == cells[0, 0]).all())
+
+
 def contrast(
-    arm: Float[ndarray, "prompt suffix"], against: Float[ndarray, "prompt_b suffix_b"], seed: int = 0
+    arm: Float[ndarray, "prompt suffix"],
+    against: Float[ndarray, "prompt_b suffix_b"],
+    seed: int = 0,
+    *,
+    against_suffixes: bool = False,
+    rate: bool = False,
 ) -> Interval:
     """Difference of two arms' means over the same prompts (``arm`` − ``against``), paired by prompt.
 
-    Each arm's own suffixes are resampled where it has several.
+    Each arm's own suffixes are resampled where it has several. ``against_suffixes`` says whether ``against`` has
+    suffixes at all: a claim needs enough of them in every arm that does. Between two arms whose ``rate`` is 0 or 1 in
+    every cell the interval is made from their exact ones.
     """
     if arm.shape[0] != against.shape[0]:
         raise ValueError(f"the arms have {arm.shape[0]} and {against.shape[0]} prompts; a contrast pairs them")
-    draws = resampled_means(arm[:, :, None], seed)[:, 0] - resampled_means(against[:, :, None], seed)[:, 0]
+    draws = resampled_means(arm[:, :, None], seed)[:, 0] - resampled_means(against[:, :, None], seed, stream=1)[:, 0]
     lo, hi = np.quantile(draws, [0.025, 0.975])
+    if rate and _is_certain(arm) and _is_certain(against):
+        (_, a, b), (_, c, d) = rate_interval(arm[:, 0]), rate_interval(against[:, 0])
+        lo, hi = a - d, b - c
+    fewest = min(arm.shape[1], against.shape[1]) if against_suffixes else arm.shape[1]
     several = max(arm.shape[1], against.shape[1]) > 1
     return Interval(
         estimate=float(arm.mean() - against.mean()),
@@ -102,7 +125,7 @@ def contrast(
         n_prompts=arm.shape[0],
         n_suffixes=arm.shape[1],
         resampled="prompts and suffixes" if several else "prompts",
-        descriptive=arm.shape[1] < MIN_SUFFIXES,
+        descriptive=fewest < MIN_SUFFIXES or arm.shape[0] < 2,
     )
 
 
@@ -197,7 +220,9 @@ def sign_flip_max_t(differences: Float[ndarray, "prompt *place"], seed: int = 0,
 
     def t_values(means: ndarray) -> ndarray:
         spread = np.sqrt(np.maximum(squares - n * means**2, 0) / (n - 1) / n)
-        return np.divide(means, spread, out=np.zeros_like(means), where=spread > 1e-12 * np.sqrt(squares + 1e-300))
+        # below the floor a spread is rounding: where every prompt moves alike, t is large and finite
+        floor = 1e-7 * np.sqrt(squares / n)
+        return np.divide(means, np.maximum(spread, floor), out=np.zeros_like(means), where=squares > 0)
 
     rng = np.random.default_rng(seed)
     observed = t_values(flat.mean(axis=0))
@@ -205,7 +230,7 @@ def sign_flip_max_t(differences: Float[ndarray, "prompt *place"], seed: int = 0,
     for start in range(0, draws, 250):
         signs = rng.choice([-1.0, 1.0], size=(min(250, draws - start), n))
         largest[start : start + 250] = np.abs(t_values(signs @ flat / n)).max(axis=1)
-    at_least = (largest[:, None] >= np.abs(observed)[None] - 1e-12).sum(axis=0)
+    at_least = (largest[:, None] >= np.abs(observed)[None] * (1 - 1e-9)).sum(axis=0)
     shape = differences.shape[1:]
     return MaxT(observed.reshape(shape), ((1 + at_least) / (draws + 1)).reshape(shape))
 
@@ -219,7 +244,8 @@ def in_words(found: Interval, bound: float = EQUIVALENT) -> str:
         return "descriptive"
     if not found.lo <= 0 <= found.hi:
         return "differs from 0"
-    return "within the bound" if max(-found.lo, found.hi) <= bound else "not powered"
+    # an interval without width comes from values that do not vary, and says nothing of others
+    return "within the bound" if max(-found.lo, found.hi) <= bound and found.lo < found.hi else "not powered"
 
 
 def contrast_row(measure: str, arm: str, against: str, found: Interval) -> dict[str, Any]:

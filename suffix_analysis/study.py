@@ -13,13 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from suffix_analysis import attacking, replies, runs
-from suffix_analysis.analysis import analyze, harmful_of
+from suffix_analysis.analysis import analyze, prompts_of
 from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
 from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
 from suffix_analysis.errors import UserError
-from suffix_analysis.inputs import fast_dtype, given_suffixes, study_model, study_prompts
+from suffix_analysis.inputs import fast_dtype, given_suffixes, study_model, study_prompts, study_text
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
 from suffix_analysis.oneness import measure_oneness
@@ -59,13 +59,30 @@ class Study:
     def model(self) -> Model:
         """The model, loaded on first use together with its fast twin (which must exist before the bridge)."""
         if self._model is None:
-            self._model = study_model(self.config)
+            self._model = study_model(self._begun())
+            name = str(fast_dtype(self._begun(), self._model)).removeprefix("torch.")
+            if name != "float16" and self.folder.is_dir():  # a float16 model is never cast
+                runs.write_json(self.folder / "fast_dtype.json", name)
         return self._model
+
+    def _begun(self) -> StudyConfig:
+        """The settings with the precision of searches and replies that the run began with, once that is known.
+
+        What "auto" measures may come out differently when a run goes on, perhaps on another machine.
+        """
+        path = self.folder / "fast_dtype.json"
+        return replace(self.config, score_dtype=runs.read_json(path)) if path.exists() else self.config
+
+    @property
+    def precise(self) -> StudyConfig:
+        """The settings with the precision of searches and replies measured."""
+        assert self.model is not None  # which measures it
+        return self._begun()
 
     @property
     def fast_dtype(self) -> torch.dtype:
         """Precision of searches and replies."""
-        return fast_dtype(self.config, self.model)
+        return fast_dtype(self.precise, self.model)
 
     @property
     def fast(self) -> Model:
@@ -152,11 +169,11 @@ class Study:
             self.narrator.progress(done, self.config.n_attacks * steps, progress.line(self.config.n_instructions))
 
         return attacking.one_attack(
-            self.model, number, train, held_out, tokens, self.config, attacking.pool_folder(self.folder, number),
+            self.model, number, train, held_out, tokens, self.precise, attacking.pool_folder(self.folder, number),
             tell, self.narrator.say if number == 0 else lambda sentence: None,
         )  # fmt: skip
 
-    def _refusal_tokens(self, select: Sequence[Prompt]) -> list[int]:
+    def _refusal_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
         """Discovered once on the select split and kept for every later stage."""
         path = self.folder / "refusal_tokens.json"
         if path.exists():
@@ -167,7 +184,8 @@ class Study:
             if max(tokens) >= size:
                 raise UserError(f"refusal_tokens holds {max(tokens)}, but the model has {size} tokens.")
         else:
-            chats = {k: [self.model.chat(p.text) for p in select if p.kind == k] for k in ("harmful", "harmless")}
+            own = [p for p in prompts if p.split == "select"]
+            chats = {k: [self.model.chat(p.text) for p in own if p.kind == k] for k in ("harmful", "harmless")}
             tokens = discover_refusal_tokens(self.fast, chats["harmful"], chats["harmless"])
         runs.write_json(path, tokens)
         return tokens
@@ -208,21 +226,12 @@ class Study:
         tables = {
             "interventions": table,
             "intervention_replies": answers,
-            "cost": measure_cost(self.fast, direction, self.prompts(), self._text(), plain),
+            "cost": measure_cost(self.fast, direction, self.prompts(), study_text(config), plain),
             **measure_oneness(self.fast, direction, (sets[0], sets[2]), (sets[1], sets[3]), config.seed),
             "candidates": rows,
         }
         for name, found in tables.items():
             runs.write_table(self.folder / "findings" / f"{name}.parquet", found)
-
-    def _text(self) -> str | None:
-        """The user's text for the cost of ablation."""
-        if self.config.text is None:
-            return None
-        try:
-            return Path(self.config.text).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The text file {self.config.text!r} cannot be read: {error}.") from error
 
     def direction(self) -> Direction:
         """The run's direction."""
@@ -232,16 +241,13 @@ class Study:
     def _answered(self, suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
         """Replies without a suffix and with each of these; what an earlier stage has made is read."""
         prompts, length = self.prompts(), self.config.reply_tokens
-        tokens = self._refusal_tokens([p for p in prompts if p.split == "select"])
+        tokens = self._refusal_tokens(prompts)
 
         def answer(cells: list[replies.Cell]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
             if self.config.executor == "ray" and cells:
                 from suffix_analysis import campaign
 
-                # workers reply in this process's precision
-                name = str(self.fast_dtype).removeprefix("torch.")
-                config = self.config if name == "float16" else replace(self.config, score_dtype=name)
-                yield from campaign.answer(cells, tokens, length, config)
+                yield from campaign.answer(cells, tokens, length, self.precise)
                 return
             for i, (arm, suffix, some) in enumerate(cells):
                 yield i, replies.reply_rows(self.fast, some, suffix, arm, tokens, length)
@@ -294,11 +300,14 @@ class Study:
         if not suffixes:
             self._skip("No attack of the pool flipped enough of the select split, so there is no mechanism to test.")
             return
-        report, select = (harmful_of(prompts, split, config.n_causal) for split in ("report", "select"))
+        report, select, harmless = (
+            prompts_of(prompts, kind, split, config.n_causal)
+            for kind, split in (("harmful", "report"), ("harmful", "select"), ("harmless", "select"))
+        )
         heads = [(row["layer"], row["head"]) for row in runs.read_table(findings / "top_heads.parquet")]
         try:
             tables = measure_mechanism(
-                self.model, self.direction(), report, select, suffixes, heads,
+                self.model, self.direction(), report, select, harmless, suffixes, heads,
                 control=next((s for s in everything if s.arm == "shuffled"), None),
                 reply_tokens=config.reply_tokens, seed=config.seed,
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),

@@ -54,6 +54,19 @@ def tokenizer(format_name: str | None = None) -> PreTrainedTokenizerFast:
     return fast
 
 
+@functools.cache
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that marks words by a sign for the space before them and drops the first space when it decodes."""
+    tok = Tokenizer(models.BPE(unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *OWN.special])
+    tok.train_from_iterator([p.text for p in load_prompts("embedded")], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", pad_token="<unk>", eos_token=OWN.eos)
+    fast.chat_template = OWN.template
+    return fast
+
+
 def hf_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model; weights are drawn with the seed and do not touch the global generator."""
     sizes = {**SIZES, "vocab_size": 700, "pad_token_id": 0, "eos_token_id": 4, "bos_token_id": None, **changes}

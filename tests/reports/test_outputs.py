@@ -6,20 +6,23 @@ import base64
 import gzip
 import json
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import tomli_w
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reports import ReportError, build_report
 from reports.compare import build_comparison
-from reports.data import read_run
+from reports.data import RunData, read_run
 from reports.export import circuit_graphs, save_figures
 from reports.notebook import findings_html, register
 from reports.redact import redact, stand_in
+from reports.schema import Summary
 from tests.fake_run import HOSTILE, make_fake_run
 
 
@@ -146,3 +149,13 @@ def test_ipython_is_told_and_its_absence_is_no_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     assert register() is True
     assert told == [("suffix_analysis.records", "Findings", findings_html)]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=4, max_size=30).filter(lambda text: text.strip()))
+@example('Sure, here is how:\n\nStep "1" \\ \x00')
+def test_a_target_of_any_text_is_gone_from_the_redacted_settings(text: str) -> None:
+    target = f"Sure,\n{text} end"
+    summary = Summary(schema_version=1, model="m", n_layers=1, n_heads=1, d_model=1, target=target)
+    data = RunData(name="r", config=tomli_w.dumps({"target": target, "steps": 3}), summary=summary, prompts=())
+    shown = redact(data).config
+    assert tomllib.loads(shown)["target"] == stand_in(target)

@@ -358,3 +358,52 @@ def test_losses_that_are_not_finite_are_named() -> None:
 def test_settings_below_one_are_refused(name: str) -> None:
     with pytest.raises(attacks.AttackError, match=f"{name} is 0"):
         attacks.GCGConfig(**{name: 0})
+
+
+def test_a_tokenizer_that_drops_the_first_space_can_be_attacked() -> None:
+    """As Llama 2's, Mistral's and Phi-3's do, whose decoders strip the space of the word a text begins with."""
+    tok = tiny.metaspace_tokenizer()
+    assert tok.decode(tok(" rain", add_special_tokens=False).input_ids) == "rain"
+    model = tiny.hf_model("llama")
+    talks = [[{"role": "user", "content": f"{text} {attacks.PLACEHOLDER}"}] for text in ("Write a poem", "Sing")]
+    found = attacks.run(model, tok, talks, "Sure", attacks.GCGConfig(**{**SMALL, "num_steps": 3}))
+    assert len(set(found.strings)) == 3
+    for talk, string, step in zip(talks * 2, found.strings, found.steps, strict=False):
+        slot = attacks.build_slot(tok, talk, "Sure", string)
+        assert tuple(slot.suffix_ids.tolist()) == step.ids, "what is typed is what was scored"
+    slots = [attacks.build_slot(tok, talk, "Sure", "x") for talk in talks]
+    for made in (attacks.random_suffixes(tok, slots, 3, 6, 0, 700), attacks.benign_suffixes(tok, slots, 3, 6)):
+        assert len(made) == 3
+        for text, ids in made:
+            assert tuple(attacks.build_slot(tok, talks[0], "Sure", text).suffix_ids.tolist()) == ids
+
+
+def test_the_best_of_several_initial_suffixes_begins() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    inits = ("x a b c", "a x b c", "b a x c", "c b a x")
+    losses = [
+        attacks.GCG(model, tok, TALKS[0], "Sure", attacks.GCGConfig(optim_str_init=init, search_width=8)).buffer[0][0]
+        for init in inits
+    ]
+    for order in (inits, inits[::-1]):
+        for size, kept in ((0, 1), (1, 1), (2, 2)):
+            config = attacks.GCGConfig(optim_str_init=order, search_width=8, buffer_size=size)
+            buffer = attacks.GCG(model, tok, TALKS[0], "Sure", config).buffer
+            assert [loss for loss, _ in buffer] == pytest.approx(sorted(losses)[:kept], abs=1e-5)
+
+
+def test_every_suffix_that_a_buffer_begins_with_survives() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    attack = attacks.GCG(model, tok, TALKS, "Sure", attacks.GCGConfig(**{**SMALL, "buffer_size": 6}))
+    assert len(attack.buffer) == 6
+    assert survives(tok, attack.slots, torch.tensor([ids for _, ids in attack.buffer])).all()
+
+
+def test_compat_mode_stops_at_any_candidates_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.hf_model("llama")
+    config = attacks.GCGConfig.nanogcg(**{**SMALL, "early_stop": True})
+    attack = attacks.GCG(model, tiny.tokenizer(), "Write a poem", "Sure, here", config)
+    first = next(attack.steps())
+    assert not first.matched, "nothing has matched yet"
+    attack.search.seen_match = True  # a candidate matched that another one beat
+    assert [step.matched for step in attack.steps()] == [True]

@@ -99,3 +99,12 @@ def test_a_loss_that_is_not_finite_is_still_an_error() -> None:
     truth[3, 2] = float("nan")
     with pytest.raises(attacks.AttackError, match="conversation 2 is not finite"):
         counted(truth)(torch.arange(20)[:, None])
+
+
+def test_everything_but_the_scouts_may_be_dropped() -> None:
+    """One conversation tells nearly all, so that the bound of the scouts leaves nobody for the third."""
+    truth = torch.full((200, len(TALKS)), 0.01)
+    truth[:, 0] = 1 + torch.arange(200.0)
+    table, _ = counted(truth)(torch.arange(200)[:, None], margin=0.0)
+    assert int(table.mean(dim=1).argmin()) == 0
+    assert torch.equal(table[0], truth[0])

@@ -126,3 +126,17 @@ def test_a_reply_opens_a_refusal_where_greedy_decoding_does(family: str) -> None
         first = [int(model.hf(input_ids=row[None]).logits[0, -1].argmax()) for row in rows]
     tokens = [first[0], first[2], 699]
     assert opens_refusal(model, rows, tokens).tolist() == [token in tokens for token in first]
+
+
+def test_a_checkpoints_own_penalties_do_not_reach_replies() -> None:
+    model = tiny.model("llama")
+    rows = [model.chat(text, "x y z").ids for text in TEXTS]
+    plain, scores = answers(model.hf, model.tokenizer, rows, 6)
+    config = model.hf.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size = 5.0, 1
+    try:
+        found, first = answers(model.hf, model.tokenizer, rows, 6)
+    finally:
+        config.repetition_penalty, config.no_repeat_ngram_size = None, None
+    assert found == plain
+    assert torch.equal(first, scores)

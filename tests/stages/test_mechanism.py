@@ -16,9 +16,9 @@ from suffix_analysis.records import Suffix
 from tests.planted.models import CARRIER, D_MODEL, OPPONENT, READ_LAYER, SUFFIX, WORDS, F, instructions, planted
 
 
-def prompts(split: str, count: int, seed: int) -> list[Prompt]:
-    texts = instructions(count, harmful=True, seed=seed)
-    return [Prompt(f"{split}-{i}", text, "harmful", split) for i, text in enumerate(texts)]
+def prompts(split: str, count: int, seed: int, kind: str = "harmful") -> list[Prompt]:
+    texts = instructions(count, harmful=kind == "harmful", seed=seed)
+    return [Prompt(f"{kind}-{split}-{i}", text, kind, split) for i, text in enumerate(texts)]
 
 
 @functools.cache
@@ -32,8 +32,8 @@ def tables(mechanism: str) -> dict[str, list[dict[str, Any]]]:
     ]
     control = Suffix("shuffled-1", "shuffled", " ".join(SUFFIX[::-1]))
     return measure_mechanism(  # 20 prompts: two groups
-        model, direction, prompts("report", 20, 3), prompts("select", 6, 4), suffixes, [CARRIER, OPPONENT],
-        control=control, reply_tokens=2,
+        model, direction, prompts("report", 20, 3), prompts("select", 6, 4), prompts("select", 6, 5, "harmless"),
+        suffixes, [CARRIER, OPPONENT], control=control, reply_tokens=2,
     )  # fmt: skip
 
 
@@ -112,9 +112,40 @@ def test_replies_flip_with_the_projection() -> None:
 
 
 def test_the_sweep_reports_the_carrier_alone() -> None:
-    # every prompt has two harmful words, so mean ablation moves nothing here and no head may be reported
-    assert all(row["projection_p"] > 0.05 for row in tables("softmax")["sweep"])
+    # the head gives what it gives harmless prompts, so the run without a suffix loses its whole projection
+    found = rows("softmax", "sweep", run="none")
+    whole = rows("softmax", "causal", test="nothing changed", on="none")[0]["projection_before"]
+    for row in found:
+        if (row["layer"], row["head"]) == CARRIER:
+            assert row["projection_effect"] == pytest.approx(-whole, rel=1e-3) and row["projection_p"] < 0.01
+        else:
+            assert abs(row["projection_effect"]) < 1e-3 * whole
     assert len(tables("softmax")["sweep"]) == 2 * 4 * 4
+
+
+@pytest.mark.parametrize("test", ["mean-ablated", "resample-ablated"])
+def test_ablating_the_carrier_takes_the_projection_and_random_heads_do_not(test: str) -> None:
+    for heads, lost in (("top", 1), ("all", 1), ("random", 0)):
+        for row in rows("softmax", "causal", test=test, heads=heads):
+            if heads != "top" or row["n_heads"] == 2:
+                share = 1 - row["projection_after"] / row["projection_before"]
+                assert share == pytest.approx(lost, abs=1e-3), row
+
+
+def test_a_control_that_fits_only_some_suffixes_is_left_out() -> None:
+    model = planted("softmax")
+    unit = torch.nn.functional.one_hot(torch.tensor(F["refuse"]), D_MODEL).float()
+    means = torch.zeros(model.n_layers + 1, D_MODEL)
+    direction = Direction(unit, -1, READ_LAYER, [], means + unit, means, (WORDS.index("no"),), {})
+    texts = (SUFFIX, SUFFIX[:-1], SUFFIX[::-1])
+    suffixes = [Suffix(f"adversarial-{i}", "adversarial", " ".join(words)) for i, words in enumerate(texts)]
+    found = measure_mechanism(
+        model, direction, prompts("report", 1, 3), prompts("select", 6, 4), prompts("select", 6, 5, "harmless"),
+        suffixes, [CARRIER], control=Suffix("shuffled-1", "shuffled", " ".join(SUFFIX[::-1])), reply_tokens=1,
+    )  # fmt: skip
+    assert not [row for row in found["causal"] if row["test"] == ATTENTION]
+    assert {row["n_suffixes"] for row in found["causal"] if row["on"] == "attacked"} == {3}
+    assert all(row["projection_p"] is None for row in found["sweep"]), "one prompt allows no p value"
 
 
 def test_the_circuit_is_the_direct_edge() -> None:
@@ -129,7 +160,9 @@ def test_the_circuit_is_the_direct_edge() -> None:
 
 def test_random_heads_are_others_of_the_same_layers() -> None:
     top = [(1, 2), (1, 3), (2, 0)]
-    found = random_heads(top, 4, seed=0)
+    found = random_heads(top, 4, below=4, seed=0)
     assert [layer for layer, _ in found] == [1, 1, 2]
     assert not set(found) & set(top) and len(set(found)) == 3
-    assert random_heads([(0, 0), (0, 1)], 2, seed=0) == [], "no other head is left"
+    near = random_heads([(2, 0), (2, 1)], 2, below=4, seed=0)
+    assert {layer for layer, _ in near} <= {1, 3} and len(set(near)) == 2, "the nearest layers, where one has no more"
+    assert random_heads([(0, 0), (0, 1)], 2, below=1, seed=0) == [], "no other head is left"

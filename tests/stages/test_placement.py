@@ -10,7 +10,11 @@ import pytest
 import torch
 
 import attacks
+from attacks import precision
+from attacks.caches import croppable, prefix_cache
 from suffix_analysis import sizes
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.console import Console
 from suffix_analysis.directions import find_direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
@@ -18,6 +22,7 @@ from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
+from suffix_analysis.study import Study
 from suffix_analysis.traces import trace
 from tests import tiny
 from tests.stages.test_families import ANY
@@ -104,3 +109,21 @@ def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
         load_model(str(tmp_path))
     tiny.tokenizer().save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).chat("Hello").n_chat == 4
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.hf_model("llama").save_pretrained(tmp_path / "model")
+    config, folder = StudyConfig(model=str(tmp_path / "model")), tmp_path / "run"
+    folder.mkdir()
+    for measured in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(precision, "fast_dtype", lambda device, found=measured: found)
+        study = Study(folder, config, Console())
+        assert study.precise.score_dtype == "bfloat16", "as measured when it began"
+        assert study.fast.hf.dtype == torch.bfloat16
+
+
+def test_a_cache_that_would_slide_is_not_cropped() -> None:
+    model = tiny.hf_model("gemma2", sliding_window=16)
+    cache = prefix_cache(model, torch.arange(5, 17))
+    assert croppable(cache) and croppable(cache, 3) and not croppable(cache, 4)

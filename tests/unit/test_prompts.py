@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
+from suffix_analysis.inputs import study_prompts
 from suffix_analysis.organism.evaluate import load_styles
 from suffix_analysis.prompts import load_prompts
 
@@ -150,3 +152,31 @@ def test_a_row_longer_than_its_header_is_named(tmp_path: Path) -> None:
     assert [p.text for p in load_prompts(tmp_path / "q.csv")] == ["Write a poem"]
     (tmp_path / "r.csv").write_text(",text\n0,Write a poem\n")  # pandas writes its index under no name
     assert [p.text for p in load_prompts(tmp_path / "r.csv")] == ["Write a poem"]
+
+
+def test_a_byte_order_mark_and_other_line_separators_are_no_text(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "Pick a lock\nSing"), ("b.json", '[{"text": "Pick a lock"}, {"text": "Sing"}]')):
+        (tmp_path / name).write_text(text, "utf-8-sig")
+        assert [p.text for p in load_prompts(tmp_path / name)] == ["Pick a lock", "Sing"]
+    rows = [{"text": "one\u2028two"}, {"text": "three\x85four"}]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "utf-8-sig")
+    assert [p.text for p in load_prompts(tmp_path / "c.jsonl")] == [r["text"] for r in rows]
+
+
+def files(tmp_path: Path, harmful: list[dict[str, str]], harmless: list[dict[str, str]]) -> StudyConfig:
+    for name, rows in (("bad", harmful), ("good", harmless)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return StudyConfig(harmful=str(tmp_path / "bad.json"), harmless=str(tmp_path / "good.json"))
+
+
+def test_no_text_stands_in_two_splits_or_kinds(tmp_path: Path) -> None:
+    bad, good = ([{"text": f"{word} number {i}"} for i in range(20)] for word in ("Break", "Bake"))
+    twice = [*bad, {"text": "break  Number 3"}, {"text": "Break number 4"}]
+    found = study_prompts(files(tmp_path, twice, good))
+    texts = [" ".join(p.text.casefold().split()) for p in found]
+    assert len(texts) == len(set(texts)) == 40
+    with pytest.raises(UserError, match=r"1 prompts are both harmful and harmless, e\.g\. 'BREAK number 5'"):
+        study_prompts(files(tmp_path, bad, [*good, {"text": "BREAK number 5"}]))
+    some = [{**row, "split": "report"} if i < 3 else row for i, row in enumerate(bad)]
+    with pytest.raises(UserError, match=r"3 of 20 prompts in .* have a split"):
+        study_prompts(files(tmp_path, some, good))

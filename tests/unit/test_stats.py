@@ -139,3 +139,44 @@ def test_what_an_interval_allows_to_say() -> None:
     assert in_words(about(-0.1, 0.15), 0.2) == "within the bound"
     assert in_words(about(-0.1, 0.5), 0.2) == "not powered"
     assert in_words(about(0.1, 0.3, descriptive=True), 0.2) == "descriptive"
+
+
+def test_a_claim_needs_enough_suffixes_in_both_arms() -> None:
+    rng = np.random.default_rng(0)
+    many, few, none = rng.random((20, 10)), rng.random((20, 2)), rng.random((20, 1))
+    assert contrast(many, few, against_suffixes=True).descriptive
+    assert contrast(many, none, against_suffixes=True).descriptive
+    assert not contrast(many, none).descriptive
+    assert contrast(few, many, against_suffixes=True).descriptive
+
+
+def test_suffixes_of_two_arms_are_drawn_apart() -> None:
+    # equal over prompts, and each arm's suffixes differ as much as the other's: the difference is uncertain
+    cells = np.tile(np.arange(8) / 7, (12, 1))
+    found = contrast(cells, cells, against_suffixes=True)
+    assert found.estimate == 0 and found.hi - found.lo > 0.4
+    turned = contrast(cells, cells[:, ::-1], against_suffixes=True)
+    assert found.hi - found.lo == pytest.approx(turned.hi - turned.lo, rel=0.15), "their order in the file is no matter"
+
+
+def test_a_rate_of_all_or_nothing_has_width_whatever_the_number_of_suffixes() -> None:
+    everything, nothing = np.ones((12, 8)), np.zeros((12, 8))
+    assert interval(everything, rate=True).lo == pytest.approx(0.735, abs=0.01)
+    assert interval(nothing, rate=True).hi == pytest.approx(0.265, abs=0.01)
+    assert interval(nothing).hi == 0, "a measure that is no rate is left as it is"
+    found = contrast(everything, np.ones((12, 1)), rate=True)
+    assert found.lo < -0.2 and found.hi > 0.2 and in_words(found) == "not powered"
+    assert in_words(contrast(nothing, nothing[:, :1])) == "not powered", "no width is no evidence"
+
+
+def test_one_prompt_is_descriptive() -> None:
+    assert interval(np.zeros((1, 9))).descriptive and contrast(np.zeros((1, 9)), np.zeros((1, 1))).descriptive
+
+
+def test_an_effect_that_is_the_same_everywhere_is_found() -> None:
+    maps = np.zeros((12, 3))
+    maps[:, 1] = -0.5
+    maps[:, 2] = 0.5 + 1e-12 * np.arange(12)
+    found = sign_flip_max_t(maps)
+    assert found.p[0] == 1 and found.t[0] == 0
+    assert found.p[1] < 0.01 and found.p[2] < 0.01 and found.t[1] < 0 < found.t[2]

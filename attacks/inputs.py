@@ -1,0 +1,41 @@
+"""What an attack is given: conversations and targets as lists, refused early where they cannot work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attacks.config import AttackError, GCGConfig
+from attacks.slot import Messages, Slot
+
+Conversations = Messages | list[Messages]
+
+
+def pair_up(messages: Conversations, target: str | list[str]) -> tuple[list[Messages], list[str]]:
+    """Conversations and targets as two equally long lists."""
+    single = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
+    conversations: list[Any] = [messages] if single else list(messages)
+    if not conversations:
+        raise AttackError("There is no conversation to attack; give a string, a list of turns, or a list of those.")
+    targets = [target] * len(conversations) if isinstance(target, str) else list(target)
+    if len(targets) != len(conversations):
+        raise AttackError(f"{len(conversations)} conversations but {len(targets)} targets; give one target or as many.")
+    return conversations, targets
+
+
+def check_slots(slots: list[Slot], model: Any, config: GCGConfig) -> None:
+    """Refuse what cannot work before any time is spent."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    lengths = {tuple(slot.suffix_ids.tolist()) for slot in slots}
+    if len(lengths) > 1:
+        raise AttackError(
+            f"The initial suffix {config.optim_str_init!r} is tokenised differently in different conversations; put a "
+            "space before {optim_str} in each of them."
+        )
+    for slot in slots:
+        total = len(slot.before_ids) + len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids)
+        if limit is not None and total > limit:
+            raise AttackError(f"Conversation, suffix and target are {total} tokens; the model takes {limit}.")
+    for name in ("n_replace", "n_replace_start"):
+        value = getattr(config, name)
+        if value is not None and value > len(slots[0].suffix_ids):
+            raise AttackError(f"{name} is {value}, but the suffix has {len(slots[0].suffix_ids)} tokens.")
