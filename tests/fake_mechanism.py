@@ -27,7 +27,8 @@ def carried() -> list[dict[str, Any]]:
 
 def factors(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
     parts = {"query": 0.62, "dilution": 0.31, "chat keys": 0.04, "displacement": 0.03, "scale": 0.0}
-    return [row for head in [*top, (-1, -1)] for row in shares("factor", parts, {"layer": head[0], "head": head[1]})]
+    found = [row for head in [*top, (-1, -1)] for row in shares("factor", parts, {"layer": head[0], "head": head[1]})]
+    return [row | {"value": -row["value"], "lo": -row["hi"], "hi": -row["lo"]} for row in found]
 
 
 def causal() -> list[dict[str, Any]]:
