@@ -274,9 +274,12 @@ def _causal_row(cells: _Cells, number: int, test: Test) -> dict[str, Any]:
 
 
 def _sweep_rows(cells: _Cells, run: str) -> list[dict[str, Any]]:
-    """Mean-ablation of every single head, with p values adjusted for all heads; None where one prompt allows none."""
+    """Mean-ablation of every single head, with p values adjusted for all heads.
+
+    None with a suffix, because one suffix allows no p value (METHODS §5), and where there is one prompt.
+    """
     projection, score = (cells.need(f"sweep {run} {name}")[:, 0] for name in ("projection", "score"))
-    several = len(projection) > 1
+    several = len(projection) > 1 and run == "none"
     tested = [sign_flip_max_t(values).p if several else None for values in (projection, score)]
 
     def p_value(found: ndarray | None, layer: int, head: int) -> float | None:

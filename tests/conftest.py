@@ -40,3 +40,8 @@ def no_network() -> Iterator[None]:
 def family(request: pytest.FixtureRequest) -> str:
     """One architecture after the other."""
     return str(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file, the embedded model's, first: begun last, it would keep one of two workers waiting."""
+    items.sort(key=lambda item: item.get_closest_marker("embedded") is None)

@@ -121,6 +121,7 @@ def test_the_sweep_reports_the_carrier_alone() -> None:
         else:
             assert abs(row["projection_effect"]) < 1e-3 * whole
     assert len(tables("softmax")["sweep"]) == 2 * 4 * 4
+    assert all(row["projection_p"] is None for row in rows("softmax", "sweep", run="adversarial")), "one suffix"
 
 
 @pytest.mark.parametrize("test", ["mean-ablated", "resample-ablated"])
