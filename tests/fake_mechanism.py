@@ -107,7 +107,8 @@ def mitigations() -> list[dict[str, Any]]:
 def sweep(rng: np.random.Generator, top: list[tuple[int, int]]) -> list[dict[str, Any]]:
     return [
         {
-            "run": run, "layer": layer, "head": head, "n_prompts": 32, "projection_p": 0.001 if hit else 0.6,
+            "run": run, "layer": layer, "head": head, "n_prompts": 32,
+            "projection_p": None if run == "adversarial" else 0.001 if hit else 0.6,
             "projection_effect": (-1.5 if hit else 0.0) + float(rng.normal(0, 0.05)),
             "score_effect": 0.0, "score_p": 1.0,
         }

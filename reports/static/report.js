@@ -183,7 +183,7 @@
       table(["arm", ...payload.pinned.columns], rows));
     if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, nice(value), percent(share)])));
     for (const [run, effect, p] of record.effects) {
-      place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads.`));
+      place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}${p == null ? "" : `, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads`}.`));
     }
   }
   followers.push((changed) => changed.includes("head") && pinned());

@@ -236,6 +236,9 @@ def test_a_head_clicked_in_the_grid_is_pinned_everywhere(browser: sync_api.Brows
     cells.nth(16 * 9 + 4).click(force=True)  # its sign lies above it
     assert "head=L16.H4" in page.url
     assert pinned_in(page).startswith("L16.H4")
+    without, attacked = (page.locator("#pinned p", has_text=f"Ablated alone {run}") for run in ("without", "with the"))
+    assert "adjusted for all heads" in without.inner_text()
+    assert "p <" not in attacked.inner_text() and "p =" not in attacked.inner_text(), "one suffix allows no p value"
     assert page.input_value("#head") == "L16.H4"
     assert "L16.H4" in page.locator("#strips").inner_text() and page.locator("#strips").inner_text() != before
     page.wait_for_function("document.querySelectorAll('#cv canvas').length === 4")
