@@ -24,7 +24,7 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.heads import TopHead, top_heads
 from suffix_analysis.identities import ROUNDING
 from suffix_analysis.models import Model
-from suffix_analysis.prompts import Prompt
+from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
 from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Traces, trace
@@ -120,14 +120,6 @@ def analyze(
     )
 
 
-def prompts_of(prompts: Sequence[Prompt], kind: str, split: str, most: int | None) -> list[Prompt]:
-    """Prompts of a kind and split; those without a kind are harmful, those without a split belong to every one."""
-    own = [p for p in prompts if (p.kind or "harmful") == kind and (p.split or split) == split]
-    if most is None or len(own) <= most:
-        return own
-    return [own[i * len(own) // most] for i in range(most)]  # evenly spread, so that no topic is cut off
-
-
 def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> list[dict[str, Any]]:
     """Normalised projection at the direction's layer, each suffix arm against none (and adversarial against random)."""
     at = direction.layer
@@ -147,6 +139,7 @@ def identity_checks(
     traces: Sequence[Traces], arms: Sequence[ArmTraces], separate: bool, rounding: float = 0.0
 ) -> list[dict[str, Any]]:
     """The identities of this run, with their bounds (METHODS §0 and §3), or the precision's ``rounding`` if larger."""
+    bounds = [max(bound, rounding) for bound in (IDENTITY_BOUND, CLOSURE_BOUND)]
     identity, closure = max(t.identity for t in traces), max(t.closure for t in traces)
     several = {arm.arm: len(arm.suffixes) for arm in arms if arm.suffixes}
     few = ", ".join(name for name, n in several.items() if n < MIN_SUFFIXES and not name.startswith("harmless"))
@@ -154,15 +147,15 @@ def identity_checks(
         {
             "name": "head contributions add up",
             "value": identity,
-            "bound": max(IDENTITY_BOUND, rounding),
-            "passed": identity <= max(IDENTITY_BOUND, rounding),
+            "bound": bounds[0],
+            "passed": identity <= bounds[0],
             "sentence": "Contributions of all heads and sources plus the bias equal each attention write along r̂.",
         },
         {
             "name": "writes add up",
             "value": closure,
-            "bound": max(CLOSURE_BOUND, rounding),
-            "passed": closure <= max(CLOSURE_BOUND, rounding),
+            "bound": bounds[1],
+            "passed": closure <= bounds[1],
             "sentence": "Embedding, attention and MLP writes together equal the final residual's projection on r̂.",
         },
         {

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from suffix_analysis.analysis import prompts_of
 from suffix_analysis.chat import Chat
 from suffix_analysis.detectors import (
     Detector,
@@ -24,7 +23,7 @@ from suffix_analysis.detectors import (
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
-from suffix_analysis.prompts import Prompt
+from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import Suffix
 
 GAP, GAP_RATE = "harmfulness − refusal", 0.02  # the detector that restoring waits for, and its false positives

@@ -15,22 +15,18 @@ from suffix_analysis.chat import survives_decoding
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model, load_model
-from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts
+from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, prompts_of
 from suffix_analysis.records import Suffix
 
 
-def study_model(config: StudyConfig, device: str | None = None) -> Model:
+def study_model(config: StudyConfig) -> Model:
     """The study's model, together with its fast twin (which must exist before the bridge).
-
-    Args:
-        config: the settings.
-        device: instead of the settings' one.
 
     Raises:
         UserError: see :func:`suffix_analysis.models.load_model`.
     """
     model = load_model(
-        config.model, dtype=getattr(torch, config.dtype), device=device or config.device, four_bit=config.four_bit,
+        config.model, dtype=getattr(torch, config.dtype), device=config.device, four_bit=config.four_bit,
         adapter=config.adapter,
     )  # fmt: skip
     model.twin(fast_dtype(config, model))
@@ -64,19 +60,11 @@ def study_prompts(config: StudyConfig) -> list[Prompt]:
             if not any(p.kind == kind and p.split == split for p in prompts):
                 raise UserError(f"There are no {kind} prompts in the {split} split; give more prompts.")
     if config.prompts_per_split is not None:
-        prompts = [p for kind in KINDS for split in SPLITS for p in _first(prompts, kind, split, config)]
+        most = {"fit": None, "select": config.prompts_per_split, "report": config.prompts_per_split}
+        prompts = [p for kind in KINDS for split in SPLITS for p in prompts_of(prompts, kind, split, most[split])]
     if len({p.id for p in prompts}) < len(prompts):
         prompts = [replace(p, id=f"{p.kind}:{p.id}") for p in prompts]
     return prompts
-
-
-def _first(prompts: Sequence[Prompt], kind: str, split: str, config: StudyConfig) -> list[Prompt]:
-    """Prompts of one kind and split; at most ``prompts_per_split``, evenly spread, outside of fit."""
-    own = [p for p in prompts if p.kind == kind and p.split == split]
-    most = config.prompts_per_split
-    if most is None or split == "fit" or len(own) <= most:
-        return own
-    return [own[i * len(own) // most] for i in range(most)]
 
 
 def _once(found: Sequence[Prompt], before: Sequence[Prompt]) -> list[Prompt]:

@@ -98,9 +98,11 @@ def measure_lens(
     errors = []
     for arm, text in (("none", ""), ("adversarial", suffix.text)):
         chats = [[model.chat(p.text, text) for p in group] for group in groups(prompts)]
-        prepared = [prepare(model, group) for group in chats]
-        scores = torch.cat([logit_lens(run, tokens) for run in prepared])
-        wanted = torch.cat([read_directly(run, tokens) for run in prepared])
+        by_group = []
+        for group in chats:  # one prepared at a time: a run holds every state of its prompts
+            run = prepare(model, group)
+            by_group.append((logit_lens(run, tokens), read_directly(run, tokens)))
+        scores, wanted = (torch.cat(parts) for parts in zip(*by_group, strict=True))
         found = logit_attribution(model, [chat for group in chats for chat in group], tokens)
         whole = found.heads.sum(dim=(1, 2)) + found.attention_bias.sum(dim=1) + found.mlp_out.sum(dim=1)
         errors.append(float((whole + found.embedding - wanted).abs().max() / wanted.abs().max()))

@@ -17,7 +17,6 @@ from numpy import ndarray
 
 from attacks.terms import Projection
 from suffix_analysis.adaptive import Defended, attack_defended
-from suffix_analysis.analysis import prompts_of
 from suffix_analysis.attacking import split_for_attack
 from suffix_analysis.causal import Head
 from suffix_analysis.causal_tests import random_heads
@@ -30,7 +29,7 @@ from suffix_analysis.generate import generate
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
 from suffix_analysis.paper_table import cross_entropy, random_directions, reply_pairs
-from suffix_analysis.prompts import Prompt
+from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import opens_refusal
 from suffix_analysis.stats import interval, rate_interval

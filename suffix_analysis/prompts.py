@@ -169,3 +169,11 @@ def to_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
 def to_jsonl(prompts: Sequence[Prompt]) -> str:
     """One JSON object a line."""
     return "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in prompts)
+
+
+def prompts_of(prompts: Sequence[Prompt], kind: str, split: str, most: int | None) -> list[Prompt]:
+    """Prompts of a kind and split; those without a kind are harmful, those without a split belong to every one."""
+    own = [p for p in prompts if (p.kind or "harmful") == kind and (p.split or split) == split]
+    if most is None or len(own) <= most:
+        return own
+    return [own[i * len(own) // most] for i in range(most)]  # evenly spread, so that no topic is cut off

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from suffix_analysis import attacking, replies, runs
-from suffix_analysis.analysis import analyze, prompts_of
+from suffix_analysis.analysis import analyze
 from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
@@ -24,7 +24,7 @@ from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
 from suffix_analysis.oneness import measure_oneness
 from suffix_analysis.paper_table import measure_cost, measure_interventions
-from suffix_analysis.prompts import Prompt, to_jsonl
+from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import discover_refusal_tokens, opens_refusal
 

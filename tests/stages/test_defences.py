@@ -1,4 +1,4 @@
-"""Detectors and mitigations on tiny models: identities, and nothing that depends on batching or on the cache."""
+"""Mitigations on tiny models: identities, and nothing that depends on batching or on the cache."""
 
 from __future__ import annotations
 
@@ -6,29 +6,19 @@ import contextlib
 import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from suffix_analysis.adaptive import attack_defended
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import damped, restored
-from suffix_analysis.detection import halves, matched, measure_detectors
+from suffix_analysis.detection import measure_detectors
 from suffix_analysis.detectors import (
     Harmfulness,
-    Readings,
-    blind,
-    by_user_token,
-    detector_rows,
-    fit_detectors,
-    harmfulness_of,
     read,
-    threshold,
     user_mask,
-    windowed,
 )
 from suffix_analysis.directions import Direction
-from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import generate
 from suffix_analysis.mitigations import measure_mitigations, swapped
@@ -175,73 +165,6 @@ def test_restoring_takes_the_projection_to_the_harmful_mean_where_the_detector_f
     assert at_mean.sum() == 2
 
 
-def test_readings_are_what_they_say(family: str) -> None:
-    model = tiny.model(family)
-    chats = [model.chat(text, SUFFIX) for text in TEXTS]
-    direction = some_direction(model, 1)
-    harm = harmfulness_of(model, direction, [model.chat(t) for t in TEXTS[:2]], [model.chat(t) for t in TEXTS[2:]])
-    found = read(model, chats, direction, harm)
-    for i, chat in enumerate(chats):
-        logits = model.hf(input_ids=chat.ids[None]).logits[0].float().log_softmax(-1)
-        at = user_mask(chat).nonzero().flatten()
-        surprisal = -logits[at - 1, chat.ids[at]]
-        assert float(found.tokens[i]) == len(at)
-        assert float(found.perplexity[i]) == pytest.approx(windowed(surprisal.detach()), abs=2e-3)
-        own, _ = by_user_token(model, [chat], harm.unit, harm.layer)[0]
-        assert torch.allclose(own, surprisal, atol=2e-3)
-    assert found.hijacking.shape == (4, model.n_layers)
-    assert found.heads.shape == (4, model.n_layers * model.n_heads)
-
-
-def test_a_later_token_cannot_lower_harmfulness() -> None:
-    model = tiny.model("llama")
-    harm = Harmfulness(torch.nn.functional.normalize(torch.ones(model.d_model), dim=0), 2, 1.0, 0.0)
-    direction = some_direction(model)
-    plain = read(model, [model.chat(text) for text in TEXTS], direction, harm).harmfulness
-    attacked = read(model, [model.chat(text, SUFFIX) for text in TEXTS], direction, harm).harmfulness
-    assert bool((attacked >= plain - 1e-4).all())
-
-
-def test_the_tail_is_the_users_last_tokens() -> None:
-    chat = tiny.model("llama").chat(TEXTS[3], SUFFIX)
-    found = blind(chat, 4)
-    at = user_mask(chat).nonzero().flatten()
-    assert found.regions["suffix"].nonzero().flatten().tolist() == at[-4:].tolist()
-    assert torch.equal(user_mask(found), user_mask(chat))
-
-
-def readings(n: int, harm: float, tokens: float, seed: int) -> Readings:
-    rng = torch.Generator().manual_seed(seed)
-    noise = torch.randn(n, 8, generator=rng)
-    return Readings(
-        tokens=tokens + noise[:, 0], perplexity=noise[:, 1], harmfulness=harm + 0.1 * noise[:, 2],
-        refusal=0.1 * noise[:, 3], hijacking=noise[:, 4:6] + torch.tensor([0.0, harm]), heads=noise[:, 6:] + harm,
-    )  # fmt: skip
-
-
-def test_what_is_planted_is_found_and_the_baseline_finds_nothing() -> None:
-    detectors = fit_detectors(readings(64, 3.0, 30, 0), readings(64, 0.0, 30, 1))
-    calibration = {"benign": readings(400, 0.0, 30, 2)}
-    rows = detector_rows(
-        detectors, calibration, [readings(40, 3.0, 30, s) for s in (3, 4)],
-        {"benign": [readings(40, 0.0, 30, s) for s in (5, 6, 7)]},
-    )  # fmt: skip
-    found = {row["detector"]: row for row in rows if row["against"] == "all of these"}
-    assert found["harmfulness − refusal"]["auroc"] > 0.99 and found["harmfulness − refusal"]["caught_1"] > 0.99
-    assert found["hijacking strength (layer 1)"]["auroc"] > 0.95
-    assert found["probe on head contributions"]["auroc"] > 0.95
-    for nothing in ("token count", "windowed perplexity", "low refusal projection"):
-        assert found[nothing]["lo"] < 0.5 < found[nothing]["hi"]
-    assert all(row["false_positives_5"] < 0.12 for row in found.values())
-    assert all(row["descriptive"] for row in found.values()), "two suffixes are few"
-
-
-def test_thresholds_keep_their_promise_on_what_they_come_from() -> None:
-    scores = np.random.default_rng(0).normal(size=250)
-    for rate in (0.01, 0.05):
-        assert (scores > threshold(scores, rate)).mean() <= rate
-
-
 def suffixes(count: int) -> list[Suffix]:
     return [
         Suffix(f"{arm}-{i}", arm, text * (i + 1))
@@ -283,45 +206,6 @@ def test_a_table_without_look_alikes_says_so() -> None:
     fitted, _ = measure_detectors(model, direction, prompts, suffixes(2), most=2)
     table = measure_mitigations(model, direction, fitted, prompts, suffixes(2), [(1, 0)], length=3, most=2)
     assert all(row["lookalike"] is row["lookalike_lo"] is None for row in table)
-
-
-def test_thresholds_come_from_prompts_that_nothing_was_fitted_with() -> None:
-    model = tiny.model("llama")
-    fitted, rows = measure_detectors(model, some_direction(model), few_prompts(), suffixes(4), most=2)
-    assert set(fitted.calibration) == {row["against"] for row in rows} - {"all of these"}
-    # two of four select prompts, with the two suffixes of the first half
-    assert {len(found.tokens) for found in fitted.calibration.values()} == {4}
-    cuts = {row["against"]: row["threshold_5"] for row in rows if row["detector"] == "probe on head contributions"}
-    probe = fitted.of("probe")
-    for kind, found in fitted.calibration.items():
-        assert cuts[kind] == pytest.approx(threshold(probe.score(found), 0.05)), "every kind has its own threshold"
-    assert len(set(cuts.values())) > 2
-    benign = fitted.calibration["harmless + benign text"].perplexity
-    assert fitted.perplexity == pytest.approx(float(benign.max()))
-    unasked = fitted.of("harmfulness − refusal").score(fitted.plain)
-    assert len(unasked) == 8 and fitted.gap >= unasked.max(), "harmless prompts are left alone"
-
-
-def test_prompts_come_in_pairs_of_the_same_length() -> None:
-    model = tiny.model("llama")
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-    kinds = (("harmful", range(4, 12)), ("harmless", range(12)))
-    prompts = [
-        Prompt(f"{kind}-{n}-{i}", " ".join([*words[:n], letter]), kind, "report")
-        for kind, lengths in kinds for n in lengths for i, letter in enumerate("xy")
-    ]  # fmt: skip
-    found = matched(model, prompts, "report", 12)
-    sizes = [[len(model.chat(p.text).ids) for p in found[kind]] for kind in ("harmful", "harmless")]
-    assert sizes[0] == sizes[1] and len(set(sizes[0])) > 3
-    assert len({p.id for own in found.values() for p in own}) == 24, "no prompt twice"
-    # where no length is shared, a few pairs are better than none
-    far = [p for p in prompts if (len(p.text) < 20) == (p.kind == "harmless")]
-    assert 0 < len(matched(model, far, "report", 12)["harmful"]) <= 8
-
-
-def test_one_suffix_is_too_few_to_fit_and_to_measure() -> None:
-    with pytest.raises(UserError, match="1 suffixes of the adversarial arm"):
-        halves(suffixes(1), "adversarial")
 
 
 def test_a_swapped_text_keeps_its_length_and_most_letters() -> None:
