@@ -187,6 +187,8 @@ def candidates(data: RunData) -> Figure | None:
     unscored = [row["layer"] for row in rows if row["status"] == "too late" and row["refusal_score"] is None]
     if unscored:
         caption += f" Layers from {min(unscored)} on come too late to be chosen and were not scored."
+    if any(row["status"] == "does not induce" and row["refusal_score"] is None for row in rows):
+        caption += " Bypass and KL were taken only of those that induce refusal."
     columns = (
         ("where", "position"),
         ("layer", "layer"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from suffix_analysis.forward import ablated_logits, added_logits, last_logits
 from suffix_analysis.models import Model
 from suffix_analysis.refusal import kl_divergence, refusal_score
 
+MARGIN = 0.5  # nats of refusal score by which a quick precision is allowed to be wrong
 ZERO = 1e-6  # a candidate shorter than this share of the mean residual norm is "zero" and is never normalised
 
 
@@ -25,7 +27,8 @@ class DirectionConfig:
     """Settings of extraction and selection; defaults are the paper's.
 
     ``layer_step`` n scores candidates of every n-th layer only, from 0 on: a quicker look at a deep model.
-    ``score_late`` scores those too that ``layer_share`` rules out, as the paper's tables do; the choice is the same.
+    ``score_excluded`` also scores those that ``layer_share`` rules out, and takes bypass and KL of those that do not
+    induce, as the paper's tables do; without it the choice is the same, and most of the time is saved.
     """
 
     n_fit: int = 128
@@ -34,7 +37,7 @@ class DirectionConfig:
     induce_threshold: float = 0.0
     layer_share: float = 0.8
     layer_step: int = 1
-    score_late: bool = True
+    score_excluded: bool = True
     alpha: float = 1.0
     keep_by_score: bool = True
     rescore: int = 8
@@ -59,7 +62,10 @@ def status(
     scores = (row["refusal_score"], row["steering_score"], row["kl_div_score"])
     if row["layer"] >= first_late(n_layers, layer_share):
         return "too late"
-    if any(value is None or not math.isfinite(value) for value in scores):
+    known = [value is not None and math.isfinite(value) for value in scores]
+    if known[1] and not known[2] and row["steering_score"] < induce_threshold:
+        return "does not induce"  # the others need not have been taken then
+    if not all(known):
         return "not finite"
     if row["kl_div_score"] > kl_threshold:
         return "KL too high"
@@ -98,14 +104,16 @@ def select(
         row, why = min(
             finite,
             key=lambda pair: (
-                max(0.0, pair[0]["kl_div_score"] - kl_threshold)
+                max(0.0, (pair[0]["kl_div_score"] or 0.0) - kl_threshold)  # NaN, where not taken, counts as 0 too
                 + max(0.0, induce_threshold - pair[0]["steering_score"])
             ),
         )
+        names = {"bypass": "refusal_score", "induce": "steering_score", "KL": "kl_div_score"}
+        scores = {name: row[key] for name, key in names.items() if row[key] is not None and math.isfinite(row[key])}
         raise UserError(
             f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
-            f"{row['layer']}: {why} (bypass {row['refusal_score']:.2f}, induce {row['steering_score']:.2f}, KL "
-            f"{row['kl_div_score']:.3f}; allowed: KL ≤ {kl_threshold}, induce ≥ {induce_threshold})."
+            f"{row['layer']}: {why} ({', '.join(f'{name} {value:.3g}' for name, value in scores.items())}; allowed: "
+            f"KL ≤ {kl_threshold}, induce ≥ {induce_threshold})."
         )
     best = min(kept, key=lambda row: row["refusal_score"])
     return int(best["position"]), int(best["layer"])
@@ -132,8 +140,10 @@ def score_candidates(
     baseline = last_logits(model.hf, model.tokenizer, good)
     # one pass for both sets, so that the shared prefix runs once
     run_ablated, run_added = ablated_logits(model, [*bad, *good]), added_logits(model, good, config.alpha)
+    # lower than the rule's, so that rounding in a quick precision cannot leave a candidate unscored
+    least = -math.inf if config.score_excluded else config.induce_threshold - MARGIN
     pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(0, n_layers, config.layer_step)]
-    late = n_layers if config.score_late else first_late(n_layers, config.layer_share)
+    late = n_layers if config.score_excluded else first_late(n_layers, config.layer_share)
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for layer in sorted({layer for _, layer in pairs}):  # one layer's candidates run together
         positions = [position for position, at in pairs if at == layer]
@@ -146,13 +156,19 @@ def score_candidates(
                 "steering_score": math.nan, "kl_div_score": math.nan, "status": "" if use else "zero",
             }  # fmt: skip
         if usable.any() and layer < late:
-            ablated, added = run_ablated(vectors[usable]), run_added(vectors[usable], layer)
-            for position, after, with_it in zip(compress(positions, usable.tolist()), ablated, added, strict=True):
-                found[position, layer] |= {
-                    "refusal_score": float(refusal_score(after[: len(bad)], tokens).mean()),
-                    "steering_score": float(refusal_score(with_it, tokens).mean()),
-                    "kl_div_score": float(kl_divergence(baseline, after[len(bad) :]).mean()),
-                }
+            places = list(compress(positions, usable.tolist()))
+            added = run_added(vectors[usable], layer)
+            induced = [float(refusal_score(logits, tokens).mean()) for logits in added]
+            for position, score in zip(places, induced, strict=True):
+                found[position, layer]["steering_score"] = score
+            going_on = torch.tensor([not score < least for score in induced])
+            if going_on.any():
+                ablated = run_ablated(vectors[usable][going_on])
+                for position, after in zip(compress(places, going_on.tolist()), ablated, strict=True):
+                    found[position, layer] |= {
+                        "refusal_score": float(refusal_score(after[: len(bad)], tokens).mean()),
+                        "kl_div_score": float(kl_divergence(baseline, after[len(bad) :]).mean()),
+                    }
         if on_candidate is not None:
             on_candidate(len(found), len(pairs))
     return [found[pair] for pair in pairs]
@@ -171,7 +187,7 @@ def rescore_leaders(
     """Score the leaders again in the model's own precision, until the chosen one has been scored so."""
     exact: dict[tuple[int, int], dict[str, Any]] = {}
     # thresholds are widened a little, so that rounding in the search cannot keep a good candidate out
-    loose = {"kl_threshold": 1.5 * config.kl_threshold, "induce_threshold": config.induce_threshold - 0.5}
+    loose = {"kl_threshold": 1.5 * config.kl_threshold, "induce_threshold": config.induce_threshold - MARGIN}
     near = [
         row
         for row in rows

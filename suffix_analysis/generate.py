@@ -1,4 +1,4 @@
-"""Greedy replies for many prompts at once; what all of them begin with runs once."""
+"""Greedy replies for many prompts at once: what all begin with runs once, and those that have ended leave the batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from attacks.caches import cache_argument, fresh, prefix_cache
 from attacks.precision import contiguous_head
 from suffix_analysis.batching import in_order, pad_token, prefix_batches
+
+PART = 8  # tokens after which replies that have ended leave the batch
 
 
 def generate(
@@ -62,26 +64,46 @@ def answers(
                 seen.append(scores.float().cpu())
             return scores
 
-        with contiguous_head(hf):
-            out = hf.generate(
-                input_ids=torch.cat([begin, batch.arguments["input_ids"]], dim=1),
-                attention_mask=batch.arguments["attention_mask"],  # generate() derives the positions from it
-                logits_processor=[look],
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,  # some checkpoints bring their own, which would count the suffix's tokens
-                no_repeat_ngram_size=0,
-                pad_token_id=pad,
-                begin_suppress_tokens=list(not_first) or None,
-                suppress_tokens=list(never) or None,
-                **({cache_argument(hf): fresh(prefix, len(batch.members))} if n_prefix else {}),
-            )
-        length = n_prefix + batch.arguments["input_ids"].shape[1]
-        texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        for i, text in zip(batch.members, texts, strict=True):
-            replies[i] = text
+        ids, mask = torch.cat([begin, batch.arguments["input_ids"]], dim=1), batch.arguments["attention_mask"]
+        length, members = ids.shape[1], torch.tensor(batch.members)
+        cache = fresh(prefix, len(members))
+        while len(members):
+            part = min(PART, max_new_tokens - (ids.shape[1] - length))
+            with contiguous_head(hf):
+                out = hf.generate(
+                    input_ids=ids,
+                    attention_mask=mask,  # generate() derives the positions from it
+                    logits_processor=[look],
+                    max_new_tokens=part,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    repetition_penalty=1.0,  # some checkpoints bring their own, which would count the suffix's tokens
+                    no_repeat_ngram_size=0,
+                    pad_token_id=pad,
+                    begin_suppress_tokens=(list(not_first) or None) if ids.shape[1] == length else None,
+                    suppress_tokens=list(never) or None,
+                    return_dict_in_generate=True,
+                    **({} if cache is None else {cache_argument(hf): cache}),
+                )
+            cache, ids = out[cache_argument(hf)], out.sequences
+            over = torch.isin(ids[:, length:], ends(hf)).any(dim=1)
+            if ids.shape[1] - length >= max_new_tokens:
+                over = torch.ones_like(over)
+            texts = tokenizer.batch_decode(ids[over, length:], skip_special_tokens=True)
+            for i, text in zip(members[over.cpu()].tolist(), texts, strict=True):
+                replies[i] = text
+            going_on = (~over).nonzero().flatten()
+            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
+            ids, mask, members = ids[going_on], mask[going_on], members[going_on.cpu()]
+            if len(going_on):
+                cache.batch_select_indices(going_on)
         first.append((batch, seen[0]))
     return replies, in_order(first)
+
+
+def ends(hf: Any) -> Int[Tensor, " end"]:
+    """The ids that end a reply."""
+    found = hf.generation_config.eos_token_id
+    return torch.tensor(found if isinstance(found, list) else [] if found is None else [found], device=hf.device)

@@ -22,6 +22,7 @@ from suffix_analysis.batching import left_pad, pad_token
 from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import skipped
+from suffix_analysis.generate import ends
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 
@@ -205,8 +206,8 @@ def reply(prepared: Cached, hooks: Sequence[Hook], length: int) -> list[str]:
     with prepared.model.bridge.hooks(fwd_hooks=list(hooks)):
         out = _forward(prepared, 1, 0, None)
     cache, tokens = out[argument], [out.logits[:, -1].argmax(dim=-1)]
-    mask, ends = prepared.mask, _ends(hf)
-    over = torch.isin(tokens[0], ends)
+    mask, stops = prepared.mask, ends(hf)
+    over = torch.isin(tokens[0], stops)
     while len(tokens) < length and not bool(over.all()):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         position = prepared.positions[:, -1:] + len(tokens)
@@ -216,16 +217,10 @@ def reply(prepared: Cached, hooks: Sequence[Hook], length: int) -> list[str]:
                 logits_to_keep=1, **{argument: cache},
             )  # fmt: skip
         tokens.append(out.logits[:, -1].argmax(dim=-1))
-        over = over | torch.isin(tokens[-1], ends)
+        over = over | torch.isin(tokens[-1], stops)
     texts = []
     for row in torch.stack(tokens, dim=1).cpu():
-        stop = torch.isin(row, ends.cpu()).nonzero().flatten()
+        stop = torch.isin(row, stops.cpu()).nonzero().flatten()
         ids = row[: int(stop[0])] if len(stop) else row
         texts.append(str(prepared.model.tokenizer.decode(ids, skip_special_tokens=True)))
     return texts
-
-
-def _ends(hf: Any) -> Int[Tensor, " end"]:
-    """The ids that end a reply."""
-    found = hf.generation_config.eos_token_id
-    return torch.tensor(found if isinstance(found, list) else [] if found is None else [found], device=hf.device)

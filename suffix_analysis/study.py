@@ -202,7 +202,7 @@ class Study:
             kl_threshold=config.kl_threshold,
             induce_threshold=config.induce_threshold,
             layer_share=config.layer_share,
-            score_late=config.score_late,
+            score_excluded=config.score_excluded,
             alpha=config.alpha,
             seed=config.seed,
         )

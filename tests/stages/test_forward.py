@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from attacks.caches import prefix_cache
+from suffix_analysis.candidate_table import MARGIN
 from suffix_analysis.directions import DirectionConfig, chat_means, find_direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
-from suffix_analysis.generate import answers, generate
+from suffix_analysis.generate import PART, answers, generate
 from suffix_analysis.interventions import ablate
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import opens_refusal
@@ -34,6 +36,31 @@ def test_batched_replies_equal_single_ones(family: str) -> None:
     rows = [model.chat(text).ids for text in TEXTS]
     together = generate(model.hf, model.tokenizer, rows, 6)
     assert together == [generate(model.hf, model.tokenizer, [row], 6)[0] for row in rows]
+
+
+def test_replies_that_end_leave_the_batch_and_change_no_other(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(family)
+    rows = [model.chat(text, suffix).ids for text in TEXTS for suffix in ("", "x y z")]
+    with torch.no_grad():
+        alone = [model.hf.generate(row[None], max_new_tokens=20, do_sample=False)[0, len(row) :] for row in rows]
+    stops = [int(alone[0][2]), int(alone[1][11])]
+    monkeypatch.setattr(model.hf.generation_config, "eos_token_id", stops)
+    wanted = []
+    for ids in alone:
+        at = torch.isin(ids, torch.tensor(stops)).nonzero().flatten()
+        wanted.append(ids[: int(at[0]) + 1 if len(at) else 20])
+    assert len({len(ids) for ids in wanted}) > 1
+    sizes: list[int] = []
+    hook = model.hf.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs.get("input_ids", args[0] if args else None))), with_kwargs=True
+    )
+    try:
+        replies = generate(model.hf, model.tokenizer, rows, 20)
+    finally:
+        hook.remove()
+    assert replies == [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
+    n_long = sum(len(ids) > PART for ids in wanted)
+    assert sizes[-1] <= n_long < len(rows)
 
 
 def test_replies_come_with_the_logits_they_begin_with(family: str) -> None:
@@ -82,7 +109,7 @@ def test_candidates_that_are_too_late_can_be_left_unscored() -> None:
     texts = [[f"{word} thing number {i}" for i in range(12)] for word in ("Do", "Make")]
     settings = {"kl_threshold": 1e9, "induce_threshold": -1e9, "layer_share": 0.7, "keep_by_score": False}
     whole, quick = (
-        find_direction(model, *texts, DirectionConfig(**settings, score_late=late), refusal_tokens=[5])  # type: ignore[arg-type]
+        find_direction(model, *texts, DirectionConfig(**settings, score_excluded=late), refusal_tokens=[5])  # type: ignore[arg-type]
         for late in (True, False)
     )
     assert (quick.position, quick.layer) == (whole.position, whole.layer)
@@ -91,6 +118,36 @@ def test_candidates_that_are_too_late_can_be_left_unscored() -> None:
     assert late and all(row["status"] == "too late" and math.isnan(row["refusal_score"]) for row in late)
     early = [row for row in quick.scores if row not in late]
     assert early == [row for row in whole.scores if row["layer"] < int(0.7 * model.n_layers)]
+
+
+def test_candidates_that_do_not_induce_can_be_left_without_their_other_scores() -> None:
+    model = tiny.model("llama")
+    texts = [[f"{word} thing number {i}" for i in range(12)] for word in ("Do", "Make")]
+    settings: dict[str, Any] = {"kl_threshold": 1e9, "layer_share": 1.0, "keep_by_score": False}
+    free = find_direction(model, *texts, DirectionConfig(**settings, induce_threshold=-1e9), refusal_tokens=[5])
+    scores = sorted(row["steering_score"] for row in free.scores if row["status"] != "zero")
+    settings["induce_threshold"] = (scores[-3] + scores[-4]) / 2  # three pass
+    assert scores[0] < settings["induce_threshold"] - MARGIN
+    whole, quick = (
+        find_direction(model, *texts, DirectionConfig(**settings, score_excluded=full), refusal_tokens=[5])
+        for full in (True, False)
+    )
+    assert (quick.position, quick.layer) == (whole.position, whole.layer)
+    assert torch.equal(quick.vector, whole.vector)
+    left = [row for row in quick.scores if math.isnan(row["kl_div_score"])]
+    assert {row["status"] for row in left} == {"zero", "does not induce"}
+    assert all(row["steering_score"] < settings["induce_threshold"] - MARGIN for row in left if row["status"] != "zero")
+    for mine, full in zip(quick.scores, whole.scores, strict=True):
+        assert mine["status"] == full["status"]
+        for name in ("refusal_score", "steering_score", "kl_div_score"):
+            assert math.isnan(mine[name]) or mine[name] == pytest.approx(full[name], abs=1e-4)
+    with pytest.raises(UserError, match=r"does not induce \(induce -?[\d.e+]+; allowed"):
+        find_direction(
+            model,
+            *texts,
+            DirectionConfig(**settings | {"induce_threshold": 1e6}, score_excluded=False),
+            refusal_tokens=[5],
+        )
 
 
 def test_no_reply_is_made_from_rows_that_are_not_contiguous() -> None:
