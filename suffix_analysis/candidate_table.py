@@ -112,7 +112,7 @@ def select(
         scores = {name: row[key] for name, key in names.items() if row[key] is not None and math.isfinite(row[key])}
         raise UserError(
             f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
-            f"{row['layer']}: {why} ({', '.join(f'{name} {value:.3g}' for name, value in scores.items())}; allowed: "
+            f"{row['layer']}: {why} ({', '.join(f'{name} {value:.3f}' for name, value in scores.items())}; allowed: "
             f"KL ≤ {kl_threshold}, induce ≥ {induce_threshold})."
         )
     best = min(kept, key=lambda row: row["refusal_score"])

@@ -39,8 +39,8 @@ class StudyConfig:
         n_select: prompts of each kind that score the candidate directions.
         layer_step: candidate directions are taken at every ``layer_step``-th layer (1: at all, as in the paper).
         layer_share: directions from later layers than this share of the depth are not chosen (the paper: 0.8).
-        score_excluded: score those candidates fully that are excluded already, as too late or because adding them does not
-            induce refusal, as in the paper's tables; the choice is the same without.
+        score_excluded: score those candidates fully that are excluded already, as too late or because adding them does
+            not induce refusal, as in the paper's tables; the choice is the same without.
         induce_threshold: least refusal score that adding the direction must give harmless prompts (the paper: 0).
         alpha: strength at which the direction is added (the paper: 1).
         refusal_tokens: ids of the tokens that open the model's refusals; found from its replies if left out.

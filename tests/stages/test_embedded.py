@@ -20,7 +20,7 @@ from suffix_analysis.study import Study
 pytestmark = pytest.mark.embedded
 SHORT = StudyConfig(
     n_instructions=2, suffix_tokens=8, steps=4, search_width=16, n_controls=2, n_traced=6, n_traced_controls=1,
-    reply_tokens=12, n_fit=24, n_select=6, layer_step=5, prompts_per_split=12, n_causal=4,
+    reply_tokens=10, n_fit=24, n_select=6, layer_step=5, prompts_per_split=8, n_causal=2, score_excluded=False,
     kl_threshold=1.0,  # six prompts are too few for the paper's threshold
 )  # fmt: skip
 
@@ -97,8 +97,8 @@ def test_every_arm_met_every_prompt(finished: Path) -> None:
     assert per_arm["adversarial"] == 1 and per_arm["random"] == per_arm["benign"] == 2
     assert len({s.n_tokens for s in suffixes}) == 1
     for arm, n in per_arm.items():
-        assert count.get(arm, 0) == 12 * n
-    assert count["none"] == count["harmless"] == count["harmless+adversarial"] == 12
+        assert count.get(arm, 0) == 8 * n
+    assert count["none"] == count["harmless"] == count["harmless+adversarial"] == 8
 
 
 def test_checks_hold_and_the_report_is_built(finished: Path) -> None:
@@ -161,11 +161,11 @@ def test_direction_on_few_prompts_and_trace() -> None:
     harmful = load_prompts("embedded", split="fit", kind="harmful")
     harmless = load_prompts("embedded", split="fit", kind="harmless")
     direction = find_direction(
-        model, harmful, harmless, DirectionConfig(n_fit=32, n_select=6, layer_step=3, rescore=2, kl_threshold=1.0)
+        model, harmful, harmless, DirectionConfig(n_fit=32, n_select=6, layer_step=5, rescore=2, kl_threshold=1.0)
     )
     assert direction.vector.shape == (576,) and direction.position < 0 <= direction.layer < 24
     chosen = [row for row in direction.scores if row["status"] == "chosen"]
     assert [(r["position"], r["layer"]) for r in chosen] == [(direction.position, direction.layer)]
-    assert {r["layer"] for r in direction.scores} == set(range(0, 30, 3))
+    assert {r["layer"] for r in direction.scores} == set(range(0, 30, 5))
     traces = trace(model, load_prompts("embedded", split="report", kind="harmful")[:4], direction)
     assert traces.identity < 1e-5
