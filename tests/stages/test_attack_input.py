@@ -1,0 +1,92 @@
+"""What an attack is given: the self-test before it, bad input, tokenizers with habits of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import attacks
+from tests import tiny
+from tests.small_attacks import SMALL, TALKS, plain_loss
+
+
+def test_self_test_looks_before_the_attack() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    attack = attacks.GCG(model, tok, TALKS, "Sure, here", attacks.GCGConfig(**SMALL))
+    found = attacks.self_test(attack)
+    assert len(found.replies) == len(TALKS)
+    wanted = [plain_loss(model, slot, slot.suffix_ids) for slot in attack.slots]
+    assert list(found.losses) == pytest.approx(wanted, abs=0.05)
+    assert found.warnings == ()
+    assert found.seconds_per_step > 0 < found.gib
+
+
+def test_self_test_warns_of_a_prompt_that_is_not_the_templates() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    attack = attacks.GCG(model, tok, "Write a poem", "Sure", attacks.GCGConfig.nanogcg(**SMALL))
+    attack.slots[0] = replace(attack.slots[0], before_ids=torch.cat([torch.tensor([4]), attack.slots[0].before_ids]))
+    (warning,) = attacks.self_test(attack).warnings
+    assert "not tokenised as by the tokenizer's own chat template" in warning
+
+
+def test_self_test_warns_of_a_target_that_needs_no_suffix() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    attack = attacks.GCG(model, tok, TALKS[1], "Sure", attacks.GCGConfig(**SMALL))
+    reply = attacks.self_test(attack).replies[0]
+    attack = attacks.GCG(model, tok, TALKS[1], reply.split()[0], attacks.GCGConfig(**SMALL))
+    assert any("without any suffix" in warning for warning in attacks.self_test(attack).warnings)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"target": ""}, "target is empty"),
+    ({"messages": []}, "no conversation"),
+    ({"messages": "a {optim_str} b {optim_str}"}, "2 times"),
+    ({"messages": ["a", "b"], "target": ["x"]}, "2 conversations but 1 targets"),
+    ({"messages": "word " * 700}, "the model takes 512"),
+    ({"config": {"optim_str_init": "  "}}, "initial suffix is '  '"),
+    ({"config": {"n_replace": 20}}, "n_replace is 20, but the suffix has 16"),
+    ({"config": {"topk": 5000}}, "topk is 5000"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), BAD, ids=[e for _, e in BAD])
+def test_bad_input_is_named(change: dict[str, Any], expected: str) -> None:
+    model = tiny.hf_model("llama")
+    config = attacks.GCGConfig(**{**SMALL, **change.get("config", {})})
+    with pytest.raises(attacks.AttackError, match=expected):
+        attacks.run(model, tiny.tokenizer(), change.get("messages", TALKS[0]), change.get("target", "Sure"), config)
+
+
+def test_losses_that_are_not_finite_are_named() -> None:
+    model = tiny.hf_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(attacks.AttackError, match="conversation 0 is not finite"):
+        attacks.run(model, tiny.tokenizer(), TALKS[0], "Sure", attacks.GCGConfig(**SMALL))
+
+
+@pytest.mark.parametrize("name", ["num_steps", "search_width", "topk", "n_replace", "batch_size"])
+def test_settings_below_one_are_refused(name: str) -> None:
+    with pytest.raises(attacks.AttackError, match=f"{name} is 0"):
+        attacks.GCGConfig(**{name: 0})
+
+
+def test_a_tokenizer_that_drops_the_first_space_can_be_attacked() -> None:
+    """As Llama 2's, Mistral's and Phi-3's do, whose decoders strip the space of the word a text begins with."""
+    tok = tiny.metaspace_tokenizer()
+    assert tok.decode(tok(" rain", add_special_tokens=False).input_ids) == "rain"
+    model = tiny.hf_model("llama")
+    talks = [[{"role": "user", "content": f"{text} {attacks.PLACEHOLDER}"}] for text in ("Write a poem", "Sing")]
+    found = attacks.run(model, tok, talks, "Sure", attacks.GCGConfig(**{**SMALL, "num_steps": 3}))
+    assert len(set(found.strings)) == 3
+    for talk, string, step in zip(talks * 2, found.strings, found.steps, strict=False):
+        slot = attacks.build_slot(tok, talk, "Sure", string)
+        assert tuple(slot.suffix_ids.tolist()) == step.ids, "what is typed is what was scored"
+    slots = [attacks.build_slot(tok, talk, "Sure", "x") for talk in talks]
+    for made in (attacks.random_suffixes(tok, slots, 3, 6, 0, 700), attacks.benign_suffixes(tok, slots, 3, 6)):
+        assert len(made) == 3
+        for text, ids in made:
+            assert tuple(attacks.build_slot(tok, talks[0], "Sure", text).suffix_ids.tolist()) == ids

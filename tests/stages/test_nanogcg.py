@@ -1,0 +1,88 @@
+"""The engine beside nanoGCG: the same trajectory in compatibility mode, and where the native mode differs."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import nanogcg
+import pytest
+import torch
+
+import attacks
+from attacks.candidates import compat_gradient, token_gradient
+from attacks.nanogcg import compat_slot, run_nanogcg
+from tests import tiny
+from tests.small_attacks import INIT, SMALL
+
+SETTINGS = [
+    {},
+    {"n_replace": 2},
+    {"use_mellowmax": True},
+    {"buffer_size": 4},
+    {"buffer_size": 4, "n_replace": 2},
+    {"early_stop": True},
+    {"filter_ids": False, "allow_non_ascii": True},
+]
+
+
+@pytest.fixture
+def _quick_nanogcg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanogcg collects garbage after every batch: 0.2 s each time in a test process, and nothing else."""
+    monkeypatch.setattr(nanogcg.gcg.gc, "collect", lambda: 0)
+
+
+@pytest.mark.usefixtures("_quick_nanogcg")
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "gemma2", "gemma3_text"])
+def test_compat_mode_repeats_nanogcg(family: str, changes: dict[str, Any]) -> None:
+    model = tiny.hf_model(family)
+    config = attacks.GCGConfig.nanogcg(**{**SMALL, "num_steps": 20, **changes})
+    ours = attacks.run(model, tiny.tokenizer(), "Write a poem", "Sure, here", config)
+    theirs = run_nanogcg(model, tiny.tokenizer(), "Write a poem", "Sure, here", config)
+    assert ours.strings == theirs.strings
+    assert ours.losses == pytest.approx(theirs.losses, abs=2e-5)
+    assert ours.best_string == theirs.best_string
+
+
+def test_nothing_global_is_left_behind() -> None:
+    model, state = tiny.hf_model("llama"), torch.get_rng_state()
+    attacks.run(model, tiny.tokenizer(), "Write a poem", "Sure", attacks.GCGConfig(**{**SMALL, "num_steps": 1}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert all(p.grad is None for p in model.parameters())
+    run_nanogcg(model, tiny.tokenizer(), "Write a poem", "Sure", attacks.GCGConfig(**{**SMALL, "num_steps": 1}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_nanogcgs_gradient_differs_where_the_embedding_layer_scales() -> None:
+    model, config = tiny.hf_model("gemma3_text"), attacks.GCGConfig()
+    slot = compat_slot(tiny.tokenizer(), "Write a poem", "Sure", INIT)
+    native = token_gradient(model, [slot], [None], slot.suffix_ids, config)
+    theirs = compat_gradient(model, slot, slot.suffix_ids, config)
+    assert not torch.allclose(native, theirs, rtol=0.1)
+    plain = tiny.hf_model("llama")
+    torch.testing.assert_close(
+        token_gradient(plain, [slot], [None], slot.suffix_ids, config),
+        compat_gradient(plain, slot, slot.suffix_ids, config),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+
+
+def test_nothing_that_nanogcg_lacks_is_on_in_compatibility_mode() -> None:
+    extras = {f.name for f in fields(attacks.GCGConfig)} - {f.name for f in fields(nanogcg.GCGConfig)}
+    plain = attacks.GCGConfig.nanogcg()
+    off = {name: getattr(plain, name) for name in extras - {"score_dtype", "rescore", "compat"}}
+    assert not any(off.values()), off
+
+
+def test_compat_mode_stops_at_any_candidates_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.hf_model("llama")
+    config = attacks.GCGConfig.nanogcg(**{**SMALL, "early_stop": True})
+    attack = attacks.GCG(model, tiny.tokenizer(), "Write a poem", "Sure, here", config)
+    first = next(attack.steps())
+    assert not first.matched, "nothing has matched yet"
+    attack.search.seen_match = True  # a candidate matched that another one beat
+    assert [step.matched for step in attack.steps()] == [True]
