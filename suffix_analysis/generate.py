@@ -51,59 +51,82 @@ def answers(
     """Greedy replies (see :func:`generate`), and the next-token logits at chat[-1] that they begin with, in float32."""
     if not rows:
         return [], torch.zeros(0, 0)
-    pad = pad_token(tokenizer)
+    settings = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "repetition_penalty": 1.0,  # some checkpoints bring their own, which would count the suffix's tokens
+        "no_repeat_ngram_size": 0,
+        "pad_token_id": pad_token(tokenizer),
+        "suppress_tokens": list(never) or None,
+        "begin_suppress_tokens": list(not_first) or None,
+    }
     n_prefix, groups = prefix_batches(hf, tokenizer, rows, max_new_tokens)
     prefix = prefix_cache(hf, rows[0][:n_prefix])
     replies, first = [""] * len(rows), []
     for batch in groups:
         begin = rows[0][:n_prefix].to(hf.device).expand(len(batch.members), -1)
-        seen: list[Tensor] = []
-
-        def look(_: Tensor, scores: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            if not seen:
-                seen.append(scores.float().cpu())
-            return scores
-
-        ids, mask = torch.cat([begin, batch.arguments["input_ids"]], dim=1), batch.arguments["attention_mask"]
-        length, members = ids.shape[1], torch.tensor(batch.members)
-        cache = fresh(prefix, len(members))
-        while len(members):
-            part = min(PART, max_new_tokens - (ids.shape[1] - length))
-            with contiguous_head(hf):
-                out = hf.generate(
-                    input_ids=ids,
-                    attention_mask=mask,  # generate() derives the positions from it
-                    logits_processor=[look],
-                    max_new_tokens=part,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    repetition_penalty=1.0,  # some checkpoints bring their own, which would count the suffix's tokens
-                    no_repeat_ngram_size=0,
-                    pad_token_id=pad,
-                    begin_suppress_tokens=(list(not_first) or None) if ids.shape[1] == length else None,
-                    suppress_tokens=list(never) or None,
-                    return_dict_in_generate=True,
-                    **({} if cache is None else {cache_argument(hf): cache}),
-                )
-            cache, ids = out[cache_argument(hf)], out.sequences
-            over = torch.isin(ids[:, length:], ends(hf)).any(dim=1)
-            if ids.shape[1] - length >= max_new_tokens:
-                over = torch.ones_like(over)
-            texts = tokenizer.batch_decode(ids[over, length:], skip_special_tokens=True)
-            for i, text in zip(members[over.cpu()].tolist(), texts, strict=True):
-                replies[i] = text
-            going_on = (~over).nonzero().flatten()
-            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
-            ids, mask, members = ids[going_on], mask[going_on], members[going_on.cpu()]
-            if len(going_on):
-                cache.batch_select_indices(going_on)
-        first.append((batch, seen[0]))
+        ids = torch.cat([begin, batch.arguments["input_ids"]], dim=1)
+        cache = fresh(prefix, len(batch.members))
+        found, logits = _continued(hf, ids, batch.arguments["attention_mask"], cache, max_new_tokens, settings)
+        first.append((batch, logits))
+        for i, text in zip(batch.members, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
+            replies[i] = text
     return replies, in_order(first)
+
+
+def _continued(
+    hf: Any,
+    ids: Int[Tensor, "row token"],
+    mask: Int[Tensor, "row token"],
+    cache: Any,
+    max_new_tokens: int,
+    settings: dict[str, Any],
+) -> tuple[list[Int[Tensor, " _"]], Float[Tensor, "row vocab"]]:
+    """The tokens that greedy replies add to padded rows, and the logits they begin with.
+
+    In parts of ``PART`` tokens, after each of which the replies that have ended leave the batch.
+    """
+    length, stops, name = ids.shape[1], ends(hf), cache_argument(hf)
+    found: list[Tensor] = [ids[0, :0]] * len(ids)
+    first: list[Tensor] = []
+    going_on = torch.arange(len(ids))
+
+    def look(_: Tensor, scores: Tensor) -> Tensor:
+        if not first:
+            first.append(scores.float().cpu())
+        return scores
+
+    while len(going_on):
+        n_before = ids.shape[1]
+        with contiguous_head(hf):
+            out = hf.generate(
+                input_ids=ids,
+                attention_mask=mask,  # generate() derives the positions from it
+                max_new_tokens=min(PART, max_new_tokens - (n_before - length)),
+                return_dict_in_generate=True,
+                logits_processor=[look],
+                **({} if cache is None else {name: cache}),
+                **settings,
+            )
+        settings = settings | {"begin_suppress_tokens": None}  # later parts do not begin the reply
+        cache, ids = out[name], out.sequences
+        mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - n_before)], dim=1)
+        stopped = torch.isin(ids[:, length:], stops)
+        over = stopped.any(dim=1) | (ids.shape[1] - length >= max_new_tokens)
+        for row in over.nonzero().flatten().tolist():
+            n_reply = int((~stopped[row]).long().cumprod(0).sum())  # what follows the end is padding
+            found[int(going_on[row])] = ids[row, length : length + n_reply]
+        stay = (~over).nonzero().flatten()
+        ids, mask, going_on = ids[stay], mask[stay], going_on[stay.cpu()]
+        if len(stay):
+            cache.batch_select_indices(stay)
+    return found, first[0]
 
 
 def ends(hf: Any) -> Int[Tensor, " end"]:
     """The ids that end a reply."""
     found = hf.generation_config.eos_token_id
-    return torch.tensor(found if isinstance(found, list) else [] if found is None else [found], device=hf.device)
+    stops = found if isinstance(found, list) else [] if found is None else [found]
+    return torch.tensor(stops, dtype=torch.long, device=hf.device)
