@@ -250,21 +250,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+HEADER = "variant,instruction,seed,width,step,seconds,best_loss,tflop"
+
+
 @app.command
 def search(
     n: int = 6, seeds: int = 2, steps: int = 60, width: int = 64, out: str = "benchmarks/gcg_search.csv"
 ) -> None:
-    """Loss against wall time of the search's variants: ``n`` instructions × ``seeds`` × ``steps``, a table and a CSV.
+    """Loss against time and work of the search's variants: ``n`` instructions × ``seeds`` × ``steps``, table and CSV.
 
     Wins count the attacks in which a variant ends below the plain search; the interval is over instructions × seeds.
-    Attacks that the CSV holds already are not run again.
+    Attacks that the CSV holds already are not run again. Seconds are worth something only where nothing else ran;
+    losses and FLOPs do not depend on that.
     """
     from scipy import stats
 
     hf, tokenizer = model_in(torch.float32)
     ends: dict[str, list[float]] = {name: [] for name in VARIANTS}
     path = Path(out)
-    rows = path.read_text().splitlines() if path.exists() else ["variant,instruction,seed,width,step,seconds,best_loss"]
+    rows = path.read_text().splitlines() if path.exists() else [HEADER]
     have = {tuple(row.split(",")[:4]): float(row.split(",")[6]) for row in rows if row.split(",")[4] == str(steps)}
     rows = [row for row in rows if row.startswith("variant,") or tuple(row.split(",")[:4]) in have]
     for i, text in enumerate(instructions(n)):
@@ -277,10 +281,10 @@ def search(
                 config = attacks.GCGConfig(
                     **{"num_steps": steps, "search_width": width, **SETTINGS, "seed": seed} | changes
                 )
-                spent = 0.0
+                spent = work = 0.0
                 for step in attacks.GCG(hf, tokenizer, text, TARGET, config).steps():
-                    spent += step.seconds
-                    rows.append(f"{','.join(key)},{step.step},{spent:.2f},{step.best_loss:.4f}")
+                    spent, work = spent + step.seconds, work + step.flops / 1e12
+                    rows.append(f"{','.join(key)},{step.step},{spent:.2f},{step.best_loss:.4f},{work:.3f}")
                 ends[name].append(step.best_loss)
                 path.write_text("\n".join(rows) + "\n")
             print(
@@ -294,7 +298,10 @@ def search(
             low, high = found.confidence_interval
         wins = sum(gain > 0 for gain in gains)
         told = f"better by {statistics.fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {wins} of {len(gains)}"
-        print(f"{name:18} mean best loss {statistics.fmean(losses):.3f}, {told}")
+        last = [row.split(",") for row in rows if row.split(",")[0] == name and row.split(",")[4] == str(steps)]
+        cost = f"{statistics.fmean(float(row[5]) for row in last):.0f} s, "
+        cost += f"{statistics.fmean(float(row[7]) for row in last):.1f} TFLOP an attack"
+        print(f"{name:18} mean best loss {statistics.fmean(losses):.3f}, {told}; {cost}")
 
 
 @app.command

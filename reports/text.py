@@ -234,7 +234,8 @@ def not_checked(data: RunData) -> list[str]:
         lines.append("Suffixes of the same optimiser that failed: what optimisation alone does is not separated.")
     if "random" not in arms:
         lines.append("Random text of the same length: what length alone does is not separated.")
-    lines.append("Adaptive attacks: not tested.")
+    if not data.table("adaptive"):
+        lines.append("Adaptive attacks: not tested.")
     if data.checks == ():
         lines.append("The identities behind these numbers: no checks are stored with this run.")
     lost = data.summary.retokenised

@@ -50,7 +50,8 @@ def analyze(
         model: the model.
         direction: its refusal direction.
         prompts: harmful prompts (kind ``harmful`` or empty) and, for two more arms, harmless ones. Report prompts are
-            measured; select prompts choose the top heads. Without splits both are the same, and a check says so.
+            measured; select prompts choose the top heads. Where there are none of these, every second report prompt
+            does that instead. Without splits both are the same, and a check says so.
         suffixes: records with their arms, or strings (adversarial).
         n_top: how many heads are called top heads.
         n_views: prompts whose full patterns are kept for the attention views.
@@ -63,9 +64,11 @@ def analyze(
     """
     records = to_suffixes(suffixes)
     report = prompts_of(prompts, "harmful", "report", max_prompts)
-    chosen_on = prompts_of(prompts, "harmful", "select", None)
     if not report:
         raise UserError("There are no harmful prompts of the report split to analyse.")
+    chosen_on = prompts_of(prompts, "harmful", "select", None)
+    if not chosen_on:  # each half has one of the two tasks
+        report, chosen_on = (report[::2], report[1::2]) if len(report) > 1 else (report, report)
     separate = not {p.id for p in chosen_on} & {p.id for p in report}
     harmless = prompts_of(prompts, "harmless", "report", max_prompts)
 
@@ -118,6 +121,13 @@ def analyze(
             for view in [pattern_view(model, direction, prompt, suffix, heads)]
         ],
     )
+
+
+def n_forwards(prompts: Sequence[Prompt], suffixes: Sequence[Suffix], max_prompts: int | None) -> int:
+    """How many prompts :func:`analyze` traces in all, for a progress bar."""
+    harmful, harmless = (len(prompts_of(prompts, kind, "report", max_prompts)) for kind in ("harmful", "harmless"))
+    select = len(prompts_of(prompts, "harmful", "select", None))
+    return 2 * select + harmful * (1 + len(suffixes)) + 2 * harmless
 
 
 def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> list[dict[str, Any]]:

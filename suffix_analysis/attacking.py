@@ -232,15 +232,30 @@ def numbered(suffixes: Sequence[Suffix]) -> list[Suffix]:
 
 
 def make_controls(
-    model: Model, suffix: Suffix, prompts: Sequence[Prompt], config: StudyConfig, note: Callable[[str], None]
+    model: Model,
+    suffixes: Sequence[Suffix],
+    prompts: Sequence[Prompt],
+    config: StudyConfig,
+    note: Callable[[str], None],
 ) -> list[Suffix]:
-    """Random, shuffled and benign suffixes with the suffix's token count; ``note`` is told what fell short."""
+    """Random, shuffled and benign suffixes with the first suffix's token count; ``note`` is told what fell short.
+
+    Shuffled are all of the suffixes, as evenly as the count allows.
+    """
     slots = [attacks.build_slot(model.tokenizer, conversation(model, p.text), config.target, "x") for p in prompts[:4]]
     n_rows = model.hf.get_input_embeddings().weight.shape[0]
-    length, count = suffix.n_tokens, config.n_controls
+    length, count = suffixes[0].n_tokens, config.n_controls
+    shares = [count // len(suffixes) + (i < count % len(suffixes)) for i in range(len(suffixes))]
     made = {
         "random": attacks.random_suffixes(model.tokenizer, slots, count, length, config.seed + 1, n_rows),
-        "shuffled": attacks.shuffled_suffixes(model.tokenizer, slots, torch.tensor(suffix.ids), count, config.seed + 2),
+        "shuffled": [
+            pair
+            for suffix, share in zip(suffixes, shares, strict=True)
+            if share
+            for pair in attacks.shuffled_suffixes(
+                model.tokenizer, slots, torch.tensor(suffix.ids), share, config.seed + 2
+            )
+        ],
         "benign": attacks.benign_suffixes(model.tokenizer, slots, count, length),
     }
     for arm, found in made.items():

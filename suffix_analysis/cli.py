@@ -29,6 +29,7 @@ from suffix_analysis.console import (
     tell,
 )
 from suffix_analysis.errors import UsageError, UserError
+from suffix_analysis.settings import sources
 
 if TYPE_CHECKING:
     from suffix_analysis.study import Study
@@ -137,6 +138,7 @@ def abilities(
             on_run=lambda done, total: console.progress(done, total, "interventions"),
         )  # fmt: skip
         write_table(out / "findings" / "abilities.parquet", rows)
+        _renew_report(out)
     _print_result(rows, as_json, lambda: [ability_line(row) for row in rows])
 
 
@@ -147,7 +149,7 @@ def defend(
     ),
     *,
     most: Annotated[int, Parameter(help="Prompts of each kind.")] = 32,
-    adaptive_steps: Annotated[int, Parameter(help="Steps of an attack on each defended model; 0: none.")] = 0,
+    adaptive_steps: Annotated[int, Parameter(help="Steps of attacks without and with two defences; 0: none.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
@@ -155,6 +157,8 @@ def defend(
     from suffix_analysis.mitigations import attack_defences, measure_mitigations
     from suffix_analysis.runs import read_suffixes, read_table, write_table
 
+    if most < 2 or adaptive_steps < 0:
+        raise UsageError(f"--most is {most} and --adaptive-steps {adaptive_steps}; at least 2 and 0 are needed.")
     console, findings = Console(), out / "findings"
     adapted: list[dict[str, Any]] = []
     with _held(out) as study:
@@ -175,6 +179,7 @@ def defend(
                 on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
             )  # fmt: skip
             write_table(findings / "adaptive.parquet", adapted)
+        _renew_report(out)
     lines = [*map(detector_line, detectors), *map(mitigation_line, rows)]
     lines += [adaptive_line(row) for row in adapted if row["step"] == adaptive_steps]
     lines += [] if adapted else ["adaptive attack: not tested"]
@@ -270,30 +275,12 @@ def _held(out: Path) -> Iterator[Study]:
     from suffix_analysis.runs import open_run, read_config
 
     settings = read_config(out)
+    try:
+        config = StudyConfig(**settings)
+    except TypeError as error:
+        raise UsageError(f"{out} was made by another version of this tool: {error}.") from error
     with open_run(out, settings):
-        yield _study(StudyConfig(**settings), out)
-
-
-def _sources(words: list[str]) -> list[Any]:
-    """Where settings come from beside the flags, which win: the environment, then the file given with --config.
-
-    Raises:
-        UsageError: the file cannot be read.
-    """
-    import tomllib
-
-    from cyclopts.config import Env, Toml
-
-    found: list[Any] = [Env("SUFFIX_ANALYSIS_", command=False)]
-    given = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"]
-    given += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    for name in given[-1:]:
-        try:
-            tomllib.loads(Path(name).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UsageError(f"The config file {name} cannot be read: {error}") from error
-        found.append(Toml(name, must_exist=True, search_parents=False, use_commands_as_keys=False))
-    return found
+        yield _study(config, out)
 
 
 def _finish(study: Study, as_json: bool) -> None:
@@ -315,6 +302,17 @@ def _finish(study: Study, as_json: bool) -> None:
     _print_result(result, as_json, lambda: [*lines, f"report: {page}"])
 
 
+def _renew_report(folder: Path) -> None:
+    """Build the report again where there is one, for findings that were added to a run."""
+    from reports import ReportError, build_report
+
+    if (folder / "report.html").exists():
+        try:
+            build_report(folder)
+        except ReportError as error:
+            raise UserError(f"The findings are complete, but the report failed: {error}") from error
+
+
 def _print_result(value: Any, as_json: bool, lines: Any) -> None:
     print(json.dumps(value, indent=1) if as_json else shown("\n".join(lines())))
 
@@ -324,7 +322,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        app.config = _sources(sys.argv[1:])
+        app.config = sources(sys.argv[1:])
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         tell(f"suffix-analysis: {error}")
@@ -332,6 +330,9 @@ def main() -> None:
     except UserError as error:
         tell(f"suffix-analysis: {error}")
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        sys.exit(1)
     except KeyboardInterrupt:
         tell("suffix-analysis: interrupted; what was finished is kept, the same command goes on from there")
         sys.exit(130)

@@ -22,21 +22,22 @@ class StudyConfig:
         n_instructions: instructions the universal suffix is trained on (from the select split).
         suffix_tokens: length of the suffix.
         steps: attack steps at most.
-        n_attacks: attacks with the same budget and seeds of their own; 16 or more for claims about suffixes.
+        n_attacks: attacks with the same budget and seeds of their own; 16 or more for claims about suffixes, because an
+            arm needs eight.
         flip_below: of several attacks, those that leave at most this share of unseen select prompts refused are the
             adversarial arm, the others the failed one.
         search_width: candidates a step; half as many at first.
         topk: tokens per position that candidates are drawn from.
         stop_below: stop the attack when at most this share of unseen select prompts is still refused (first token); one
             attack alone, because several are to have equal budgets.
-        n_controls: strings in each control arm (random, shuffled, benign).
+        n_controls: strings in each control arm (random, shuffled, benign; of benign ones there are ten at most).
         n_traced: report prompts whose arms are traced.
         n_traced_controls: strings of each control arm that are traced.
         reply_tokens: length of the replies that are judged.
         n_top_heads: heads shown in detail.
-        n_causal: report prompts that the causal tests run on.
-        n_fit: prompts of each kind that the direction's means are taken over.
-        n_select: prompts of each kind that score the candidate directions.
+        n_causal: report prompts that the causal tests run on, and select prompts that they take means from.
+        n_fit: prompts of each kind that the direction's means are taken over, less those answered against their kind.
+        n_select: prompts of each kind that score the candidate directions, likewise.
         layer_step: candidate directions are taken at every ``layer_step``-th layer (1: at all, as in the paper).
         layer_share: directions from later layers than this share of the depth are not chosen (the paper: 0.8).
         score_excluded: score those candidates fully that are excluded already, as too late or because adding them does
@@ -47,7 +48,7 @@ class StudyConfig:
         kl_threshold: most that ablating the direction may move harmless replies (the paper: 0.1).
         text: a text file on which the cost of ablating the direction is measured too.
         prompts_per_split: use only so many prompts of each kind in select and report (for a quick look).
-        seed: of everything that is drawn.
+        seed: of attacks, controls, splits and random directions and heads; bootstraps always draw alike.
         score_dtype: precision of searches and replies: auto, float32 or bfloat16; traces run in the model's own.
         dtype: the model's own precision: float32, bfloat16 or float16.
         device: cpu, cuda, or auto, which spreads a large model over GPUs, memory and disk; the GPU if there is one.
@@ -74,7 +75,7 @@ class StudyConfig:
     stop_below: float = 0.2
     n_controls: int = 8
     n_traced: int = 64
-    n_traced_controls: int = 2
+    n_traced_controls: int = 8
     reply_tokens: int = 24
     n_top_heads: int = 8
     n_causal: int = 32
@@ -108,6 +109,8 @@ class StudyConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+        if self.prompts_per_split is not None and self.prompts_per_split < 2:
+            raise UsageError(f"prompts_per_split is {self.prompts_per_split}; it must be at least 2.")
         if self.refusal_tokens is not None:
             if not self.refusal_tokens or min(self.refusal_tokens) < 0:
                 raise UsageError(f"refusal_tokens is {list(self.refusal_tokens)}; give token ids, or leave it out.")
@@ -134,6 +137,7 @@ class DemoConfig(StudyConfig):
     stop_below: float = 0.3
     n_controls: int = 3
     n_traced: int = 48
+    n_traced_controls: int = 2
     n_causal: int = 12
     n_select: int = 16
     score_excluded: bool = False

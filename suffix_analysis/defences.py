@@ -152,19 +152,19 @@ def restored(
     ``threshold``; both are read in the same forward, so this costs nothing. ``strength`` is the share of the way: 0
     changes nothing, bit for bit.
     """
-    layer, unit = direction.layer, direction.unit.to(model.hf.device)
+    layer, unit = direction.layer, direction.unit
     low, high = (float(means[layer] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
     with watched_place(model, behind) as place:
 
         def restore(x: Float[Tensor, "row token d_model"], hook: Any) -> Tensor | None:
             if place.chat is None or strength == 0:
                 return None
-            at = place.queries
-            step = strength * (high - x[:, at].float() @ unit) * place.chat[:, at].to(x.device)
+            at, along = place.queries, unit.to(x.device)
+            step = strength * (high - x[:, at].float() @ along) * place.chat[:, at].to(x.device)
             if harmfulness is not None:
                 step = step * fires(x)[:, None]
             changed = x.clone()
-            changed[:, at] += (step[..., None] * unit).to(x.dtype)
+            changed[:, at] += (step[..., None] * along).to(x.dtype)
             return changed
 
         def fires(x: Tensor) -> Bool[Tensor, " row"]:
@@ -174,7 +174,7 @@ def restored(
             most = along.masked_fill(~user, float("-inf")).max(dim=1).values
             harm = (most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless)
             here = x[torch.arange(len(x), device=x.device), place.last.to(x.device)].float()
-            return harm - (here @ unit - low) / (high - low) > threshold
+            return harm - (here @ unit.to(x.device) - low) / (high - low) > threshold
 
         with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", restore)]):
             yield

@@ -114,11 +114,12 @@ def find_direction(
     config: DirectionConfig | None = None,
     *,
     refusal_tokens: Sequence[int] | None = None,
+    search_dtype: torch.dtype | None = None,
     on_candidate: Callable[[int, int], None] | None = None,
 ) -> Direction:
     """Extract candidate directions, score them and choose one by the paper's rule.
 
-    All candidates are scored in the precision that is fast here; the ``rescore`` best and every row that decides are
+    All candidates are scored in a fast precision; the ``rescore`` best and every row that decides are
     scored again in the model's own.
 
     Args:
@@ -127,6 +128,7 @@ def find_direction(
         harmless: harmless ones.
         config: settings; the paper's if left out.
         refusal_tokens: token ids that open refusals; discovered from the model if left out.
+        search_dtype: that precision; measured if left out.
         on_candidate: called with (done, total) as candidates are scored.
 
     Raises:
@@ -139,7 +141,7 @@ def find_direction(
         raise UserError(f"{len(overlap)} prompts are both harmful and harmless, e.g. {min(overlap)!r}; remove them.")
     (fit_bad, sel_bad), (fit_good, sel_good) = split_prompts(bad, config), split_prompts(good, config)
     # the fast twin is copied before the bridge wraps the weights in place
-    fast = model if "bridge" in model.__dict__ else model.twin(_search_dtype(model))
+    fast = model if "bridge" in model.__dict__ else model.twin(search_dtype or _search_dtype(model))
 
     def chats(prompts: Sequence[Prompt]) -> list[Chat]:
         return [model.chat(p.text) for p in prompts]

@@ -51,14 +51,7 @@ def answers(
     """Greedy replies (see :func:`generate`), and the next-token logits at chat[-1] that they begin with, in float32."""
     if not rows:
         return [], torch.zeros(0, 0)
-    settings = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "repetition_penalty": 1.0,  # some checkpoints bring their own, which would count the suffix's tokens
-        "no_repeat_ngram_size": 0,
-        "pad_token_id": pad_token(tokenizer),
+    settings: dict[str, Any] = {
         "suppress_tokens": list(never) or None,
         "begin_suppress_tokens": list(not_first) or None,
     }
@@ -69,26 +62,52 @@ def answers(
         begin = rows[0][:n_prefix].to(hf.device).expand(len(batch.members), -1)
         ids = torch.cat([begin, batch.arguments["input_ids"]], dim=1)
         cache = fresh(prefix, len(batch.members))
-        found, logits = _continued(hf, ids, batch.arguments["attention_mask"], cache, max_new_tokens, settings)
+        mask = batch.arguments["attention_mask"]
+        found, logits = continued(hf, pad_token(tokenizer), ids, mask, cache, max_new_tokens, **settings)
         first.append((batch, logits))
         for i, text in zip(batch.members, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
             replies[i] = text
     return replies, in_order(first)
 
 
-def _continued(
+def continued(
     hf: Any,
+    pad: int,
     ids: Int[Tensor, "row token"],
     mask: Int[Tensor, "row token"],
     cache: Any,
     max_new_tokens: int,
-    settings: dict[str, Any],
+    *,
+    begun: int = 0,
+    **settings: Any,
 ) -> tuple[list[Int[Tensor, " _"]], Float[Tensor, "row vocab"]]:
-    """The tokens that greedy replies add to padded rows, and the logits they begin with.
+    """The tokens of greedy replies to padded rows, up to what ends them, and the logits of the first new token.
 
     In parts of ``PART`` tokens, after each of which the replies that have ended leave the batch.
+
+    Args:
+        hf: the model.
+        pad: the token that rows are padded with.
+        ids: the rows, padded on the left; what stands in ``cache`` already need not be given rightly.
+        mask: 0 at padding.
+        cache: keys and values of the first tokens; None for none. It is used up.
+        max_new_tokens: most tokens that are added to a row.
+        begun: tokens at the end of the rows that belong to the replies already.
+        **settings: of ``generate``.
     """
-    length, stops, name = ids.shape[1], ends(hf), cache_argument(hf)
+    length, stops, name = ids.shape[1], _ends(hf), cache_argument(hf)
+    settings = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "repetition_penalty": 1.0,  # some checkpoints bring their own, which would count the suffix's tokens
+        "no_repeat_ngram_size": 0,
+        "max_length": None,  # a checkpoint's own would bring a warning with every part
+        "use_cache": True,  # some checkpoints say no
+        "pad_token_id": pad,
+        **settings,
+    }
     found: list[Tensor] = [ids[0, :0]] * len(ids)
     first: list[Tensor] = []
     going_on = torch.arange(len(ids))
@@ -113,19 +132,19 @@ def _continued(
         settings = settings | {"begin_suppress_tokens": None}  # later parts do not begin the reply
         cache, ids = out[name], out.sequences
         mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - n_before)], dim=1)
-        stopped = torch.isin(ids[:, length:], stops)
+        stopped = torch.isin(ids[:, length - begun :], stops)
         over = stopped.any(dim=1) | (ids.shape[1] - length >= max_new_tokens)
         for row in over.nonzero().flatten().tolist():
             n_reply = int((~stopped[row]).long().cumprod(0).sum())  # what follows the end is padding
-            found[int(going_on[row])] = ids[row, length : length + n_reply]
+            found[int(going_on[row])] = ids[row, length - begun :][:n_reply]
         stay = (~over).nonzero().flatten()
         ids, mask, going_on = ids[stay], mask[stay], going_on[stay.cpu()]
         if len(stay):
-            cache.batch_select_indices(stay)
+            cache.batch_select_indices(stay.cpu())  # layers may lie on several devices
     return found, first[0]
 
 
-def ends(hf: Any) -> Int[Tensor, " end"]:
+def _ends(hf: Any) -> Int[Tensor, " end"]:
     """The ids that end a reply."""
     found = hf.generation_config.eos_token_id
     stops = found if isinstance(found, list) else [] if found is None else [found]

@@ -16,7 +16,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, prompts_of
-from suffix_analysis.records import Suffix
+from suffix_analysis.records import SUFFIX_ARMS, Suffix
 
 
 def study_model(config: StudyConfig) -> Model:
@@ -101,12 +101,17 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
     """Suffixes from a file, with their token counts after an instruction.
 
     Raises:
-        UserError: the file is missing or no list of suffixes, or a suffix does not survive re-tokenisation.
+        UserError: the file is missing or no list of suffixes, an id stands there twice, an arm is unknown, or a suffix
+            does not survive re-tokenisation.
     """
     if not path.is_file():
         raise UserError(f"There is no suffixes file {str(path)!r}.")
-    out = []
+    out: list[Suffix] = []
     for suffix in runs.read_suffixes(path):
+        if suffix.arm not in SUFFIX_ARMS:
+            raise UserError(f"Suffix {suffix.id} is of the arm {suffix.arm!r}; the arms are {', '.join(SUFFIX_ARMS)}.")
+        if suffix.id in {s.id for s in out}:
+            raise UserError(f"{path} holds two suffixes with the id {suffix.id!r}; give each its own.")
         chat = model.chat("Write a poem", suffix.text)
         if not survives_decoding(model.tokenizer, chat):
             raise UserError(

@@ -51,7 +51,7 @@ def _with_projection(
     x: Float[Tensor, "row token d_model"], unit: Float[Tensor, "*row d_model"], level: float
 ) -> Float[Tensor, "row token d_model"]:
     """x + (level − x·r̂) r̂, with one r̂ for all rows or one for each."""
-    r = unit.to(x.dtype)
+    r = unit.to(x)
     if r.dim() == 1:
         return x + (level - x @ r).unsqueeze(-1) * r
     return x + (level - x @ r[:, :, None]) * r[:, None]
@@ -72,7 +72,7 @@ def add(model: Model, vector: Float[Tensor, "*row d_model"], layer: int, alpha: 
     shift = shift if shift.dim() == 1 else shift[:, None]
 
     def push(x: Tensor, hook: Any) -> Tensor:
-        return x + shift.to(x.dtype)
+        return x + shift.to(x)
 
     with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", push)]):
         yield

@@ -78,7 +78,7 @@ class Model:
 
 
 def boot_bridge(hf: Any, tokenizer: Any, path: str) -> Any:
-    """Wrap a model that is already in memory; works offline (STACK.md says why each line is needed)."""
+    """Wrap a model that is already in memory; works offline."""
     from transformer_lens.model_bridge import TransformerBridge
 
     hf.config.architectures = [type(hf).__name__]

@@ -74,7 +74,7 @@ def _in_worker(task: Callable[..., Any], config: StudyConfig, part: tuple[Any, .
 def worker_model(config: StudyConfig) -> Model:
     """The study's model in a worker; the worker's next task finds it loaded."""
     named = {name: getattr(config, name) for name in ("model", "adapter", "dtype", "four_bit", "score_dtype")}
-    return _model(StudyConfig(**named, device="cuda" if config.attack_gpus else config.device))
+    return _model(StudyConfig(**named, device=config.device or ("cuda" if config.attack_gpus else None)))
 
 
 @functools.lru_cache(maxsize=1)

@@ -148,12 +148,22 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
     if name is None or name not in columns:
         wanted = column or " or ".join(TEXT_COLUMNS)
         raise UserError(f"{path} has no column {wanted}; it has {', '.join(columns) or 'none'}. Name one with column=.")
+    ours = ["policy", "topic"]
+    for key, known in (("kind", KINDS), ("split", SPLITS)):
+        values = {str(row[key]) for row in rows if row.get(key)}
+        if values & set(known):  # a column with none of our words is another's and means something else
+            ours.append(key)
+            if values - set(known):
+                wrong = min(values - set(known))
+                raise UserError(f"{path} has the {key} {wrong!r}; known are {', '.join(known)}.")
     prompts = []
     for number, row in enumerate(rows, 1):
         text = row.get(name)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{path}: row {number} has no text in column {name!r}; fill or remove it.")
-        extra = {key: str(row[key]) for key in ("kind", "split", "policy", "topic") if row.get(key)}
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{path}: row {number} holds half of a surrogate pair, which is no character; mend it.")
+        extra = {key: str(row[key]) for key in ours if row.get(key)}
         prompts.append(Prompt(id=str(row.get("id") or f"{path.stem}-{number:04d}"), text=text.strip(), **extra))
     if len({p.id for p in prompts}) < len(prompts):
         raise UserError(f"{path} has prompts with the same id; make the ids unique or leave them out.")

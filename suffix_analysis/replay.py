@@ -22,7 +22,7 @@ from suffix_analysis.batching import left_pad, pad_token
 from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import skipped
-from suffix_analysis.generate import ends
+from suffix_analysis.generate import continued
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 
@@ -125,7 +125,7 @@ def prepare(model: Model, chats: Sequence[Chat]) -> Prepared:
     kept: dict[tuple[str, int], Tensor] = {}
 
     def keep(x: Tensor, hook: Any, key: tuple[str, int]) -> None:
-        kept[key] = x.detach()
+        kept[key] = x.detach().to(model.hf.device)  # layers may lie on several devices
 
     last = model.n_layers - 1
     names = {(kind, n): f"blocks.{n}.{name}" for kind, name in KEPT.items() for n in range(model.n_layers)}
@@ -201,26 +201,22 @@ def _forward(prepared: Cached, copies: int, start: int, positions: Tensor | None
 
 @torch.no_grad()
 def reply(prepared: Cached, hooks: Sequence[Hook], length: int) -> list[str]:
-    """Greedy replies after the chat tokens have run under ``hooks``, which do not act on the reply's own tokens."""
-    hf, argument = prepared.model.hf, cache_argument(prepared.model.hf)
+    """Greedy replies after the chat tokens have run under ``hooks``, which do not act on the reply's own tokens.
+
+    Raises:
+        UserError: the model would change its rotation within a reply and run everything again without the hooks.
+    """
+    hf, tokenizer = prepared.model.hf, prepared.model.tokenizer
+    width, turn = prepared.mask.shape[1], getattr(hf.config, "original_max_position_embeddings", None)
+    if turn is not None and width <= turn < width + length:
+        raise UserError(f"A prompt has {width} tokens; the model rotates otherwise from {turn} on. Shorten it.")
     with prepared.model.bridge.hooks(fwd_hooks=list(hooks)):
         out = _forward(prepared, 1, 0, None)
-    cache, tokens = out[argument], [out.logits[:, -1].argmax(dim=-1)]
-    mask, stops = prepared.mask, ends(hf)
-    over = torch.isin(tokens[0], stops)
-    while len(tokens) < length and not bool(over.all()):
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        position = prepared.positions[:, -1:] + len(tokens)
-        with contiguous_head(hf):
-            out = hf(
-                input_ids=tokens[-1][:, None], attention_mask=mask, position_ids=position, use_cache=True,
-                logits_to_keep=1, **{argument: cache},
-            )  # fmt: skip
-        tokens.append(out.logits[:, -1].argmax(dim=-1))
-        over = over | torch.isin(tokens[-1], stops)
-    texts = []
-    for row in torch.stack(tokens, dim=1).cpu():
-        stop = torch.isin(row, stops.cpu()).nonzero().flatten()
-        ids = row[: int(stop[0])] if len(stop) else row
-        texts.append(str(prepared.model.tokenizer.decode(ids, skip_special_tokens=True)))
-    return texts
+    first = out.logits[:, -1:].argmax(dim=-1)
+    if length == 1:
+        return [str(text) for text in tokenizer.batch_decode(first, skip_special_tokens=True)]
+    ids = torch.cat([prepared.mask, first], dim=1)  # the cache holds all but the first token of the reply
+    mask = torch.cat([prepared.mask, torch.ones_like(first)], dim=1)
+    cache = out[cache_argument(hf)]
+    found, _ = continued(hf, pad_token(tokenizer), ids, mask, cache, length - 1, begun=1)
+    return [str(text) for text in tokenizer.batch_decode(found, skip_special_tokens=True)]

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 import tomllib
@@ -210,8 +211,13 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
             if not config.exists():
                 write_atomic(config, tomli_w.dumps(settings))
             yield
+    except ConnectionError:  # a closed pipe behind progress or results, among others: not the folder's fault
+        raise
     except OSError as error:
-        raise UserError(f"{folder} cannot be used: {error.strerror or error}; choose another with --out.") from error
+        told = error.strerror or error
+        if error.filename is not None and not Path(error.filename).absolute().is_relative_to(folder.absolute()):
+            raise UserError(f"{error.filename} cannot be used: {told}.") from error
+        raise UserError(f"{folder} cannot be used: {told}; choose another with --out.") from error
 
 
 def _lock(handle: Any, folder: Path) -> None:
@@ -239,17 +245,17 @@ def status(folder: Path) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "state": "running", "stages": {}, "peak_gib": 0.0}
 
 
-def finish_stage(folder: Path, name: str, seconds: float) -> None:
-    """Record that a stage's files are complete. Seconds of interrupted attempts are added up."""
+def add_seconds(folder: Path, name: str, seconds: float, state: str = "interrupted") -> None:
+    """Record a stage's state, ``done`` when its files are complete. Seconds of interrupted attempts add up."""
     now = status(folder)
     before = now["stages"].get(name, {}).get("seconds", 0.0)
-    now["stages"][name] = {"state": "done", "seconds": round(before + seconds, 2)}
+    now["stages"][name] = {"state": state, "seconds": round(before + seconds, 2)}
     now["peak_gib"] = max(now["peak_gib"], round(peak_gib(), 2))
     write_json(folder / "status.json", now)
 
 
 def set_state(folder: Path, state: str) -> None:
-    """Record the run's state: running, partly done, done or failed."""
+    """Record the run's state: running, partly done or done."""
     write_json(folder / "status.json", status(folder) | {"state": state})
 
 
@@ -264,7 +270,8 @@ def peak_gib() -> float:
         import resource
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def environment() -> dict[str, Any]:
@@ -301,8 +308,12 @@ def _cpu() -> str:
 
 def _revision() -> str:
     """The checkout's git revision, or empty for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    top = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(top), "rev-parse", "--show-toplevel", "--short", "HEAD"]
     with contextlib.suppress(OSError):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        found = done.stdout.split("\n")
+        # an environment inside another project's checkout must not take that one's revision for ours
+        if done.returncode == 0 and Path(found[0]).resolve() == top:
+            return found[1].strip()
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from suffix_analysis import attacking, replies, runs
-from suffix_analysis.analysis import analyze
+from suffix_analysis.analysis import analyze, n_forwards
 from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
@@ -120,9 +120,14 @@ class Study:
         done = runs.is_done(self.folder, name)
         self.narrator.stage(name, done)
         started = time.perf_counter()
-        yield not done
+        try:
+            yield not done
+        except BaseException:
+            with suppress(OSError):  # a full disk, perhaps
+                runs.add_seconds(self.folder, name, time.perf_counter() - started)
+            raise
         if not done:
-            runs.finish_stage(self.folder, name, time.perf_counter() - started)
+            runs.add_seconds(self.folder, name, time.perf_counter() - started, "done")
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +146,11 @@ class Study:
         harmful = [p for p in select if p.kind == "harmful"]
         tokens = self._refusal_tokens(select)
         if config.suffixes is not None:
-            runs.write_suffixes(self.folder / "suffixes.jsonl", given_suffixes(Path(config.suffixes), self.model))
+            given = given_suffixes(Path(config.suffixes), self.model)
+            own = [s for s in given if s.arm == "adversarial"]
+            made = attacking.make_controls(self.model, own, harmful, config, self._skip)
+            arms = {s.arm for s in given}
+            runs.write_suffixes(self.folder / "suffixes.jsonl", [*given, *(s for s in made if s.arm not in arms)])
             return
         refused = opens_refusal(self.fast, [self.model.chat(p.text).ids for p in harmful], tokens)
         train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed, refused.tolist())
@@ -149,13 +158,14 @@ class Study:
             from suffix_analysis.campaign import run_pool
 
             suffixes = run_pool(
-                self.folder, train, held_out, tokens, config,
+                self.folder, train, held_out, tokens, self.precise,
                 lambda done: self.narrator.progress(done, config.n_attacks, "attacks done"),
             )  # fmt: skip
         else:
             suffixes = [self._one_attack(number, train, held_out, tokens) for number in range(config.n_attacks)]
-        best = min(suffixes, key=lambda suffix: (suffix.arm == "failed", suffix.loss or 0.0))
-        controls = attacking.make_controls(self.model, best, held_out, config, self._skip)
+        ranked = sorted(suffixes, key=lambda suffix: (suffix.arm == "failed", suffix.loss or 0.0))
+        flipping = [suffix for suffix in ranked if suffix.arm == ranked[0].arm]
+        controls = attacking.make_controls(self.model, flipping, held_out, config, self._skip)
         runs.write_suffixes(self.folder / "suffixes.jsonl", [*attacking.numbered(suffixes), *controls])
 
     def _one_attack(
@@ -207,7 +217,7 @@ class Study:
             seed=config.seed,
         )
         direction = find_direction(
-            self.model, kinds[0], kinds[1], settings, refusal_tokens=tokens,
+            self.model, kinds[0], kinds[1], settings, refusal_tokens=tokens, search_dtype=self.fast_dtype,
             on_candidate=lambda done, total: self.narrator.progress(done, total, "candidate directions"),
         )  # fmt: skip
         save_direction(self.folder / "direction.safetensors", direction)
@@ -267,7 +277,7 @@ class Study:
         suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
         direction, prompts, config = self.direction(), self.prompts(), self.config
         traced = [s for s in suffixes if s.arm in ("adversarial", "failed") or s.number <= config.n_traced_controls]
-        total = self._n_forwards(prompts, traced)
+        total = n_forwards(prompts, traced, config.n_traced)
         done = 0
 
         def count(n: int) -> None:
@@ -279,7 +289,7 @@ class Study:
         if config.executor == "ray":
             from suffix_analysis import campaign
 
-            trace_all = partial(campaign.trace_all, direction=direction, config=config, on_prompts=count)
+            trace_all = partial(campaign.trace_all, direction=direction, config=self.precise, on_prompts=count)
         found = analyze(
             self.model, direction, prompts, traced,
             n_top=config.n_top_heads, max_prompts=config.n_traced, on_prompts=count, trace_all=trace_all,
@@ -323,12 +333,6 @@ class Study:
             self._skip("No shuffled suffix has the attack's token count everywhere, so no attention was transplanted.")
         for name, rows in tables.items():
             runs.write_table(findings / f"{name}.parquet", rows)
-
-    def _n_forwards(self, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]) -> int:
-        harmful = min(self.config.n_traced, sum(p.kind == "harmful" and p.split == "report" for p in prompts))
-        harmless = min(self.config.n_traced, sum(p.kind == "harmless" and p.split == "report" for p in prompts))
-        select = sum(p.kind == "harmful" and p.split == "select" for p in prompts)
-        return 2 * select + harmful * (1 + len(suffixes)) + 2 * harmless
 
     def _summary(self, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]) -> dict[str, Any]:
         counts: dict[str, dict[str, int]] = {}

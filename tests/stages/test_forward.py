@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from attacks.caches import prefix_cache
 from suffix_analysis.candidate_table import MARGIN
@@ -197,3 +198,21 @@ def test_a_checkpoints_own_penalties_do_not_reach_replies() -> None:
         config.repetition_penalty, config.no_repeat_ngram_size = None, None
     assert found == plain
     assert torch.equal(first, scores)
+
+
+def test_a_checkpoints_own_generation_settings_change_no_reply(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.model(family)
+    rows = [model.chat(text).ids for text in TEXTS]
+    plain = generate(model.hf, model.tokenizer, rows, 12)
+    monkeypatch.setattr(model.hf.generation_config, "use_cache", False)
+    monkeypatch.setattr(model.hf.generation_config, "max_length", 64)
+    transformers.logging.enable_propagation()
+    try:
+        with caplog.at_level("WARNING", logger="transformers"):
+            assert generate(model.hf, model.tokenizer, rows, 12) == plain
+            assert generate(model.hf, model.tokenizer, rows[:1], 12) == plain[:1]
+    finally:
+        transformers.logging.disable_propagation()
+    assert not caplog.records

@@ -11,6 +11,7 @@ from suffix_analysis.chat import REGIONS
 from suffix_analysis.errors import UserError
 from suffix_analysis.interventions import add
 from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
 from suffix_analysis.traces import trace
 from tests import tiny
 from tests.tiny import TEXTS, unit
@@ -94,6 +95,42 @@ def test_batch_size_and_padding_do_not_matter() -> None:
         alone = trace(model, [text], vector)
         torch.testing.assert_close(alone.contribution[0], together.contribution[i], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(alone.projection[0], together.projection[i], atol=1e-4, rtol=1e-4)
+
+
+def test_report_prompts_alone_choose_the_heads_with_one_half_and_show_the_other() -> None:
+    from suffix_analysis.directions import Direction
+
+    model, vector = tiny.model("qwen3"), unit(32)
+    means = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
+    direction = Direction(vector, -1, 2, [], means, means - vector, (1,), {})
+    prompts = [Prompt(f"h-{i}", f"harmful thing {i}", "harmful", "report") for i in range(5)]
+    counted: list[int] = []
+    found = analyze(model, direction, prompts, ["x y z"], n_top=3, n_views=1, on_prompts=counted.append)
+    assert {row["n_prompts"] for row in found.tables["profile"]} == {3}
+    assert {c["name"]: c["passed"] for c in found.checks}["separate splits"]
+    assert len(found.tables["top_heads"]) == 3
+    assert sum(counted) == 3 + 3 + 2 + 2
+    alone = analyze(model, direction, prompts[:1], ["x y z"], n_top=3, n_views=1)
+    assert not {c["name"]: c["passed"] for c in alone.checks}["separate splits"]
+
+
+def test_the_progress_bar_of_an_analysis_ends_where_it_ends() -> None:
+    from suffix_analysis.analysis import n_forwards
+    from suffix_analysis.directions import Direction
+
+    model, vector = tiny.model("llama"), unit(32)
+    means = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
+    prompts = [
+        Prompt(f"{k}-{s}-{i}", f"{k} thing {i} in {s}", k, s)
+        for k in ("harmful", "harmless")
+        for s in ("select", "report")
+        for i in range(3)
+    ]
+    suffixes = [Suffix("adversarial-1", "adversarial", "x y z"), Suffix("random-1", "random", "a b c")]
+    counted: list[int] = []
+    direction = Direction(vector, -1, 2, [], means, means - vector, (1,), {})
+    analyze(model, direction, prompts, suffixes, n_top=2, n_views=1, max_prompts=2, on_prompts=counted.append)
+    assert sum(counted) == n_forwards(prompts, suffixes, 2)
 
 
 def test_analysis_tables_are_complete_and_say_what_is_descriptive() -> None:

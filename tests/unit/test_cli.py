@@ -48,6 +48,9 @@ MISTAKES = [
     (["demo", "--score-dtype", "float8"], 2, "float8"),
     (["demo", "--no-such-flag"], 2, "no-such-flag"),
     (["run", "--config", "nowhere.toml"], 2, "nowhere.toml"),
+    (["run", "--prompts-per-split", "0"], 2, "prompts_per_split is 0"),
+    (["defend", "--most", "0"], 2, "--most is 0"),
+    (["defend", "--adaptive-steps", "-1"], 2, "--adaptive-steps -1"),
     (["report", "nowhere"], 1, "nowhere"),
     (["abilities", "arc_easy", "--out", "nowhere"], 2, "nowhere is no run folder"),
     (["demo", "--dtype", "int8"], 2, "int8"),
@@ -93,6 +96,42 @@ def test_flags_win_over_the_environment_over_the_file_over_the_defaults(
     (config,) = seen
     assert (config.steps, config.search_width, config.topk, config.model) == (7, 8, 256, "here")
     assert config.refusal_tokens == (40, 41) and config.n_instructions == StudyConfig().n_instructions
+
+
+def test_the_config_flag_has_a_variable_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SUFFIX_ANALYSIS_CONFIG", str(tmp_path / "none.toml"))
+    assert call(monkeypatch, "run") == 2
+    assert "none.toml cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_another_version_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text("an_old_setting = 3\n")
+    assert call(monkeypatch, "defend", str(tmp_path)) == 2
+    assert "another version" in capsys.readouterr().err
+
+
+def test_a_stage_command_takes_the_settings_of_the_folder_that_it_goes_on_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[StudyConfig] = []
+    monkeypatch.setattr(Study, "run", lambda self, stages=None: seen.append(self.config))
+    monkeypatch.setattr(cli, "_finish", lambda study, as_json: None)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/study", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.toml").write_text(f'model = "{folder}"\nsteps = 7\n')
+    (tmp_path / "c.toml").write_text("steps = 9\n")
+    assert call(monkeypatch, "analyze") == 0
+    assert call(monkeypatch, "run", "--out=mine", "--steps", "8") == 0
+    assert call(monkeypatch, "run", "--out", "mine", "--config", "c.toml") == 0
+    assert call(monkeypatch, "run", "--out", "new") == 0
+    assert [(c.model, c.steps) for c in seen] == [
+        ("runs/study", 7), ("mine", 8), ("embedded", 9), ("embedded", StudyConfig().steps)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("a \x1b[31mred\x1b[0m word"), 1)])

@@ -180,3 +180,20 @@ def test_no_text_stands_in_two_splits_or_kinds(tmp_path: Path) -> None:
     some = [{**row, "split": "report"} if i < 3 else row for i, row in enumerate(bad)]
     with pytest.raises(UserError, match=r"3 of 20 prompts in .* have a split"):
         study_prompts(files(tmp_path, some, good))
+
+
+def test_words_of_other_peoples_columns_are_not_ours(tmp_path: Path) -> None:
+    """A data set's own splits, as exported by Hugging Face, say nothing about fit, select and report."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Do {i}", "split": "train", "kind": "x"}) + "\n" for i in range(3)))
+    assert [(p.split, p.kind) for p in load_prompts(path)] == [("", "")] * 3
+    path.write_text('{"text": "Do a", "split": "fit"}\n{"text": "Do b", "split": "train"}\n')
+    with pytest.raises(UserError, match="has the split 'train'; known are fit, select, report"):
+        load_prompts(path)
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"text": "Do a"}\n{"text": "Do \\ud83d"}\n')
+    with pytest.raises(UserError, match="row 2 holds half of a surrogate pair"):
+        load_prompts(path)

@@ -95,10 +95,37 @@ def test_suffixes_round_trip(tmp_path: Path) -> None:
 
 
 def test_stage_record_adds_up_seconds(tmp_path: Path) -> None:
-    runs.finish_stage(tmp_path, "attack", 1.0)
-    runs.finish_stage(tmp_path, "attack", 2.0)
+    runs.add_seconds(tmp_path, "attack", 1.0)
+    assert not runs.is_done(tmp_path, "attack")
+    runs.add_seconds(tmp_path, "attack", 2.0, "done")
     assert runs.status(tmp_path)["stages"]["attack"] == {"state": "done", "seconds": 3.0}
     assert runs.is_done(tmp_path, "attack") and not runs.is_done(tmp_path, "replies")
+
+
+def test_only_a_folders_own_trouble_is_called_its_trouble(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(BrokenPipeError), runs.open_run(run, {}):
+        raise BrokenPipeError
+    with pytest.raises(UserError, match=r"^/elsewhere/x cannot be used: Permission denied\.$"), runs.open_run(run, {}):
+        raise PermissionError(13, "Permission denied", "/elsewhere/x")
+    with pytest.raises(UserError, match=r"run cannot be used: No space left.*--out"), runs.open_run(run, {}):
+        raise OSError(28, "No space left on device")
+
+
+def test_another_projects_revision_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, text=True, check=True).stdout
+
+    git("init", "-q")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs")
+    inside = tmp_path / "site-packages" / "suffix_analysis" / "runs.py"
+    inside.parent.mkdir(parents=True)
+    monkeypatch.setattr(runs, "__file__", str(inside))
+    assert runs._revision() == ""
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "suffix_analysis" / "runs.py"))
+    assert runs._revision() == git("rev-parse", "--short", "HEAD").strip()
 
 
 def test_damaged_table_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Suffixes that were found elsewhere, and the controls that are put beside suffixes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from suffix_analysis.attacking import make_controls
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.errors import UserError
+from suffix_analysis.inputs import given_suffixes
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
+from tests import tiny
+
+ATTACKS = ("red green blue tea", "one two three four")
+
+
+def written(folder: Path, *rows: dict[str, str]) -> Path:
+    """A file of suffixes."""
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def row(number: int, arm: str = "adversarial", text: str = ATTACKS[0]) -> dict[str, str]:
+    return {"id": f"{arm}-{number}", "arm": arm, "text": text}
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([row(1, "adverserial")], "of the arm 'adverserial'; the arms are adversarial, random"),
+        ([row(1), row(1, text=ATTACKS[1])], "two suffixes with the id 'adversarial-1'"),
+        ([row(1, "random")], "no suffix of the adversarial arm"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, rows: list[dict[str, str]], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        given_suffixes(written(tmp_path, *rows), tiny.model("llama"))
+
+
+def test_shuffled_controls_are_of_all_suffixes_and_the_others_have_the_firsts_length(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    suffixes = given_suffixes(written(tmp_path, row(1), row(2, text=ATTACKS[1])), model)
+    prompts = [Prompt("a", "Bake a cake", "harmful", "select"), Prompt("b", "Sing", "harmful", "select")]
+    told: list[str] = []
+    controls = make_controls(model, suffixes, prompts, StudyConfig(n_controls=3), told.append)
+    assert not told
+    assert [s.arm for s in controls] == ["random"] * 3 + ["shuffled"] * 3 + ["benign"] * 3
+    assert len({s.id for s in controls}) == 9
+    assert {s.n_tokens for s in controls if s.arm != "shuffled"} == {suffixes[0].n_tokens}
+
+    def bag(suffix: Suffix) -> list[int]:
+        return sorted(suffix.ids)
+
+    shuffled = [bag(s) for s in controls if s.arm == "shuffled"]
+    assert shuffled == [bag(suffixes[0]), bag(suffixes[0]), bag(suffixes[1])]
