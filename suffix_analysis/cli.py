@@ -153,12 +153,12 @@ def defend(
     as_json: AsJson = False,
 ) -> None:
     """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
+    if most < 2 or adaptive_steps < 0:
+        raise UsageError(f"--most is {most} and --adaptive-steps {adaptive_steps}; at least 2 and 0 are needed.")
     from suffix_analysis.detection import measure_detectors
     from suffix_analysis.mitigations import attack_defences, measure_mitigations
     from suffix_analysis.runs import read_suffixes, read_table, write_table
 
-    if most < 2 or adaptive_steps < 0:
-        raise UsageError(f"--most is {most} and --adaptive-steps {adaptive_steps}; at least 2 and 0 are needed.")
     console, findings = Console(), out / "findings"
     adapted: list[dict[str, Any]] = []
     with _held(out) as study:
