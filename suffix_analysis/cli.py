@@ -285,13 +285,9 @@ def _held(out: Path) -> Iterator[Study]:
 
 def _finish(study: Study, as_json: bool) -> None:
     """Build the report and print where it is, with the headline numbers."""
-    from reports import ReportError, build_report
     from suffix_analysis.runs import read_table
 
-    try:
-        page = build_report(study.folder)
-    except ReportError as error:
-        raise UserError(f"The findings are complete, but the report failed: {error}") from error
+    page = _build(study.folder)
     rows = read_table(study.folder / "findings" / "refusal.parquet")
     result = {"report": str(page), "refusal": rows}
     lines = [
@@ -304,13 +300,18 @@ def _finish(study: Study, as_json: bool) -> None:
 
 def _renew_report(folder: Path) -> None:
     """Build the report again where there is one, for findings that were added to a run."""
+    if (folder / "report.html").exists():
+        _build(folder)
+
+
+def _build(folder: Path) -> Path:
+    """Build the report of findings that are there."""
     from reports import ReportError, build_report
 
-    if (folder / "report.html").exists():
-        try:
-            build_report(folder)
-        except ReportError as error:
-            raise UserError(f"The findings are complete, but the report failed: {error}") from error
+    try:
+        return build_report(folder)
+    except ReportError as error:
+        raise UserError(f"The findings are complete, but the report failed: {error}") from error
 
 
 def _print_result(value: Any, as_json: bool, lines: Any) -> None:

@@ -152,7 +152,7 @@ def restored(
     ``threshold``; both are read in the same forward, so this costs nothing. ``strength`` is the share of the way: 0
     changes nothing, bit for bit.
     """
-    layer, unit = direction.layer, direction.unit
+    layer, unit = direction.layer, direction.unit.to(model.hf.device)
     low, high = (float(means[layer] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
     with watched_place(model, behind) as place:
 

@@ -80,12 +80,18 @@ def test_unknown_settings_in_a_file(
     assert "stepz" in capsys.readouterr().err
 
 
-def test_flags_win_over_the_environment_over_the_file_over_the_defaults(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    seen: list[StudyConfig] = []
-    monkeypatch.setattr(Study, "run", lambda self, stages=None: seen.append(self.config))
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
+    """The settings of the studies that commands would run; none runs."""
+    found: list[StudyConfig] = []
+    monkeypatch.setattr(Study, "run", lambda self, stages=None: found.append(self.config))
     monkeypatch.setattr(cli, "_finish", lambda study, as_json: None)
+    return found
+
+
+def test_flags_win_over_the_environment_over_the_file_over_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seen: list[StudyConfig]
+) -> None:
     file = tmp_path / "c.toml"
     file.write_text('steps = 7\nsearch_width = 7\ntopk = 7\nmodel = "here"\nrefusal_tokens = [40, 41]\n')
     monkeypatch.setenv("SUFFIX_ANALYSIS_SEARCH_WIDTH", "8")
@@ -115,11 +121,8 @@ def test_a_run_folder_of_another_version_is_named(
 
 
 def test_a_stage_command_takes_the_settings_of_the_folder_that_it_goes_on_with(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seen: list[StudyConfig]
 ) -> None:
-    seen: list[StudyConfig] = []
-    monkeypatch.setattr(Study, "run", lambda self, stages=None: seen.append(self.config))
-    monkeypatch.setattr(cli, "_finish", lambda study, as_json: None)
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/study", "mine"):
         (tmp_path / folder).mkdir(parents=True)
