@@ -80,8 +80,9 @@ def continued(
     *,
     begun: int = 0,
     **settings: Any,
-) -> tuple[list[Int[Tensor, " _"]], Float[Tensor, "row vocab"]]:
-    """The tokens of greedy replies to padded rows, up to what ends them, and the logits of the first new token.
+) -> tuple[list[Int[Tensor, " _"]], Float[Tensor, "first vocab"]]:
+    """The tokens of greedy replies to padded rows, up to what ends them, and the logits of the first new token
+    (of no rows, where nothing is left to add).
 
     In parts of ``PART`` tokens, after each of which the replies that have ended leave the batch.
 
@@ -117,8 +118,20 @@ def continued(
             first.append(scores.float().cpu())
         return scores
 
-    while len(going_on):
+    while True:
         n_before = ids.shape[1]
+        stopped = torch.isin(ids[:, length - begun :], stops)
+        over = stopped.any(dim=1) | (n_before - length >= max_new_tokens)
+        for row in over.nonzero().flatten().tolist():
+            n_reply = int((~stopped[row]).long().cumprod(0).sum())  # what follows the end is padding
+            found[int(going_on[row])] = ids[row, length - begun :][:n_reply]
+        if over.all():
+            return found, first[0] if first else torch.zeros(0, 0)
+        if over.any():
+            stay = (~over).nonzero().flatten()
+            ids, mask, going_on = ids[stay], mask[stay], going_on[stay.cpu()]
+            if cache is not None:
+                cache.batch_select_indices(stay.cpu())  # layers may lie on several devices
         with contiguous_head(hf):
             out = hf.generate(
                 input_ids=ids,
@@ -132,16 +145,6 @@ def continued(
         settings = settings | {"begin_suppress_tokens": None}  # later parts do not begin the reply
         cache, ids = out[name], out.sequences
         mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - n_before)], dim=1)
-        stopped = torch.isin(ids[:, length - begun :], stops)
-        over = stopped.any(dim=1) | (ids.shape[1] - length >= max_new_tokens)
-        for row in over.nonzero().flatten().tolist():
-            n_reply = int((~stopped[row]).long().cumprod(0).sum())  # what follows the end is padding
-            found[int(going_on[row])] = ids[row, length - begun :][:n_reply]
-        stay = (~over).nonzero().flatten()
-        ids, mask, going_on = ids[stay], mask[stay], going_on[stay.cpu()]
-        if len(stay):
-            cache.batch_select_indices(stay.cpu())  # layers may lie on several devices
-    return found, first[0]
 
 
 def _ends(hf: Any) -> Int[Tensor, " end"]:

@@ -213,8 +213,6 @@ def reply(prepared: Cached, hooks: Sequence[Hook], length: int) -> list[str]:
     with prepared.model.bridge.hooks(fwd_hooks=list(hooks)):
         out = _forward(prepared, 1, 0, None)
     first = out.logits[:, -1:].argmax(dim=-1)
-    if length == 1:
-        return [str(text) for text in tokenizer.batch_decode(first, skip_special_tokens=True)]
     ids = torch.cat([prepared.mask, first], dim=1)  # the cache holds all but the first token of the reply
     mask = torch.cat([prepared.mask, torch.ones_like(first)], dim=1)
     cache = out[cache_argument(hf)]

@@ -200,6 +200,19 @@ def test_replies_without_an_intervention_are_the_models_own(runs: tuple[Model, P
     model, _, attacked = runs
     expected = generate(model.hf, model.tokenizer, [chat.ids for chat in attacked.chats], 6)
     assert reply(attacked, [], 6) == expected
+    first = generate(model.hf, model.tokenizer, [chat.ids for chat in attacked.chats], 1)
+    assert reply(attacked, [], 1) == first
+
+
+def test_a_reply_whose_first_token_ends_it_is_empty_and_leaves_the_others_alone(
+    runs: tuple[Model, Prepared, Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, attacked = runs
+    stop = int(attacked.logits[0].argmax())
+    monkeypatch.setattr(model.hf.generation_config, "eos_token_id", [stop])
+    replies = reply(attacked, [], 10)
+    assert replies[0] == ""
+    assert replies == generate(model.hf, model.tokenizer, [chat.ids for chat in attacked.chats], 10)
 
 
 def test_dominance_is_one_over_all_regions_and_traces_reach_every_chat_token(
