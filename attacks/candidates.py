@@ -158,3 +158,25 @@ def draw(
             "filter_ids=False."
         )
     return torch.tensor(list(seen)[1 : config.search_width + 1]), rejected
+
+
+def combined(
+    leaders: Int[Tensor, "cand suffix"], current: Int[Tensor, " suffix"], n: int
+) -> Int[Tensor, "merged suffix"]:
+    """The changes of the best two, three, … ``n`` of ``leaders`` put into ``current`` together.
+
+    ``leaders`` come best first; one that changes a position which a better one has changed already is passed over.
+    That several tokens can thus be replaced in one step is the multi-candidate update of Jia et al. 2024
+    (arXiv 2405.21018).
+    """
+    row, taken = current.clone(), torch.zeros(len(current), dtype=torch.bool)
+    rows: list[Tensor] = []
+    for leader in leaders:
+        changed = leader != current
+        if bool((changed & taken).any()):
+            continue
+        row, taken = torch.where(changed, leader, row), taken | changed
+        rows.append(row)
+        if len(rows) == n:
+            break
+    return torch.stack(rows[1:]) if len(rows) > 1 else leaders[:0]

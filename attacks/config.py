@@ -29,7 +29,8 @@ class GCGConfig:
     fewer) candidates in the first steps, going in a straight line to ``n_replace`` and ``search_width`` at half of
     ``num_steps``. ``even_positions`` spreads the candidates over the positions instead of drawing positions at random.
     ``halving`` scores the candidates of a universal attack on one conversation after another, each time going on with
-    the better half only. ``patience`` steps without a new best send the search back to the best suffix.
+    the better half only. ``merge`` lets the changes of the best 2, 3, … ``merge`` candidates compete together
+    (Jia et al. 2024, arXiv 2405.21018). ``patience`` steps without a new best send the search back to the best suffix.
     """
 
     num_steps: int = 250
@@ -55,6 +56,7 @@ class GCGConfig:
     search_width_start: int | None = None
     even_positions: bool = False
     halving: bool = True
+    merge: int = 0
     patience: int | None = None
     compat: bool = False
 
@@ -64,8 +66,9 @@ class GCGConfig:
         for name in ("num_steps", "search_width", "topk", "n_replace", "rescore"):
             if getattr(self, name) < 1:
                 raise AttackError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.buffer_size < 0:
-            raise AttackError(f"buffer_size is {self.buffer_size}; it must be 0 or more.")
+        for name in ("buffer_size", "merge"):
+            if getattr(self, name) < 0:
+                raise AttackError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.batch_size is not None and self.batch_size < 1:
             raise AttackError(f"batch_size is {self.batch_size}; leave it out or give at least 1.")
         if not 0 <= self.momentum < 1:
@@ -96,6 +99,7 @@ NANOGCG: dict[str, Any] = {
     "search_width_start": None,
     "even_positions": False,
     "halving": False,
+    "merge": 0,
     "patience": None,
 }
 

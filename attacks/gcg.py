@@ -138,8 +138,8 @@ class GCG:
         plan = at_step(self.config, self.step)
         candidates, rejected = draw(ids, gradient, self.forbidden, plan, self.generator, self._keep())
         first = self.step % self.search.active if self.config.halving else None
-        winner, per_goal, matched = rescored_best(self.search, self.exact, candidates, ids, first)
-        loss, chosen = float(per_goal.mean()), tuple(candidates[winner].tolist())
+        won = rescored_best(self.search, self.exact, candidates, ids, first, self._keep())
+        loss, chosen = float(won.per_goal.mean()), tuple(won.ids.tolist())
         if self.config.buffer_size == 0 or loss < self.buffer[-1][0]:
             self.buffer = _push(self.buffer, self.config.buffer_size, (loss, chosen))
         # nanoGCG reports the buffer's best string beside this step's loss, whether or not they belong together
@@ -155,17 +155,17 @@ class GCG:
             ids=told,
             string=string,
             best_string=self.best[2],
-            per_goal=tuple(per_goal.tolist()),
-            n_candidates=len(candidates),
+            per_goal=tuple(won.per_goal.tolist()),
+            n_candidates=won.n_scored,
             n_rejected=rejected,
             seconds=time.perf_counter() - started,
             flops=self._flops() - flops,
             # nanoGCG stops at a match of any candidate, also one that it does not take
             matched=any(scorer.seen_match for scorer in self._both)
             if self.config.compat
-            else bool(matched.all()) and self.search.active == len(self.slots),
+            else bool(won.matched.all()) and self.search.active == len(self.slots),
         )
-        if bool(matched.all()) and self.search.active < len(self.slots):
+        if bool(won.matched.all()) and self.search.active < len(self.slots):
             self._take_in_a_goal()
         elif self.config.patience is not None and self.step - self.best_step >= self.config.patience:
             self.buffer, self.best_step = [(self.best[0], self.best[1])], self.step

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attacks.caches import cache_argument, croppable, fresh, prefix_cache
+from attacks.candidates import combined
 from attacks.config import AttackError, GCGConfig
 from attacks.grouping import first_changes, group_by_start, overhead_tokens
 from attacks.memory import free_bytes, most_candidates
@@ -173,28 +174,53 @@ class Scorer:
         return (target_loss(logits, slot.target_ids, self.config) + read()).cpu(), matched.cpu()
 
 
+@dataclass(frozen=True)
+class Winner:
+    """What a step takes: the suffix, its loss per goal, whether targets are matched, and how many were scored."""
+
+    ids: Int[Tensor, " suffix"]
+    per_goal: Float[Tensor, " goal"]
+    matched: Bool[Tensor, " goal"]
+    n_scored: int
+
+
 def rescored_best(
-    search: Scorer, exact: Scorer | None, ids: Tensor, current: Tensor | None = None, first: int | None = None
-) -> tuple[int, Tensor, Tensor]:
-    """The best candidate's index, its loss per goal and whether each target is matched; drawn from ``current``.
+    search: Scorer,
+    exact: Scorer | None,
+    ids: Int[Tensor, "cand suffix"],
+    current: Int[Tensor, " suffix"] | None = None,
+    first: int | None = None,
+    keep: Callable[[Tensor], Bool[Tensor, " cand"]] | None = None,
+) -> Winner:
+    """The best of the candidates ``ids``, which were drawn from ``current``.
 
     With ``exact`` given, ``search`` only shortlists and ``exact`` decides: at most ``config.rescore`` candidates, and
     of those only the ones that the search's error, as seen so far, could have kept from winning. ``first`` halves the
-    candidates from conversation to conversation (see :class:`Scorer`).
+    candidates from conversation to conversation (see :class:`Scorer`). With ``config.merge``, combinations of the
+    leaders that ``keep`` accepts take part too.
     """
     margin = 0.0 if exact is None else None if search.error is None else 2 * search.error
     losses, matched = search(ids, current, margin, first)
+    if search.config.merge > 1 and current is not None:
+        means = losses.mean(dim=1)
+        ranked = means.argsort()[: int(means.isfinite().sum())]  # what was dropped has no loss
+        more = combined(ids[ranked], current, search.config.merge)
+        more = more if keep is None or not len(more) else more[keep(more)]
+        if len(more):
+            found = search(more, current, None, None)
+            ids = torch.cat([ids, more])
+            losses, matched = torch.cat([losses, found[0]]), torch.cat([matched, found[1]])
     means = losses.mean(dim=1)
-    if exact is not None:
-        order = means.argsort()[: search.config.rescore]
-        if search.error is not None:
-            order = order[means[order] <= means[order[0]] + 2 * search.error]
-        losses, matched = exact(ids[order], current, 0.0)
-        errors = (losses.mean(dim=1) - means[order]).abs()
-        seen = float(errors[errors.isfinite()].max())
-        # the largest error seen, slowly forgotten: losses and their rounding shrink as the attack goes on
-        search.error = seen if search.error is None else max(seen, ERROR_MEMORY * search.error)
-        winner = int(losses.mean(dim=1).argmin())
-        return int(order[winner]), losses[winner], matched[winner]
-    winner = int(means.argmin())
-    return winner, losses[winner], matched[winner]
+    if exact is None:
+        best = int(means.argmin())
+        return Winner(ids[best], losses[best], matched[best], len(ids))
+    order = means.argsort()[: search.config.rescore]
+    if search.error is not None:
+        order = order[means[order] <= means[order[0]] + 2 * search.error]
+    losses, matched = exact(ids[order], current, 0.0)
+    errors = (losses.mean(dim=1) - means[order]).abs()
+    seen = float(errors[errors.isfinite()].max())
+    # the largest error seen, slowly forgotten: losses and their rounding shrink as the attack goes on
+    search.error = seen if search.error is None else max(seen, ERROR_MEMORY * search.error)
+    best = int(losses.mean(dim=1).argmin())
+    return Winner(ids[order[best]], losses[best], matched[best], len(ids))

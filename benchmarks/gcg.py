@@ -166,18 +166,18 @@ def agreement(n: int = 4, steps: int = 20, width: int = 128) -> None:
     hf, tokenizer = model_in(torch.float32)
     same = total = 0
     for text in instructions(n):
-        config = attacks.GCGConfig(num_steps=steps, search_width=width, score_dtype="bfloat16", **SETTINGS)
+        config = attacks.GCGConfig(num_steps=steps, search_width=width, score_dtype="bfloat16", merge=0, **SETTINGS)
         attack = attacks.GCG(hf, tokenizer, text, TARGET, config)
         for _ in range(steps):
             ids = torch.tensor(attack.buffer[0][1])
             gradient = token_gradient(attack.search.model, attack.slots, attack.search.caches, ids, config)
             pool, _ = draw(ids, gradient, attack.forbidden, config, attack.generator, attack._keep())
-            winner, per_goal, _ = rescored_best(attack.search, attack.exact, pool, ids)
+            won = rescored_best(attack.search, attack.exact, pool, ids)
             assert attack.exact is not None
             truth, _ = attack.exact(pool, ids)
-            same += winner == int(truth.mean(dim=1).argmin())
+            same += won.ids.tolist() == pool[int(truth.mean(dim=1).argmin())].tolist()
             total += 1
-            attack.buffer = [(float(per_goal.mean()), tuple(pool[winner].tolist()))]
+            attack.buffer = [(float(won.per_goal.mean()), tuple(won.ids.tolist()))]
     print(f"same winner in {same} of {total} steps ({same / total:.1%})")
 
 
@@ -237,71 +237,6 @@ def race(n: int = 6, steps: int = 60, width: int = 128, seeds: int = 1) -> None:
                 flush=True,
             )
     print(f"median share of nanoGCG's time: 1/{1 / statistics.median(shares):.1f}")
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "even positions": {"even_positions": True},
-    "momentum 0.4": {"momentum": 0.4},
-    "n_replace 3 to 1": {"n_replace_start": 3},
-    "topk 64": {"topk": 64},
-    "patience 5": {"patience": 5},
-    "width 96 to 53": {"search_width_start": 96, "search_width": 53},  # as many candidates in all as 64 throughout
-}
-
-
-HEADER = "variant,instruction,seed,width,step,seconds,best_loss,tflop"
-
-
-@app.command
-def search(
-    n: int = 6, seeds: int = 2, steps: int = 60, width: int = 64, out: str = "benchmarks/gcg_search.csv"
-) -> None:
-    """Loss against time and work of the search's variants: ``n`` instructions × ``seeds`` × ``steps``, table and CSV.
-
-    Wins count the attacks in which a variant ends below the plain search; the interval is over instructions × seeds.
-    Attacks that the CSV holds already are not run again. Seconds are worth something only where nothing else ran;
-    losses and FLOPs do not depend on that.
-    """
-    from scipy import stats
-
-    hf, tokenizer = model_in(torch.float32)
-    ends: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    path = Path(out)
-    rows = path.read_text().splitlines() if path.exists() else [HEADER]
-    have = {tuple(row.split(",")[:4]): float(row.split(",")[6]) for row in rows if row.split(",")[4] == str(steps)}
-    rows = [row for row in rows if row.startswith("variant,") or tuple(row.split(",")[:4]) in have]
-    for i, text in enumerate(instructions(n)):
-        for seed in range(seeds):
-            for name, changes in VARIANTS.items():
-                key = (name, str(i), str(seed), str(width))
-                if key in have:
-                    ends[name].append(have[key])
-                    continue
-                config = attacks.GCGConfig(
-                    **{"num_steps": steps, "search_width": width, **SETTINGS, "seed": seed} | changes
-                )
-                spent = work = 0.0
-                for step in attacks.GCG(hf, tokenizer, text, TARGET, config).steps():
-                    spent, work = spent + step.seconds, work + step.flops / 1e12
-                    rows.append(f"{','.join(key)},{step.step},{spent:.2f},{step.best_loss:.4f},{work:.3f}")
-                ends[name].append(step.best_loss)
-                path.write_text("\n".join(rows) + "\n")
-            print(
-                f"  instruction {i}, seed {seed}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in ends.items()), flush=True
-            )
-    for name, losses in ends.items():
-        gains = [b - a for a, b in zip(losses, ends["plain"], strict=True)]
-        low, high = (0.0, 0.0)
-        if any(gains):
-            found = stats.bootstrap((gains,), statistics.fmean, n_resamples=2000, vectorized=False, random_state=0)
-            low, high = found.confidence_interval
-        wins = sum(gain > 0 for gain in gains)
-        told = f"better by {statistics.fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {wins} of {len(gains)}"
-        last = [row.split(",") for row in rows if row.split(",")[0] == name and row.split(",")[4] == str(steps)]
-        cost = f"{statistics.fmean(float(row[5]) for row in last):.0f} s, "
-        cost += f"{statistics.fmean(float(row[7]) for row in last):.1f} TFLOP an attack"
-        print(f"{name:18} mean best loss {statistics.fmean(losses):.3f}, {told}; {cost}")
 
 
 @app.command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -50,7 +51,7 @@ EXTRAS: list[dict[str, Any]] = [
     {"score_dtype": "float32", "buffer_size": 3},
     {"score_dtype": "bfloat16", "buffer_size": 3},
     {"momentum": 0.5, "n_replace_start": 3, "even_positions": True, "search_width_start": 40},
-    {"progressive_goals": True, "patience": 2},
+    {"progressive_goals": True, "patience": 2, "merge": 4},
 ]
 
 
@@ -77,8 +78,8 @@ def test_goals_join_when_the_present_ones_are_met(monkeypatch: pytest.MonkeyPatc
     original = gcg.rescored_best
 
     def met_at_step_2(*args: Any) -> Any:
-        winner, losses, matched = original(*args)
-        return winner, losses, torch.full_like(matched, attack.step == 1)
+        won = original(*args)
+        return dataclasses.replace(won, matched=torch.full_like(won.matched, attack.step == 1))
 
     monkeypatch.setattr(gcg, "rescored_best", met_at_step_2)
     steps = list(attack.steps())

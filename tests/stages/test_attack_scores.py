@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import attacks
-from attacks.candidates import token_gradient
+from attacks.candidates import combined, token_gradient
 from attacks.grouping import first_changes, group_by_start
 from attacks.scorer import Scorer, rescored_best
+from attacks.slot import survives
 from tests import tiny
 from tests.small_attacks import INIT, SMALL, TALKS, plain_loss
 
@@ -80,15 +81,39 @@ def test_only_what_the_searchs_error_could_hide_is_scored_again() -> None:
     ids = slot.suffix_ids.repeat(40, 1)
     ids[torch.arange(40), torch.arange(40) % 8] = torch.arange(300, 340)
     truth = exact(ids)[0][:, 0]
-    winner, _, _ = rescored_best(search, exact, ids)
-    assert winner == int(truth.argmin())
+    winner = ids[int(truth.argmin())].tolist()
+    assert rescored_best(search, exact, ids).ids.tolist() == winner
     first = exact.flops
     assert search.error is not None
     assert 0 < search.error < 0.2
-    winner, losses, _ = rescored_best(search, exact, ids)
-    assert winner == int(truth.argmin())
-    assert float(losses) == pytest.approx(float(truth.min()), abs=1e-5)
+    won = rescored_best(search, exact, ids)
+    assert won.ids.tolist() == winner
+    assert float(won.per_goal) == pytest.approx(float(truth.min()), abs=1e-5)
     assert exact.flops - first < first
+
+
+def test_combined_leaders_are_the_changes_together() -> None:
+    current = torch.tensor([1, 2, 3, 4])
+    leaders = torch.tensor([[1, 9, 3, 4], [1, 8, 3, 4], [7, 2, 3, 4], [1, 2, 6, 5], [1, 2, 3, 0]])
+    # the second changes what the first has changed already, the fifth what the fourth has
+    assert combined(leaders, current, 8).tolist() == [[7, 9, 3, 4], [7, 9, 6, 5]]
+    assert combined(leaders, current, 2).tolist() == [[7, 9, 3, 4]]
+    assert combined(leaders[:2], current, 8).shape == (0, 4)
+
+
+def test_the_best_of_single_and_combined_candidates_wins(family: str) -> None:
+    model, tok = tiny.hf_model(family), tiny.tokenizer()
+    config = attacks.GCGConfig(**{**SMALL, "num_steps": 10}, merge=6)
+    attack = attacks.GCG(model, tok, TALKS[:2], "Sure, here", config)
+    replaced, before = [], attack.slots[0].suffix_ids.tolist()
+    for step in attack.steps():
+        assert bool(survives(tok, attack.slots, torch.tensor([step.ids]))[0])
+        losses = [plain_loss(model, slot, torch.tensor(step.ids)) for slot in attack.slots]
+        assert list(step.per_goal) == pytest.approx(losses, abs=2e-5)
+        assert config.search_width <= step.n_candidates <= config.search_width + config.merge - 1
+        replaced.append(sum(a != b for a, b in zip(before, step.ids, strict=True)))
+        before = list(step.ids)
+    assert max(replaced) > 1  # each candidate of its own replaces one
 
 
 def test_flops_count_every_token_that_is_run() -> None:
