@@ -17,16 +17,19 @@ import attacks
 
 app = cyclopts.App(help=__doc__)
 
+MERGE = {"merge": 8}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "merge 8": {"merge": 8},
-    "even positions": {"even_positions": True},
-    "momentum 0.4": {"momentum": 0.4},
-    "n_replace 3 to 1": {"n_replace_start": 3},
-    "topk 64": {"topk": 64},
-    "patience 5": {"patience": 5},
-    "width 96 to 53": {"search_width_start": 96, "search_width": 53},  # as many candidates in all as 64 throughout
-    "width 32": {"search_width": 32, "num_steps": 110},  # about as much work
+    "plain": {"merge": 0},
+    "merge 8": MERGE,
+    "merge 16": {"merge": 16},
+    "merge 8, even positions": MERGE | {"even_positions": True},
+    "merge 8, momentum 0.4": MERGE | {"momentum": 0.4},
+    "merge 8, n_replace 3 to 1": MERGE | {"n_replace_start": 3},
+    "merge 8, topk 64": MERGE | {"topk": 64},
+    "merge 8, patience 5": MERGE | {"patience": 5},
+    "merge 8, width 48 to 27": MERGE
+    | {"search_width_start": 48, "search_width": 27},  # as many in all as 32 throughout
+    "merge 8, width 64": MERGE | {"search_width": 64, "num_steps": 40},  # about as much work
 }
 
 
@@ -38,7 +41,7 @@ def search(
     n: int = 6,
     seeds: int = 2,
     steps: int = 60,
-    width: int = 64,
+    width: int = 32,
     variants: list[str] | None = None,
     out: str = "benchmarks/gcg_search.csv",
 ) -> None:
@@ -52,8 +55,8 @@ def search(
     hf, tokenizer = model_in(torch.float32)
     path = Path(out)
     done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=HEADER.split(","))
-    for (i, text), seed in itertools.product(enumerate(instructions(n)), range(seeds)):
-        for name in variants or VARIANTS:
+    for seed, (i, text) in itertools.product(range(seeds), enumerate(instructions(n))):
+        for name in variants or VARIANTS:  # all of them before the next pair, so that what there is can be compared
             plan = {"num_steps": steps, "search_width": width, **SETTINGS, "seed": seed} | VARIANTS[name]
             here = (done.variant == name) & (done.instruction == i) & (done.seed == seed) & (done.width == width)
             if done.step[here].max() == plan["num_steps"]:
@@ -90,7 +93,7 @@ def summary(done: Any) -> None:
             wins = sum(gain > 0 for gain in gains)
             told = f"better by {statistics.fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {wins} of {len(gains)}"
         mean, took = statistics.fmean(losses), statistics.median(seconds)
-        print(f"{name:18} mean best loss {mean:.3f} in {took:.0f} s (median); {told}")
+        print(f"{name:26} mean best loss {mean:.3f} in {took:.0f} s (median); {told}")
 
 
 if __name__ == "__main__":
