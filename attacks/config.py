@@ -30,7 +30,8 @@ class GCGConfig:
     ``num_steps``. ``even_positions`` spreads the candidates over the positions instead of drawing positions at random.
     ``halving`` scores the candidates of a universal attack on one conversation after another, each time going on with
     the better half only. ``merge`` lets the changes of the best 2, 3, … ``merge`` candidates compete together
-    (Jia et al. 2024, arXiv 2405.21018). ``patience`` steps without a new best send the search back to the best suffix.
+    (Jia et al. 2024, arXiv 2405.21018), which halves the time to a given loss here (benchmarks/README.md); 0 and 1 turn
+    it off. ``patience`` steps without a new best send the search back to the best suffix.
     """
 
     num_steps: int = 250
@@ -56,7 +57,7 @@ class GCGConfig:
     search_width_start: int | None = None
     even_positions: bool = False
     halving: bool = True
-    merge: int = 0
+    merge: int = 8
     patience: int | None = None
     compat: bool = False
 

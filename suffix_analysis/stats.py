@@ -27,22 +27,38 @@ class Interval:
     descriptive: bool
 
 
+def small_sample(n: int) -> float:
+    """What a bootstrap over ``n`` draws must be widened by to cover as Student's t does: √(n/(n − 1)) · t(n − 1)/z.
+
+    A resampled mean varies less than a mean does, by (n − 1)/n, and its quantiles are the normal ones: with eight
+    suffixes 95 % intervals would cover 88 to 90 %.
+    """
+    from scipy.stats import norm, t
+
+    return float(np.sqrt(n / (n - 1)) * t.ppf(0.975, n - 1) / norm.ppf(0.975))
+
+
+def _weights(rng: np.random.Generator, n: int, draws: int) -> Float[ndarray, "draw n"]:
+    """Weights of ``n`` resampled units, their distance from equal weights widened for a small sample."""
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
+    return drawn if n == 1 else 1 / n + small_sample(n) * (drawn - 1 / n)
+
+
 def resampled_means(
     cells: Float[ndarray, "prompt suffix measure"], seed: int = 0, draws: int = DRAWS, stream: int = 0
 ) -> Float[ndarray, "draw measure"]:
-    """Means over bootstrap draws of prompts and, where there are several, of suffixes.
+    """Means over bootstrap draws of prompts and, where there are enough, of suffixes.
 
     Both factors are drawn with replacement and independently (two-way bootstrap), because cells that share an
-    instruction or a suffix are not independent. The same seed draws the same prompts, so differences between arms
-    over the same prompts are paired; ``stream`` draws other suffixes, because those of two arms are not.
+    instruction or a suffix are not independent. Of fewer suffixes than a claim needs, the mean is of these and only
+    prompts are drawn. The same seed draws the same prompts, so differences between arms over the same prompts are
+    paired; ``stream`` draws other suffixes, because those of two arms are not.
     """
-    rng = np.random.default_rng(seed)
     n_prompts, n_suffixes, n_measures = cells.shape
-    prompt_weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=draws) / n_prompts
-    if n_suffixes == 1:
-        return prompt_weights @ cells[:, 0, :]
-    suffix_rng = np.random.default_rng([seed, n_suffixes, stream])
-    suffix_weights = suffix_rng.multinomial(n_suffixes, np.full(n_suffixes, 1 / n_suffixes), size=draws) / n_suffixes
+    prompt_weights = _weights(np.random.default_rng(seed), n_prompts, draws)
+    if n_suffixes < MIN_SUFFIXES:
+        return prompt_weights @ cells.mean(axis=1)
+    suffix_weights = _weights(np.random.default_rng([seed, n_suffixes, stream]), n_suffixes, draws)
     out = np.empty((draws, n_measures))
     for start in range(0, draws, 250):  # in blocks: the intermediate is draws × suffixes × measures
         block = slice(start, start + 250)
@@ -77,6 +93,8 @@ def interval(
     """
     mean, (lo,), (hi,) = interval_table(cells[:, :, None], seed)
     n_prompts, n_suffixes = cells.shape
+    if rate:
+        lo, hi = max(0.0, lo), min(1.0, hi)
     if rate and _is_certain(cells):
         _, lo, hi = rate_interval(cells[:, 0])
     return Interval(
@@ -85,7 +103,7 @@ def interval(
         hi=float(hi),
         n_prompts=n_prompts,
         n_suffixes=n_suffixes if suffix_arm else 0,
-        resampled="prompts and suffixes" if n_suffixes > 1 else "prompts",
+        resampled="prompts and suffixes" if n_suffixes >= MIN_SUFFIXES else "prompts",
         descriptive=(suffix_arm and n_suffixes < MIN_SUFFIXES) or n_prompts < 2,
     )
 
@@ -113,11 +131,13 @@ def contrast(
         raise ValueError(f"the arms have {arm.shape[0]} and {against.shape[0]} prompts; a contrast pairs them")
     draws = resampled_means(arm[:, :, None], seed)[:, 0] - resampled_means(against[:, :, None], seed, stream=1)[:, 0]
     lo, hi = np.quantile(draws, [0.025, 0.975])
+    if rate:
+        lo, hi = max(-1.0, lo), min(1.0, hi)
     if rate and _is_certain(arm) and _is_certain(against):
         (_, a, b), (_, c, d) = rate_interval(arm[:, 0]), rate_interval(against[:, 0])
         lo, hi = a - d, b - c
     fewest = min(arm.shape[1], against.shape[1]) if against_suffixes else arm.shape[1]
-    several = max(arm.shape[1], against.shape[1]) > 1
+    several = max(arm.shape[1], against.shape[1]) >= MIN_SUFFIXES
     return Interval(
         estimate=float(arm.mean() - against.mean()),
         lo=float(lo),
@@ -181,7 +201,8 @@ def crossed_auroc(
 ) -> tuple[float, float, float]:
     """AUROC over all cells of crossed designs, with its 95 % two-way bootstrap interval.
 
-    Prompts and suffixes of every table are drawn with replacement, each on its own.
+    Prompts and suffixes of every table are drawn with replacement, each on its own; the interval is widened about the
+    estimate for the number of ``positive`` suffixes.
     """
     rng = np.random.default_rng(seed)
 
@@ -192,7 +213,8 @@ def crossed_auroc(
     found = [auroc(drawn(positive), np.concatenate([drawn(cells) for cells in negatives])) for _ in range(draws)]
     lo, hi = np.quantile(found, [0.025, 0.975])
     value = auroc(positive.ravel(), np.concatenate([cells.ravel() for cells in negatives]))
-    return value, float(lo), float(hi)
+    wider = small_sample(positive.shape[1]) if positive.shape[1] > 1 else 1.0
+    return value, max(0.0, value + wider * (float(lo) - value)), min(1.0, value + wider * (float(hi) - value))
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from suffix_analysis.stats import (
-    interval,
-    sign_flip_max_t,
-)
+from suffix_analysis.stats import MIN_SUFFIXES, contrast, interval, sign_flip_max_t
 
 
 def crossed(rng: np.random.Generator, n_prompts: int, n_suffixes: int, spread: float) -> np.ndarray:
@@ -17,24 +15,42 @@ def crossed(rng: np.random.Generator, n_prompts: int, n_suffixes: int, spread: f
     return prompt + suffix + rng.normal(0, 1, (n_prompts, n_suffixes))
 
 
-def coverage(spread: float, flatten: bool, draws: int = 150) -> float:
+def coverage(spread: float, n_suffixes: int = MIN_SUFFIXES, flatten: bool = False, draws: int = 300) -> float:
     """How often the interval holds the true mean."""
     rng = np.random.default_rng(0)
     hits = 0
     for seed in range(draws):
-        cells = crossed(rng, 40, 12, spread)
+        cells = crossed(rng, 40, n_suffixes, spread)
         found = interval(cells.reshape(-1, 1) if flatten else cells, seed)
         hits += found.lo <= 0 <= found.hi
     return hits / draws
 
 
-def test_two_way_bootstrap_covers_when_suffixes_differ() -> None:
-    assert coverage(spread=1.0, flatten=False) >= 0.88
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_two_way_bootstrap_covers_with_the_fewest_suffixes_that_allow_a_claim(spread: float) -> None:
+    assert coverage(spread) >= 0.93
+
+
+def test_contrasts_of_two_arms_cover() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for seed in range(300):
+        base = rng.normal(0, 1, (40, 1))
+        first, second = (base + crossed(rng, 40, MIN_SUFFIXES, 1.0) for _ in range(2))
+        found = contrast(first, second, seed, against_suffixes=True)
+        hits += found.lo <= 0 <= found.hi
+    assert hits / 300 >= 0.93
+
+
+def test_few_prompts_are_covered_too() -> None:
+    rng = np.random.default_rng(2)
+    found = [interval(rng.normal(0, 1, (6, 1)), seed) for seed in range(300)]
+    assert sum(one.lo <= 0 <= one.hi for one in found) / 300 >= 0.92
 
 
 def test_treating_cells_as_independent_does_not() -> None:
     # the control for the test above: the naive interval is far too narrow on the same data
-    assert coverage(spread=1.0, flatten=True, draws=40) <= 0.6
+    assert coverage(1.0, n_suffixes=12, flatten=True, draws=40) <= 0.6
 
 
 def test_max_t_keeps_the_family_wise_rate_on_correlated_maps() -> None:

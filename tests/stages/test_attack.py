@@ -23,7 +23,7 @@ def test_universal_loss_is_the_mean_and_falls(family: str) -> None:
     found = attacks.run(model, tiny.tokenizer(), TALKS, "Sure, here", config)
     for step in found.steps:
         assert step.loss == pytest.approx(sum(step.per_goal) / 3, abs=1e-6)
-        assert step.n_candidates == config.search_width
+        assert config.search_width <= step.n_candidates < config.search_width + config.merge
     assert found.best_loss < found.losses[0]
     # the reported string, put into the conversation by a user, is what was scored
     for talk, loss in zip(TALKS, min(found.steps, key=lambda s: s.loss).per_goal, strict=True):
@@ -112,7 +112,7 @@ def test_more_tokens_are_replaced_at_the_beginning() -> None:
 
 
 def test_the_search_narrows_or_widens_over_time() -> None:
-    config = attacks.GCGConfig(**{**SMALL, "num_steps": 8, "search_width": 6}, search_width_start=14)
+    config = attacks.GCGConfig(**{**SMALL, "num_steps": 8, "search_width": 6}, search_width_start=14, merge=0)
     steps = list(attacks.GCG(tiny.hf_model("llama"), tiny.tokenizer(), "Sing", "Sure", config).steps())
     assert [step.n_candidates for step in steps] == [14, 12, 10, 8, 6, 6, 6, 6]
 
