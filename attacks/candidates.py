@@ -92,7 +92,7 @@ def compat_gradient(model: Any, slot: Slot, ids: Int[Tensor, " suffix"], config:
         logits = model(inputs_embeds=whole).logits[..., shift - 1 : -1, :].contiguous()
         loss = target_loss(logits, slot.target_ids, config).mean()
         (grad,) = torch.autograd.grad(loss, one_hot)
-    return grad[0]
+    return grad[0].cpu()
 
 
 def _parts(slot: Slot) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +127,7 @@ def draw(
     """Distinct candidates that ``keep`` accepts, and how many drawn ones it refused.
 
     Refused and repeated ones are drawn again, so the search width stays what was asked for. In compatibility mode
-    they are not, and repeats stay, as in nanoGCG.
+    they are not, as in nanoGCG, so fewer are left.
 
     Raises:
         AttackError: nothing survives after many draws.
@@ -140,7 +140,8 @@ def draw(
         kept = drawn if keep is None else drawn[keep(drawn)]
         if len(kept) == 0:
             raise AttackError("No candidate survives decoding and encoding; try filter_ids=False or another init.")
-        return kept, len(drawn) - len(kept)
+        # nanoGCG scores repeats again; the first of them wins either way
+        return torch.tensor(list(dict.fromkeys(map(tuple, kept.tolist())))), len(drawn) - len(kept)
     seen: dict[tuple[int, ...], None] = {tuple(ids.tolist()): None}
     rejected = 0
     for _ in range(MAX_REDRAWS):

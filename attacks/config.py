@@ -18,10 +18,11 @@ class AttackError(ValueError):
 class GCGConfig:
     """Settings of one attack, named as nanoGCG's so that its users find their way.
 
-    ``score_dtype`` is the precision of the search over candidates: ``"auto"`` measures at start-up whether bfloat16
-    is the faster one here, and the ``rescore`` best candidates are scored again in the model's own precision, which
-    alone decides. ``compat`` switches to nanoGCG 0.2.3's behaviour in every detail that moves the trajectory; build
-    it with :meth:`nanogcg`.
+    ``score_dtype`` is the precision of the search over candidates, never wider than the model's: ``"auto"`` measures at
+    start-up whether bfloat16 is the faster one here, and the ``rescore`` best candidates are scored again in the
+    model's own precision, which alone decides. ``verbosity`` is nanoGCG's and changes nothing, because this package
+    prints nothing. ``compat`` switches to nanoGCG 0.2.3's behaviour in every detail that moves the trajectory; build it
+    with :meth:`nanogcg`.
 
     What nanoGCG does not have: ``progressive_goals`` begins a universal attack with one conversation and takes in the
     next whenever all present targets are met (as llm-attacks does). ``momentum`` adds that share of the last steps'
@@ -29,9 +30,9 @@ class GCGConfig:
     fewer) candidates in the first steps, going in a straight line to ``n_replace`` and ``search_width`` at half of
     ``num_steps``. ``even_positions`` spreads the candidates over the positions instead of drawing positions at random.
     ``halving`` scores the candidates of a universal attack on one conversation after another, each time going on with
-    the better half only. ``merge`` lets the changes of the best 2, 3, … ``merge`` candidates compete together
-    (Jia et al. 2024, arXiv 2405.21018), which halves the time to a given loss here (benchmarks/README.md); 0 and 1 turn
-    it off. ``patience`` steps without a new best send the search back to the best suffix.
+    the better half only. ``merge`` lets the changes of the best 2, 3, … ``merge`` candidates compete together (Jia et
+    al. 2024, arXiv 2405.21018); 0 and 1 turn it off. ``patience`` steps without a new best send the search back to the
+    best suffix.
     """
 
     num_steps: int = 250
@@ -49,6 +50,7 @@ class GCGConfig:
     filter_ids: bool = True
     add_space_before_target: bool = False
     seed: int | None = None
+    verbosity: str = "INFO"
     score_dtype: ScoreDtype = "auto"
     rescore: int = 8
     progressive_goals: bool = False
@@ -64,6 +66,10 @@ class GCGConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.optim_str_init, str):
             object.__setattr__(self, "optim_str_init", tuple(self.optim_str_init))
+        if not self.optim_str_init:
+            raise AttackError(f"optim_str_init is {self.optim_str_init!r}; give an initial suffix, or several.")
+        if not self.mellowmax_alpha > 0:
+            raise AttackError(f"mellowmax_alpha is {self.mellowmax_alpha}; it must be above 0.")
         for name in ("num_steps", "search_width", "topk", "n_replace", "rescore"):
             if getattr(self, name) < 1:
                 raise AttackError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -82,13 +88,12 @@ class GCGConfig:
             raise AttackError(f"score_dtype is {self.score_dtype!r}; choose auto, float32 or bfloat16.")
 
     @classmethod
-    def nanogcg(cls, *, score_dtype: ScoreDtype = "float32", verbosity: str = "INFO", **keywords: Any) -> GCGConfig:
+    def nanogcg(cls, *, score_dtype: ScoreDtype = "float32", **keywords: Any) -> GCGConfig:
         """nanoGCG 0.2.3's behaviour from this engine: the same keywords, the same sampling order, the same faults.
 
-        ``score_dtype="bfloat16"`` searches in bfloat16 and lets float32 rescoring decide. ``verbosity`` is accepted
-        and ignored: this package prints nothing.
+        ``score_dtype="bfloat16"`` searches in bfloat16 and lets float32 rescoring decide. On a GPU nanoGCG draws from
+        the GPU's generator and this engine from its own on the CPU, so trajectories are equal on a CPU only.
         """
-        del verbosity
         return cls(**{**NANOGCG, **keywords}, compat=True, score_dtype=score_dtype)
 
 
@@ -111,9 +116,9 @@ class Step:
 
     ``loss`` is the chosen candidate's mean loss (nats per target token), ``per_goal`` the same for each conversation
     that takes part so far, ``flops`` what the step's forwards and backwards cost (2 per weight and token, 6 with a
-    gradient); ``best_loss`` and ``best_string`` the lowest so far. ``n_candidates`` distinct candidates were scored and
-    ``n_rejected`` drawn ones did not survive re-tokenisation in context. ``matched``: greedy decoding would produce
-    every target.
+    gradient); ``best_loss``, ``best_string`` and ``best_ids`` are the lowest so far. ``n_candidates`` distinct
+    candidates were scored, and ``n_rejected`` drawn or combined ones did not survive re-tokenisation in context.
+    ``matched``: greedy decoding would produce every target.
     """
 
     step: int
@@ -122,6 +127,7 @@ class Step:
     ids: tuple[int, ...]
     string: str
     best_string: str
+    best_ids: tuple[int, ...]
     per_goal: tuple[float, ...]
     n_candidates: int
     n_rejected: int
@@ -150,4 +156,5 @@ def resolve_dtype(name: ScoreDtype, model: torch.nn.Module) -> torch.dtype:
     if name == "auto":
         can_be_cast = own == torch.float32 and not stays_put(model)
         return fast_dtype(next(model.parameters()).device) if can_be_cast else own
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return wanted if wanted.itemsize < own.itemsize else own

@@ -16,7 +16,8 @@ from torch import Tensor
 from attacks.candidates import compat_gradient, draw, forbidden_ids, token_gradient
 from attacks.config import AttackError, GCGConfig, GCGResult, Step, resolve_dtype
 from attacks.controls import random_suffixes
-from attacks.inputs import Conversations, check_slots, pair_up
+from attacks.inputs import Conversations, check_model, check_slots, pair_up
+from attacks.memory import memory_for
 from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives
 from attacks.scorer import Scorer, rescored_best
 from attacks.slot import Messages, Slot, build_slot, split_ids, suffix_string, survives
@@ -48,6 +49,7 @@ class GCG:
         Raises:
             AttackError: bad input (see :func:`attacks.slot.build_slot`), or several conversations in compat mode.
         """
+        check_model(model)
         self.tokenizer, self.config, self.terms = tokenizer, config, tuple(terms)
         conversations, targets = pair_up(messages, target)
         self.conversations: list[Messages] = conversations
@@ -61,7 +63,8 @@ class GCG:
             raise AttackError("nanoGCG knows one conversation at a time; leave compat mode for a universal suffix.")
         lead = " " if config.add_space_before_target else ""
         self.slots: list[Slot] = [
-            build(tokenizer, talk, lead + aim, inits[0]) for talk, aim in zip(conversations, targets, strict=True)
+            build(tokenizer, talk, aim and lead + aim, inits[0])
+            for talk, aim in zip(conversations, targets, strict=True)
         ]
         check_slots(self.slots, model, config)
         self.model = model
@@ -74,9 +77,10 @@ class GCG:
             compat=config.compat,
         )
         allowed = model.get_input_embeddings().weight.shape[0] - len(self.forbidden)
-        if config.topk > allowed and not config.compat:
+        allowed += len(self.forbidden) * config.compat  # nanoGCG's top-k may reach into them
+        if config.topk > allowed:
             raise AttackError(f"topk is {config.topk}, but only {allowed} tokens are allowed; lower topk.")
-        self.step = 0
+        self.step, self.stopped = 0, False
         self._activate(1 if config.progressive_goals else len(self.slots))
         self.velocity: Tensor | None = None
         self.best_step = 0
@@ -93,8 +97,10 @@ class GCG:
         if dtype == own:
             return Scorer(model, self.slots, self.config, self.terms), None
         # the low-precision twin only shortlists; the model's own precision decides
+        with memory_for(f"a copy of the model in {dtype}", model):
+            twin = copy.deepcopy(model).to(dtype)
         return (
-            Scorer(copy.deepcopy(model).to(dtype), self.slots, self.config, self.terms),
+            Scorer(twin, self.slots, self.config, self.terms),
             Scorer(model, self.slots, self.config, self.terms),
         )
 
@@ -125,11 +131,10 @@ class GCG:
 
     def steps(self) -> Iterator[Step]:
         """Run step after step until ``num_steps``, or a matched target where ``early_stop`` is set."""
-        while self.step < self.config.num_steps:
+        while self.step < self.config.num_steps and not self.stopped:
             done = self._advance()
+            self.stopped = done.matched and self.config.early_stop
             yield done
-            if done.matched and self.config.early_stop:
-                return
 
     def _advance(self) -> Step:
         started, flops = time.perf_counter(), self._flops()
@@ -139,6 +144,7 @@ class GCG:
         candidates, rejected = draw(ids, gradient, self.forbidden, plan, self.generator, self._keep())
         first = self.step % self.search.active if self.config.halving else None
         won = rescored_best(self.search, self.exact, candidates, ids, first, self._keep())
+        rejected += won.n_refused
         loss, chosen = float(won.per_goal.mean()), tuple(won.ids.tolist())
         if self.config.buffer_size == 0 or loss < self.buffer[-1][0]:
             self.buffer = _push(self.buffer, self.config.buffer_size, (loss, chosen))
@@ -155,6 +161,7 @@ class GCG:
             ids=told,
             string=string,
             best_string=self.best[2],
+            best_ids=self.best[1],
             per_goal=tuple(won.per_goal.tolist()),
             n_candidates=won.n_scored,
             n_rejected=rejected,
@@ -184,17 +191,23 @@ class GCG:
         return sum(scorer.flops for scorer in self._both)
 
     def _gradient(self, ids: Tensor) -> Tensor:
-        if self.config.compat:
-            return compat_gradient(self.model, self.slots[0], ids, self.config)
+        with memory_for("the gradient on the suffix", self.model):
+            return self._compat_gradient(ids) if self.config.compat else self._own_gradient(ids)
+
+    def _compat_gradient(self, ids: Tensor) -> Tensor:
+        slot = self.slots[0]
+        n_run = len(slot.before_ids) + len(ids) + len(slot.after_ids) + len(slot.target_ids)
+        self.search.flops += 3 * self.search.forward_flops(n_run, n_run)  # the backward costs two more
+        return compat_gradient(self.model, slot, ids, self.config)
+
+    def _own_gradient(self, ids: Tensor) -> Tensor:
         # the search precision is good enough to rank tokens, and the scorer already holds its prefixes
         active = slice(self.search.active)
         slots, caches = self.slots[active], self.search.caches[active]
         gradient = token_gradient(self.search.model, slots, caches, ids, self.config, self.terms)
         for slot, cache in zip(slots, caches, strict=True):
             n_run = len(ids) + slot.n_behind + (0 if cache else len(slot.before_ids))
-            self.search.flops += 3 * self.search.forward_flops(
-                n_run, len(slot.target_ids)
-            )  # the backward costs two more
+            self.search.flops += 3 * self.search.forward_flops(n_run, len(slot.target_ids))
         if self.config.momentum:
             if self.velocity is not None:
                 gradient = gradient + self.config.momentum * self.velocity
@@ -217,6 +230,7 @@ class GCG:
         """Everything that ``restore`` needs, as plain JSON: step, buffer, best and the generator's state."""
         return {
             "step": self.step,
+            "stopped": self.stopped,
             "buffer": [[loss, list(ids)] for loss, ids in self.buffer],
             "best": [self.best[0], list(self.best[1]), self.best[2]],
             "generator": bytes(self.generator.get_state().tolist()).hex(),
@@ -241,7 +255,12 @@ class GCG:
                 f"The attack was searching in {state['search_dtype']} and would go on in {dtype}; "
                 "set score_dtype to the former."
             )
-        self.step = state["step"]
+        if len(state["batches"]) != len(self._both):
+            raise AttackError(
+                f"The attack's model was in another precision than {self.model.dtype}: its candidates were "
+                f"{'not ' * (len(state['batches']) == 1)}scored again. Load the model as it was."
+            )
+        self.step, self.stopped = state["step"], state["stopped"]
         self.buffer = [(loss, tuple(ids)) for loss, ids in state["buffer"]]
         self.best = (state["best"][0], tuple(state["best"][1]), state["best"][2])
         self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
@@ -295,16 +314,16 @@ def _push(buffer: list[Entry], size: int, entry: Entry) -> list[Entry]:
 
 
 def result(steps: list[Step]) -> GCGResult:
-    """The attack's result from its steps: the best is the lowest loss among those with the most goals."""
+    """The attack's result from its steps: the best is the lowest loss over all goals that took part at last."""
     if not steps:
         raise AttackError("The attack made no step; num_steps must be at least 1.")
-    best = min(steps, key=lambda step: (-len(step.per_goal), step.loss))
+    last = steps[-1]
     return GCGResult(
-        best_loss=best.loss,
-        best_string=best.string,
+        best_loss=last.best_loss,
+        best_string=last.best_string,
         losses=[step.loss for step in steps],
         strings=[step.string for step in steps],
-        best_ids=best.ids,
+        best_ids=last.best_ids,
         steps=tuple(steps),
     )
 

@@ -22,6 +22,20 @@ def pair_up(messages: Conversations, target: str | list[str]) -> tuple[list[Mess
     return conversations, targets
 
 
+def check_model(model: Any) -> None:
+    """Refuse a model whose tokens cannot be differentiated or whose logits cannot be taken."""
+    for name, what in (("get_input_embeddings", "input embeddings"), ("get_output_embeddings", "vocabulary head")):
+        try:
+            found = getattr(model, name)()
+        except (AttributeError, NotImplementedError):
+            found = None
+        if getattr(found, "weight", None) is None:
+            raise AttackError(
+                f"{type(model).__name__}.{name}() gives no {what} with a weight; an attack needs a causal language "
+                "model, loaded with AutoModelForCausalLM."
+            )
+
+
 def check_slots(slots: list[Slot], model: Any, config: GCGConfig) -> None:
     """Refuse what cannot work before any time is spent."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

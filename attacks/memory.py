@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import torch
+
+from attacks.config import AttackError
 
 SHARE = 0.5  # of the free memory that a batch may take
 LOGIT_BUDGET = 2**27  # on a CPU: logits held at once (512 MB in float32)
@@ -17,6 +21,31 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch failed for want of memory: on a GPU a kind of error of its own, on a CPU a plain one."""
+    return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error).lower()
+
+
+def out_of_memory(what: str, model: Any) -> AttackError:
+    """The error that says for ``what`` memory did not suffice, and what to do."""
+    free = free_bytes(model.device) / 2**30
+    return AttackError(
+        f"There is not enough memory on {model.device} for {what} ({free:.1f} GiB are free); take a smaller model or a "
+        "lower precision, shorter conversations, or fewer of them."
+    )
+
+
+@contextlib.contextmanager
+def memory_for(what: str, model: Any) -> Iterator[None]:
+    """Turn running out of memory into an :class:`AttackError` that names ``what`` was to be done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(what, model) from error
 
 
 def candidate_bytes(model: Any, n_run: int, n_total: int, n_target: int) -> int:

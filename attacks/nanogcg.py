@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -21,7 +23,7 @@ def compat_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) ->
     Every occurrence of the BOS text is cut from the rendered template when it starts with it. For tokenizers whose
     BOS opens every turn (SmolLM2) that attacks a broken prompt: give it a copy with ``bos_token = None``.
     """
-    if not target:
+    if not target.strip():
         raise AttackError("The target is empty; give the words that the reply should begin with, e.g. 'Sure, here is'.")
     if not suffix:
         raise AttackError("The initial suffix is empty; give at least one token.")
@@ -46,7 +48,8 @@ def isolated_survives(tokenizer: Any, ids: Int[Tensor, "cand suffix"]) -> Bool[T
 def run_nanogcg(model: Any, tokenizer: Any, messages: Messages, target: str, config: GCGConfig) -> GCGResult:
     """The same call answered by the installed nanogcg package (0.2.3, prefix cache off: it fails on transformers 5).
 
-    nanogcg seeds torch globally and leaves deterministic algorithms switched on; both are put back afterwards.
+    nanogcg seeds Python, numpy and torch globally and leaves deterministic algorithms switched on; all of that is put
+    back afterwards.
 
     Raises:
         AttackError: nanogcg is not installed.
@@ -73,11 +76,13 @@ def run_nanogcg(model: Any, tokenizer: Any, messages: Messages, target: str, con
         seed=config.seed,
         verbosity="WARNING",
     )
-    deterministic, rng = torch.are_deterministic_algorithms_enabled(), torch.get_rng_state()
+    deterministic, states = torch.are_deterministic_algorithms_enabled(), (random.getstate(), np.random.get_state())
     try:
-        found = nanogcg.run(model, tokenizer, messages, target, theirs)
+        with torch.random.fork_rng():  # all GPUs' generators too
+            found = nanogcg.run(model, tokenizer, messages, target, theirs)
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.set_rng_state(rng)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     ids = tuple(tokenizer(found.best_string, add_special_tokens=False).input_ids)
     return GCGResult(found.best_loss, found.best_string, found.losses, found.strings, ids, ())

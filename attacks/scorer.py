@@ -15,7 +15,7 @@ from attacks.caches import cache_argument, croppable, fresh, prefix_cache
 from attacks.candidates import combined
 from attacks.config import AttackError, GCGConfig
 from attacks.grouping import first_changes, group_by_start, overhead_tokens
-from attacks.memory import free_bytes, most_candidates
+from attacks.memory import free_bytes, is_out_of_memory, memory_for, most_candidates, out_of_memory
 from attacks.objective import target_loss
 from attacks.precision import contiguous_head
 from attacks.slot import Slot
@@ -42,7 +42,8 @@ class Scorer:
 
     def __post_init__(self) -> None:
         keep = self.config.use_prefix_cache
-        self.caches = [prefix_cache(self.model, slot.before_ids) if keep else None for slot in self.slots]
+        with memory_for("what stands before the suffix", self.model):
+            self.caches = [prefix_cache(self.model, slot.before_ids) if keep else None for slot in self.slots]
         self.batch_size = self.config.batch_size
         self.memory = free_bytes(self.model.device)  # once: batches must not depend on the moment
         self.active = len(self.slots)
@@ -65,7 +66,7 @@ class Scorer:
         With ``margin``, only candidates whose mean loss is at most the best one's + ``margin`` are sure to be scored
         completely. Others are dropped, with infinite losses, once their sum over some conversations is too large.
         With ``first``, conversations are gone through from that one on, each with the better half of the candidates
-        that the one before was scored with; at least ``config.rescore`` are scored completely.
+        that the one before was scored with; at least as many as are rescored or merged are scored completely.
 
         Raises:
             AttackError: a loss is not finite (the candidate's conversation is named).
@@ -88,7 +89,7 @@ class Scorer:
             if not len(rest):
                 break  # all but the scouts, which are complete, have been dropped
             if first is not None and n_done:
-                n_kept = max(self.config.rescore, math.ceil(len(rest) / 2))
+                n_kept = max(self.config.rescore, self.config.merge, math.ceil(len(rest) / 2))
                 rest = rest[sums[rest].argsort()[:n_kept]]
             # complete a few once it is likely that others then need not be
             likely = n_done and float(sums[rest].max()) > float(sums[rest].min()) * self.active / n_done
@@ -145,12 +146,15 @@ class Scorer:
         """One batch on one conversation; halves the batch when memory runs out."""
         try:
             return self._forward(goal, ids, cache, drop)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "memory" not in str(error).lower() or len(ids) == 1:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
-            self.batch_size = max(1, len(ids) // 2)
-            halves = [self._score(goal, half, cache, drop) for half in ids.split(self.batch_size)]
-            return torch.cat([loss for loss, _ in halves]), torch.cat([match for _, match in halves])
+            if len(ids) == 1:
+                raise out_of_memory("one candidate", self.model) from error
+        # out here, because a caught error keeps alive what the failed forward had allocated
+        self.batch_size = max(1, len(ids) // 2)
+        halves = [self._score(goal, half, cache, drop) for half in ids.split(self.batch_size)]
+        return torch.cat([loss for loss, _ in halves]), torch.cat([match for _, match in halves])
 
     @torch.no_grad()
     def _forward(self, goal: int, ids: Tensor, cache: Any, drop: int) -> tuple[Tensor, Tensor]:
@@ -176,12 +180,14 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Winner:
-    """What a step takes: the suffix, its loss per goal, whether targets are matched, and how many were scored."""
+    """What a step takes: the suffix, its loss per goal and whether targets are matched; how many were scored, and how
+    many combinations of candidates were refused."""
 
     ids: Int[Tensor, " suffix"]
     per_goal: Float[Tensor, " goal"]
     matched: Bool[Tensor, " goal"]
     n_scored: int
+    n_refused: int
 
 
 def rescored_best(
@@ -197,23 +203,29 @@ def rescored_best(
     With ``exact`` given, ``search`` only shortlists and ``exact`` decides: at most ``config.rescore`` candidates, and
     of those only the ones that the search's error, as seen so far, could have kept from winning. ``first`` halves the
     candidates from conversation to conversation (see :class:`Scorer`). With ``config.merge``, combinations of the
-    leaders that ``keep`` accepts take part too.
+    leaders that ``keep`` accepts take part too; then no candidate is dropped, because any may be among the leaders.
     """
+    merge, refused = search.config.merge > 1 and current is not None, 0
     margin = 0.0 if exact is None else None if search.error is None else 2 * search.error
-    losses, matched = search(ids, current, margin, first)
-    if search.config.merge > 1 and current is not None:
+    losses, matched = search(ids, current, None if merge else margin, first)
+    if merge:
+        assert current is not None
         means = losses.mean(dim=1)
-        ranked = means.argsort()[: int(means.isfinite().sum())]  # what was dropped has no loss
+        ranked = means.argsort()[: int(means.isfinite().sum())]  # what was left out has no loss
         more = combined(ids[ranked], current, search.config.merge)
-        more = more if keep is None or not len(more) else more[keep(more)]
+        more = more[
+            ~(more[:, None] == ids).all(dim=2).any(dim=1)
+        ]  # where several are replaced, some stand there already
+        fits = torch.ones(len(more), dtype=torch.bool) if keep is None or not len(more) else keep(more)
+        more, refused = more[fits], int((~fits).sum())
         if len(more):
-            found = search(more, current, None, None)
+            found = search(more, current)
             ids = torch.cat([ids, more])
             losses, matched = torch.cat([losses, found[0]]), torch.cat([matched, found[1]])
     means = losses.mean(dim=1)
     if exact is None:
         best = int(means.argmin())
-        return Winner(ids[best], losses[best], matched[best], len(ids))
+        return Winner(ids[best], losses[best], matched[best], len(ids), refused)
     order = means.argsort()[: search.config.rescore]
     if search.error is not None:
         order = order[means[order] <= means[order[0]] + 2 * search.error]
@@ -223,4 +235,4 @@ def rescored_best(
     # the largest error seen, slowly forgotten: losses and their rounding shrink as the attack goes on
     search.error = seen if search.error is None else max(seen, ERROR_MEMORY * search.error)
     best = int(losses.mean(dim=1).argmin())
-    return Winner(ids[order[best]], losses[best], matched[best], len(ids))
+    return Winner(ids[order[best]], losses[best], matched[best], len(ids), refused)

@@ -24,7 +24,10 @@ Messages = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Slot:
-    """One conversation, split at the suffix. Texts are the rendered template's; ids are 1-D and on the CPU."""
+    """One conversation, split at the suffix. Texts are the rendered template's; ids are 1-D and on the CPU.
+
+    ``opens_turn``: nothing stands before the suffix in its turn.
+    """
 
     before_text: str
     joiner: str
@@ -33,6 +36,7 @@ class Slot:
     suffix_ids: Int[Tensor, " suffix"]
     after_ids: Int[Tensor, " after"]
     target_ids: Int[Tensor, " target"]
+    opens_turn: bool = False
 
     @property
     def n_behind(self) -> int:
@@ -67,6 +71,11 @@ def render(tokenizer: Any, messages: Messages) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         raise AttackError("The tokenizer has no chat template; set tokenizer.chat_template or use a chat model.")
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    if text.count(PLACEHOLDER) != 1:
+        raise AttackError(
+            f"The chat template writes {PLACEHOLDER} {text.count(PLACEHOLDER)} times instead of once; put it into the "
+            "last user turn."
+        )
     before, after = text.split(PLACEHOLDER)
     return before, after
 
@@ -77,7 +86,7 @@ def build_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) -> 
     Raises:
         AttackError: an empty target or suffix, a slow tokenizer, or a suffix whose tokens merge with its neighbours.
     """
-    if not target:
+    if not target.strip():
         raise AttackError("The target is empty; give the words that the reply should begin with, e.g. 'Sure, here is'.")
     if not suffix.strip():
         raise AttackError(f"The initial suffix is {suffix!r}; give at least one visible token.")
@@ -88,7 +97,8 @@ def build_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) -> 
     joiner, before = before[len(stripped) :], stripped
     before_ids, suffix_ids, after_ids = split_ids(tokenizer, before, joiner + suffix, after)
     target_ids = torch.tensor(tokenizer(target, add_special_tokens=False).input_ids)
-    return Slot(before, joiner, after, before_ids, suffix_ids, after_ids, target_ids)
+    opens = any(turn["content"].startswith(PLACEHOLDER) for turn in turns_of(messages))
+    return Slot(before, joiner, after, before_ids, suffix_ids, after_ids, target_ids, opens)
 
 
 def split_ids(tokenizer: Any, before: str, suffix: str, after: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +123,7 @@ def split_ids(tokenizer: Any, before: str, suffix: str, after: str) -> tuple[Ten
 def survives(tokenizer: Any, slots: Sequence[Slot], ids: Int[Tensor, "cand suffix"]) -> Bool[Tensor, " cand"]:
     """Which candidate suffixes re-tokenise to their own ids in every conversation (METHODS §0).
 
-    A candidate must also keep the joiner and not end in white space, which some templates strip.
+    A candidate must also keep the joiner, and not begin or end its turn with white space, which some templates strip.
     """
     texts = decoded(tokenizer, slots[0], ids)
     keep = torch.ones(len(texts), dtype=torch.bool)
@@ -122,7 +132,7 @@ def survives(tokenizer: Any, slots: Sequence[Slot], ids: Int[Tensor, "cand suffi
         encoded = tokenizer(whole, add_special_tokens=False).input_ids
         before, after = slot.before_ids.tolist(), slot.after_ids.tolist()
         for i, (row, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
-            fits = text.startswith(slot.joiner) and text == text.rstrip()
+            fits = text.startswith(slot.joiner) and text == (text.strip() if slot.opens_turn else text.rstrip())
             keep[i] &= fits and encoded[i] == before + row + after
     return keep
 

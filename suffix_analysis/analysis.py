@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from suffix_analysis.arms import (
@@ -18,7 +19,7 @@ from suffix_analysis.arms import (
     projection_measures,
     shift_rows,
 )
-from suffix_analysis.chat import survives_decoding, token_strings
+from suffix_analysis.chat import REGIONS, survives_decoding, token_strings
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.heads import TopHead, top_heads
@@ -26,9 +27,10 @@ from suffix_analysis.identities import ROUNDING
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
-from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row
+from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row, contrast_table, sign_flip_max_t
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Traces, trace
 
+LENGTHS_APART = 0.5  # tokens, on average, by which two arms' suffixes may differ and still be held against each other
 Job = tuple[Sequence[Prompt], str]  # prompts to trace, with a suffix or an empty one
 
 
@@ -95,6 +97,7 @@ def analyze(
     ]
     select_arms, arms = ([arm for split, arm in found if split == name] for name in ("select", "report"))
     heads = top_heads(select_arms[0].traces[0], below=direction.layer, count=n_top)
+    pairs, unequal = compared(arms)
     tables = {
         "profile": [row for arm in arms for row in profile_rows(arm, direction)],
         "heads": [
@@ -106,14 +109,15 @@ def analyze(
         "top_heads": [vars(head) for head in heads],
         "shift": [row for arm in arms for row in shift_rows(arm, heads)],
         "dominance": [row for arm in arms for row in dominance_rows(arm)],
-        "contrasts": projection_contrasts(arms, direction),
+        "contrasts": projection_contrasts(pairs, direction),
+        "head_differences": head_differences(pairs),
     }
     everything = [t for arm in [*arms, *select_arms] for t in arm.traces]
     views = report[:: max(1, len(report) // n_views)][:n_views]
     return Findings(
         tables=tables,
         summary=_summary(model, direction, everything),
-        checks=identity_checks(everything, arms, separate, ROUNDING.get(model.hf.dtype, 0.0)),
+        checks=[*identity_checks(everything, arms, separate, ROUNDING.get(model.hf.dtype, 0.0)), length_check(unequal)],
         patterns=[
             view
             for prompt in views
@@ -130,19 +134,70 @@ def n_forwards(prompts: Sequence[Prompt], suffixes: Sequence[Suffix], max_prompt
     return 2 * select + harmful * (1 + len(suffixes)) + 2 * harmless
 
 
-def projection_contrasts(arms: Sequence[ArmTraces], direction: Direction) -> list[dict[str, Any]]:
-    """Normalised projection at the direction's layer, each suffix arm against none (and adversarial against random)."""
+Pair = tuple[ArmTraces, ArmTraces]
+
+
+def compared(arms: Sequence[ArmTraces]) -> tuple[list[Pair], list[str]]:
+    """The arms that are held against each other, and sentences on those whose suffixes are not equally long.
+
+    Every suffix arm against none, the adversarial one against every other, and harmless prompts with a suffix against
+    those without.
+    """
+    by_name = {arm.arm: arm for arm in arms}
+    names: list[tuple[str, str]] = [(name, "none") for name in SUFFIX_ARMS]
+    names += [("adversarial", name) for name in SUFFIX_ARMS[1:]] + [("harmless+adversarial", "harmless")]
+    pairs = [(by_name[a], by_name[b]) for a, b in names if a in by_name and b in by_name]
+    unequal = []
+    for a, b in pairs:
+        lengths = [float(arm.cells(lambda t: t.n_tokens[:, REGIONS.index("suffix")]).mean()) for arm in (a, b)]
+        if b.suffixes and abs(lengths[0] - lengths[1]) > LENGTHS_APART:
+            unequal.append(f"{a.arm} and {b.arm}: {lengths[0]:.1f} and {lengths[1]:.1f} tokens")
+    return [(a, b) for a, b in pairs if not any(text.startswith(f"{a.arm} and {b.arm}:") for text in unequal)], unequal
+
+
+def projection_contrasts(pairs: Sequence[Pair], direction: Direction) -> list[dict[str, Any]]:
+    """Normalised projection at the direction's layer of the arms that :func:`compared` pairs."""
     at = direction.layer
-    values = {
-        arm.arm: arm.cells(lambda t: projection_measures(t, direction)["normalised"][:, at])[:, :, 0] for arm in arms
-    }
-    pairs: list[tuple[str, str]] = [(name, "none") for name in SUFFIX_ARMS]
-    pairs += [("adversarial", "failed"), ("adversarial", "random"), ("harmless+adversarial", "harmless")]
+
+    def values(arm: ArmTraces) -> ndarray:
+        return arm.cells(lambda t: projection_measures(t, direction)["normalised"][:, at])[:, :, 0]
+
     return [
-        contrast_row("normalised projection", a, b, contrast(values[a], values[b], against_suffixes=b in SUFFIX_ARMS))
+        contrast_row(
+            "normalised projection", a.arm, b.arm, contrast(values(a), values(b), against_suffixes=bool(b.suffixes))
+        )
         for a, b in pairs
-        if a in values and b in values and np.isfinite(values[a]).all() and np.isfinite(values[b]).all()
+        if np.isfinite(values(a)).all() and np.isfinite(values(b)).all()
     ]
+
+
+def head_differences(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """What the adversarial suffixes change in every head's contribution, against none and each control.
+
+    With enough suffixes in both arms, p values from prompts' mean differences, adjusted for all heads (max-T); None
+    otherwise (METHODS §5).
+    """
+    rows = []
+    for a, b in pairs:
+        if a.arm != "adversarial":
+            continue
+        cells = [arm.cells(lambda t: t.head_contribution) for arm in (a, b)]
+        mean, lo, hi = contrast_table(cells[0], cells[1])
+        several = all(len(arm.suffixes) >= MIN_SUFFIXES for arm in (a, b) if arm is a or arm.suffixes)
+        p = None
+        if several and len(cells[0]) > 1:
+            p = sign_flip_max_t(cells[0].mean(axis=1) - cells[1].mean(axis=1)).p
+        n_heads = a.traces[0].attention.shape[2]
+        rows += [
+            {
+                "arm": a.arm, "against": b.arm, "layer": i // n_heads, "head": i % n_heads,
+                "contribution": float(mean[i]), "lo": float(lo[i]), "hi": float(hi[i]),
+                "p": None if p is None else float(p[i]),
+                "n_prompts": len(cells[0]), "n_suffixes": len(a.suffixes),
+            }
+            for i in range(len(mean))
+        ]  # fmt: skip
+    return rows
 
 
 def identity_checks(
@@ -183,6 +238,20 @@ def identity_checks(
             "sentence": f"Arms with fewer than {MIN_SUFFIXES} suffixes are descriptive: {few or 'none'}.",
         },
     ]
+
+
+def length_check(unequal: Sequence[str]) -> dict[str, Any]:
+    """Whether the arms that are held against each other have equally long suffixes; those that do not are left out."""
+    told = "; ".join(unequal)
+    return {
+        "name": "equally long suffixes",
+        "value": float(len(unequal)),
+        "bound": 0.0,
+        "passed": not unequal,
+        "sentence": f"Not compared, because their suffixes are not equally long: {told}."
+        if unequal
+        else "All arms that are compared have equally long suffixes.",
+    }
 
 
 def _summary(model: Model, direction: Direction, traces: Sequence[Traces]) -> dict[str, Any]:

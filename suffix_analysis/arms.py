@@ -13,7 +13,7 @@ from torch import Tensor
 
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.directions import Direction
-from suffix_analysis.heads import TopHead, lift, of_heads, region
+from suffix_analysis.heads import TopHead, lift, of_heads, region, without_sink
 from suffix_analysis.records import Suffix
 from suffix_analysis.stats import interval_table
 from suffix_analysis.traces import Traces
@@ -81,6 +81,7 @@ def head_rows(arm: ArmTraces, split: str) -> list[dict[str, Any]]:
     mean, lo, hi = interval_table(arm.cells(lambda t: t.head_contribution))
     shown = ("instruction", "suffix", "chat", "system")
     attention = {name: arm.cells(lambda t, n=name: region(t.attention, n)).mean(axis=(0, 1)) for name in shown}  # type: ignore[misc]
+    sink = arm.cells(lambda t: t.sink).mean(axis=(0, 1))
     n_heads = arm.traces[0].attention.shape[2]
     return [
         {
@@ -92,6 +93,7 @@ def head_rows(arm: ArmTraces, split: str) -> list[dict[str, Any]]:
             "lo": float(lo[i]),
             "hi": float(hi[i]),
             **{f"attention_{name}": float(attention[name][i]) for name in shown},
+            "attention_first": float(sink[i]),
         }
         for i in range(len(mean))
     ]
@@ -113,6 +115,7 @@ def shift_rows(arm: ArmTraces, heads: Sequence[TopHead]) -> list[dict[str, Any]]
     """Attention and contribution by region for the top heads and, as layer and head −1, for their sum."""
     attention = arm.cells(lambda t: _with_sum(of_heads(t.attention, heads)))
     written = arm.cells(lambda t: _with_sum(of_heads(t.contribution, heads)))
+    rest = arm.cells(lambda t: _with_sum(of_heads(without_sink(t), heads))).mean(axis=(0, 1))
     lifted = arm.cells(
         lambda t: _with_sum(torch.stack([lift(t.attention[:, h.layer, h.head], t.n_tokens) for h in heads], dim=1))
     ).mean(axis=(0, 1))
@@ -123,7 +126,7 @@ def shift_rows(arm: ArmTraces, heads: Sequence[TopHead]) -> list[dict[str, Any]]
     for i, (layer, head) in enumerate(labels):
         for j, name in enumerate(REGIONS):
             k = i * len(REGIONS) + j
-            share = 1.0 if layer >= 0 else float(len(heads))  # lift of a sum is the mean lift
+            share = 1.0 if layer >= 0 else float(len(heads))  # lift of a sum is the mean lift, and so is the rest
             rows.append(
                 {
                     "arm": arm.arm,
@@ -133,7 +136,8 @@ def shift_rows(arm: ArmTraces, heads: Sequence[TopHead]) -> list[dict[str, Any]]
                     "attention": float(a_mean[k]),
                     "attention_lo": float(a_lo[k]),
                     "attention_hi": float(a_hi[k]),
-                    "lift": float(lifted[k]) / share,
+                    "attention_rest": float(rest[k]) / share,
+                    "lift": _or_none(lifted[k] / share),
                     "contribution": float(c_mean[k]),
                     "contribution_lo": float(c_lo[k]),
                     "contribution_hi": float(c_hi[k]),

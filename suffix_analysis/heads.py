@@ -47,9 +47,21 @@ def top_heads(traces: Traces, below: int, count: int = 8) -> list[TopHead]:
 def lift(
     attention: Float[Tensor, "prompt region"], n_tokens: Float[Tensor, "prompt region"]
 ) -> Float[Tensor, "prompt region"]:
-    """Region attention over its share of uniform attention |R|/T; an empty region gets 0."""
+    """Region attention over its share of uniform attention |R|/T; an empty region has none (NaN)."""
     uniform = n_tokens / n_tokens.sum(dim=1, keepdim=True)
-    return torch.where(n_tokens > 0, attention / uniform.clamp(min=1e-9), torch.zeros_like(attention))
+    return torch.where(n_tokens > 0, attention / uniform.clamp(min=1e-9), torch.full_like(attention, torch.nan))
+
+
+def without_sink(traces: Traces) -> Float[Tensor, "prompt layer head region"]:
+    """Attention by region among all tokens but the first: what a head does with the attention that is not parked there.
+
+    The first token is the BOS token where there is one, and the system prompt's or the template's first elsewhere.
+    """
+    firsts = [next(i for i, name in enumerate(REGIONS) if bool(chat.regions[name][0])) for chat in traces.chats]
+    rest = traces.attention.clone()
+    rows = torch.arange(len(firsts))
+    rest[rows, :, :, torch.tensor(firsts)] -= traces.sink
+    return rest / (1 - traces.sink).clamp(min=1e-9)[..., None]
 
 
 def of_heads(

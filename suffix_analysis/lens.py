@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from suffix_analysis.chat import Chat
 from suffix_analysis.models import Model
 from suffix_analysis.placement import in_memory
 from suffix_analysis.prompts import Prompt
-from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import refusal_score
 from suffix_analysis.replay import Prepared, groups, prepare, replay
 from suffix_analysis.residual import rms_norm
@@ -83,20 +82,24 @@ def logit_attribution(model: Model, chats: Sequence[Chat], tokens: Sequence[int]
 
 
 def measure_lens(
-    model: Model, prompts: Sequence[Prompt], suffix: Suffix, tokens: Sequence[int], top: Sequence[tuple[int, int]]
+    model: Model,
+    prompts: Sequence[Prompt],
+    suffixes: Mapping[str, str],
+    tokens: Sequence[int],
+    top: Sequence[tuple[int, int]],
 ) -> tuple[dict[str, list[dict[str, Any]]], list[float]]:
-    """Tables ``lens`` and ``logits`` of the prompts without and with a suffix, and how far the terms miss the sums.
+    """Tables ``lens`` and ``logits`` of the prompts in several arms, and how far the terms miss the sums.
 
     Args:
         model: the model.
         prompts: harmful report prompts.
-        suffix: an adversarial one.
+        suffixes: arm → its suffix; empty without one.
         tokens: ids that open refusals.
         top: heads (layer, head) that get rows of their own beside the sums over a layer's heads.
     """
     tables: dict[str, list[dict[str, Any]]] = {"lens": [], "logits": []}
     errors = []
-    for arm, text in (("none", ""), ("adversarial", suffix.text)):
+    for arm, text in suffixes.items():
         chats = [[model.chat(p.text, text) for p in group] for group in groups(prompts)]
         by_group = []
         for group in chats:  # one prepared at a time: a run holds every state of its prompts

@@ -37,8 +37,19 @@ class Model:
     _twins: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def chat(self, instruction: str, suffix: str = "") -> Chat:
-        """One rendered conversation: ``.ids``, ``.regions`` (name → mask) and ``.text``."""
-        return render_chat(self.tokenizer, instruction, suffix, self.system)
+        """One rendered conversation: ``.ids``, ``.regions`` (name → mask) and ``.text``.
+
+        Raises:
+            UserError: it is longer than the model's context, or cannot be rendered (see :func:`render_chat`).
+        """
+        chat = render_chat(self.tokenizer, instruction, suffix, self.system)
+        limit = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(chat.ids) > limit:
+            raise UserError(
+                f"The prompt {instruction[:40]!r} has {len(chat.ids)} tokens with its template"
+                f"{' and suffix' if suffix else ''}; {self.name} takes {limit}. Shorten it or leave it out."
+            )
+        return chat
 
     @functools.cached_property
     def bridge(self) -> Any:

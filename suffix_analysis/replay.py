@@ -37,8 +37,9 @@ GROUP = 16  # prompts that are held at once, so that memory does not grow with t
 
 
 def groups(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
-    """The prompts in groups that are prepared together."""
-    return [prompts[i : i + GROUP] for i in range(0, len(prompts), GROUP)]
+    """The prompts in groups that are prepared together, each spread over all of them."""
+    n = -(-len(prompts) // GROUP)
+    return [prompts[i::n] for i in range(n)]
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,17 @@ def _is_certain(cells: Float[ndarray, "prompt suffix"]) -> bool:
     return bool(cells[0, 0] in (0, 1) and (cells == cells[0, 0]).all())
 
 
+def contrast_table(
+    arm: Float[ndarray, "prompt suffix measure"], against: Float[ndarray, "prompt_b suffix_b measure"], seed: int = 0
+) -> tuple[Float[ndarray, " measure"], Float[ndarray, " measure"], Float[ndarray, " measure"]]:
+    """Differences of two arms' means over the same prompts, with lower and upper bounds; see :func:`contrast`."""
+    if arm.shape[0] != against.shape[0]:
+        raise ValueError(f"the arms have {arm.shape[0]} and {against.shape[0]} prompts; a contrast pairs them")
+    draws = resampled_means(arm, seed) - resampled_means(against, seed, stream=1)
+    lo, hi = np.quantile(draws, [0.025, 0.975], axis=0)
+    return arm.mean(axis=(0, 1)) - against.mean(axis=(0, 1)), lo, hi
+
+
 def contrast(
     arm: Float[ndarray, "prompt suffix"],
     against: Float[ndarray, "prompt_b suffix_b"],
@@ -127,10 +138,7 @@ def contrast(
     suffixes at all: a claim needs enough of them in every arm that does. Between two arms whose ``rate`` is 0 or 1 in
     every cell the interval is made from their exact ones.
     """
-    if arm.shape[0] != against.shape[0]:
-        raise ValueError(f"the arms have {arm.shape[0]} and {against.shape[0]} prompts; a contrast pairs them")
-    draws = resampled_means(arm[:, :, None], seed)[:, 0] - resampled_means(against[:, :, None], seed, stream=1)[:, 0]
-    lo, hi = np.quantile(draws, [0.025, 0.975])
+    (estimate,), (lo,), (hi,) = contrast_table(arm[:, :, None], against[:, :, None], seed)
     if rate:
         lo, hi = max(-1.0, lo), min(1.0, hi)
     if rate and _is_certain(arm) and _is_certain(against):
@@ -139,7 +147,7 @@ def contrast(
     fewest = min(arm.shape[1], against.shape[1]) if against_suffixes else arm.shape[1]
     several = max(arm.shape[1], against.shape[1]) >= MIN_SUFFIXES
     return Interval(
-        estimate=float(arm.mean() - against.mean()),
+        estimate=float(estimate),
         lo=float(lo),
         hi=float(hi),
         n_prompts=arm.shape[0],

@@ -296,7 +296,8 @@ class Study:
         )  # fmt: skip
         folder = self.folder / "findings"
         rows = runs.read_table(folder / "replies.parquet")
-        contrasts = replies.refusal_contrasts(rows) + found.tables["contrasts"]
+        comparable = {row["against"] for row in found.tables["head_differences"]}  # equally long, if they have suffixes
+        contrasts = replies.refusal_contrasts(rows, comparable) + found.tables["contrasts"]
         for name, table in (found.tables | {"contrasts": contrasts}).items():
             runs.write_table(folder / f"{name}.parquet", table)
         runs.write_json(folder / "patterns.json", found.patterns)
@@ -318,7 +319,7 @@ class Study:
         try:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
-                control=next((s for s in everything if s.arm == "shuffled"), None),
+                controls=[s for s in everything if s.arm != "adversarial" and s.number <= config.n_traced_controls],
                 reply_tokens=config.reply_tokens, seed=config.seed,
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
             )  # fmt: skip
@@ -330,7 +331,9 @@ class Study:
         kept = [row for row in checks if row["name"] not in {other["name"] for other in own}]
         runs.write_json(findings / "checks.json", [*kept, *own])
         if not any(row["test"] == ATTENTION for row in tables["causal"]):
-            self._skip("No shuffled suffix has the attack's token count everywhere, so no attention was transplanted.")
+            self._skip(
+                "The first shuffled suffix has not the attack's token count everywhere: no attention transplanted."
+            )
         for name, rows in tables.items():
             runs.write_table(findings / f"{name}.parquet", rows)
 

@@ -35,7 +35,8 @@ class Traces:
 
     ``projection`` and ``norm``: of the residual stream at every block's input and, last, after the last block (depth is
     layer + 1).
-    ``attention`` and ``contribution``: summed over each region of ``REGIONS``; contributions are exact shares of the
+    ``attention`` and ``contribution``: summed over each region of ``REGIONS``; ``sink`` is the attention to the very
+    first token, where heads that have nothing to read look, whatever it holds. Contributions are exact shares of the
     attention write, not effects of deleting the source. ``attention_bias``, ``attention_out``, ``mlp_out`` and
     ``embedding`` (block 0's input) are the other terms. ``rows`` (where kept): per prompt, attention and contribution
     by token. ``dominance`` is each region's share of the attention output Y before bias and norm, ⟨Σ Y_k, Y⟩/‖Y‖² over
@@ -49,6 +50,7 @@ class Traces:
     norm: Float[Tensor, "prompt depth"]
     attention: Float[Tensor, "prompt layer head region"]
     contribution: Float[Tensor, "prompt layer head region"]
+    sink: Float[Tensor, "prompt layer head"]
     attention_out: Float[Tensor, "prompt layer"]
     mlp_out: Float[Tensor, "prompt layer"]
     embedding: Float[Tensor, " prompt"]
@@ -235,7 +237,7 @@ def _batch(
         record["dominance"] = torch.stack(
             [by_token[i][:, real][:, chat.regions[name]].sum(-1) for name in REGIONS], dim=-1
         )
-        record["sums"] = shares[i].sum(-1)
+        record["sums"], record["sink"] = shares[i].sum(-1), rows[i][..., real][..., 0]
         record["rows"] = (rows[i][..., real], shares[i][..., real]) if keep_rows else None
         records.append(record)
     return records
@@ -270,6 +272,7 @@ def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], uni
         norm=stack("resid_norm"),
         attention=stack("attention"),
         contribution=stack("contribution"),
+        sink=stack("sink"),
         attention_out=written,
         mlp_out=stack("mlp"),
         embedding=start,

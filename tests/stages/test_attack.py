@@ -64,11 +64,74 @@ def test_resume_is_bit_for_bit(changes: dict[str, Any]) -> None:
     steps = first.steps()
     for _ in range(5):
         next(steps)
-    state = json.loads(json.dumps(first.state()))
-    second = attacks.GCG(model, tok, TALKS, "Sure", config)
-    second.restore(state)
-    rest = list(second.steps())
-    assert [(s.step, s.loss, s.ids) for s in rest] == [(s.step, s.loss, s.ids) for s in whole[5:]]
+    assert timeless(continued(first)) == timeless(whole[5:])
+
+
+def continued(attack: attacks.GCG) -> list[attacks.Step]:
+    """The rest of an attack from its state alone, in a new object."""
+    state = json.loads(json.dumps(attack.state()))
+    other = attacks.GCG(attack.model, attack.tokenizer, attack.conversations, "Sure", attack.config)
+    other.restore(state)
+    return list(other.steps())
+
+
+def timeless(steps: list[attacks.Step]) -> list[attacks.Step]:
+    """Steps without how long they took."""
+    return [dataclasses.replace(step, seconds=0.0) for step in steps]
+
+
+def test_resume_keeps_goals_that_have_joined_and_the_way_back_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One goal joins at step 2, and two candidates a step with a short patience go back to the best again and again."""
+    changes = {"num_steps": 14, "search_width": 2, "patience": 2, "progressive_goals": True, "merge": 0}
+    config = attacks.GCGConfig(**SMALL | changes)
+    original = gcg.rescored_best
+
+    def met_at_step_2(search: Any, *args: Any) -> Any:
+        won = original(search, *args)
+        return dataclasses.replace(won, matched=torch.full_like(won.matched, attack.step == 1))
+
+    monkeypatch.setattr(gcg, "rescored_best", met_at_step_2)
+    model, tok = tiny.hf_model("qwen3"), tiny.tokenizer()
+    attack = attacks.GCG(model, tok, TALKS, "Sure", config)
+    whole = list(attack.steps())
+    attack = attacks.GCG(model, tok, TALKS, "Sure", config)
+    steps = attack.steps()
+    for _ in range(7):
+        next(steps)
+    attack.search.batch_size = 1
+    monkeypatch.setattr(gcg, "rescored_best", original)
+    rest = continued(attack)
+    assert [len(step.per_goal) for step in rest] == [2] * 7
+    keep = [(s.step, s.ids, s.best_ids, s.best_string, s.n_candidates, s.n_rejected) for s in rest]
+    assert keep == [(s.step, s.ids, s.best_ids, s.best_string, s.n_candidates, s.n_rejected) for s in whole[7:]]
+    state = json.loads(json.dumps(attack.state()))
+    other = attacks.GCG(model, tok, TALKS, "Sure", config)
+    other.restore(state)
+    assert json.loads(json.dumps(other.state())) == state
+    assert (other.search.batch_size, other.search.active, other.best_step) == (1, 2, attack.best_step)
+
+
+def test_an_attack_that_has_stopped_early_stays_stopped() -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    slot = attacks.build_slot(tok, TALKS[1], "x", INIT)
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat([slot.before_ids, slot.suffix_ids, slot.after_ids])[None]).logits
+    target = tok.decode(logits[0, -1].argmax())  # what the model says anyway
+    config = attacks.GCGConfig(**{**SMALL, "num_steps": 30}, early_stop=True)
+    attack = attacks.GCG(model, tok, TALKS[1], target, config)
+    steps = list(attack.steps())
+    assert steps[-1].matched and len(steps) < 30
+    other = attacks.GCG(model, tok, TALKS[1], target, config)
+    other.restore(json.loads(json.dumps(attack.state())))
+    assert list(other.steps()) == []
+
+
+def test_a_state_of_another_precision_is_refused() -> None:
+    tok, config = tiny.tokenizer(), attacks.GCGConfig(**SMALL, score_dtype="bfloat16")
+    state = attacks.GCG(tiny.hf_model("llama"), tok, TALKS, "Sure", config).state()
+    other = attacks.GCG(tiny.hf_model("llama", dtype=torch.bfloat16), tok, TALKS, "Sure", config)
+    with pytest.raises(attacks.AttackError, match=r"another precision than torch\.bfloat16"):
+        other.restore(state)
 
 
 def test_goals_join_when_the_present_ones_are_met(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 import attacks
+from attacks.caches import cache_argument
+from attacks.scorer import Scorer
+from attacks.slot import survives
 from tests import tiny
-from tests.small_attacks import SMALL, TALKS, plain_loss
+from tests.small_attacks import INIT, SMALL, TALKS, plain_loss
 
 
 def test_self_test_looks_before_the_attack() -> None:
@@ -42,6 +46,8 @@ def test_self_test_warns_of_a_target_that_needs_no_suffix() -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"target": ""}, "target is empty"),
+    ({"target": " "}, "target is empty"),
+    ({"target": "", "config": {"add_space_before_target": True}}, "target is empty"),
     ({"messages": []}, "no conversation"),
     ({"messages": "a {optim_str} b {optim_str}"}, "2 times"),
     ({"messages": ["a", "b"], "target": ["x"]}, "2 conversations but 1 targets"),
@@ -58,6 +64,87 @@ def test_bad_input_is_named(change: dict[str, Any], expected: str) -> None:
     config = attacks.GCGConfig(**{**SMALL, **change.get("config", {})})
     with pytest.raises(attacks.AttackError, match=expected):
         attacks.run(model, tiny.tokenizer(), change.get("messages", TALKS[0]), change.get("target", "Sure"), config)
+
+
+def test_settings_that_cannot_work_are_named() -> None:
+    with pytest.raises(attacks.AttackError, match="optim_str_init is"):
+        attacks.GCGConfig(optim_str_init=())
+    with pytest.raises(attacks.AttackError, match="mellowmax_alpha is 0"):
+        attacks.GCGConfig(mellowmax_alpha=0.0)
+    with pytest.raises(attacks.AttackError, match="topk is 100000"):
+        attacks.run(tiny.hf_model("llama"), tiny.tokenizer(), TALKS[0], "Sure", attacks.GCGConfig.nanogcg(topk=100_000))
+    assert attacks.GCGConfig(verbosity="WARNING").verbosity == "WARNING"  # nanoGCG's users set it
+
+
+@pytest.mark.parametrize("name", ["get_input_embeddings", "get_output_embeddings"])
+def test_a_model_without_embeddings_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.hf_model("llama")
+    monkeypatch.setattr(model, name, lambda: None)
+    with pytest.raises(attacks.AttackError, match=name):
+        attacks.run(model, tiny.tokenizer(), TALKS[0], "Sure", attacks.GCGConfig(**SMALL))
+
+
+def test_a_template_that_leaves_the_suffix_out_is_refused() -> None:
+    tok = copy.deepcopy(tiny.tokenizer())
+    tok.chat_template = "{{ messages[-1]['content'] }}"
+    talk = [{"role": "user", "content": "Hi {optim_str}"}, {"role": "assistant", "content": "Yes?"}]
+    with pytest.raises(attacks.AttackError, match="0 times instead of once"):
+        attacks.build_slot(tok, talk, "Sure", INIT)
+
+
+def test_a_suffix_that_opens_its_turn_keeps_its_beginning() -> None:
+    """Templates that trim a turn would take a first space away, and the model would read other tokens."""
+    tok = tiny.tokenizer()
+    ids = torch.tensor([tok(text, add_special_tokens=False).input_ids[:2] for text in (" rain wind", "rain wind")])
+    for talk, expected in (("{optim_str} Sing", [False, True]), ("Sing{optim_str} now", [True, False])):
+        slot = attacks.build_slot(tok, talk, "Sure", INIT)
+        fits = survives(tok, [slot], ids)
+        assert not fits[0] or expected[0], talk
+    slot = attacks.build_slot(tok, "{optim_str} Sing", "Sure", INIT)
+    assert slot.opens_turn and not attacks.build_slot(tok, "Sing{optim_str}", "Sure", INIT).opens_turn
+
+
+class Starved(torch.nn.Module):
+    """A model that runs out of memory with more than ``limit`` rows."""
+
+    def __init__(self, model: Any, limit: int) -> None:
+        super().__init__()
+        self.inner, self.limit, self.tried = model, limit, []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, input_ids: Any = None, cache: Any = None, **others: Any) -> Any:
+        if input_ids is not None:
+            self.tried.append(len(input_ids))
+            if len(input_ids) > self.limit:
+                raise torch.OutOfMemoryError("out of memory")
+        return self.inner(input_ids=input_ids, **others, **{cache_argument(self.inner): cache})
+
+
+def test_batches_are_halved_until_they_fit_and_nothing_else_changes() -> None:
+    slot = attacks.build_slot(tiny.tokenizer(), TALKS[0], "Sure, here", INIT)
+    ids = slot.suffix_ids.repeat(16, 1)
+    ids[:, 3] = torch.arange(300, 316)
+    config = attacks.GCGConfig(use_prefix_cache=False)
+    model = Starved(tiny.hf_model("llama"), limit=3)
+    scorer = Scorer(model, [slot], config)
+    found, _ = scorer(ids)
+    assert model.tried[:4] == [16, 8, 4, 2] and scorer.batch_size == 2
+    torch.testing.assert_close(found, Scorer(tiny.hf_model("llama"), [slot], config)(ids)[0])
+    with pytest.raises(attacks.AttackError, match="not enough memory on cpu for one candidate"):
+        Scorer(Starved(tiny.hf_model("llama"), limit=0), [slot], config)(ids)
+
+
+def test_the_search_is_never_wider_than_the_model() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        attack = attacks.GCG(
+            tiny.hf_model("llama", dtype=dtype), tiny.tokenizer(), TALKS[0], "Sure", attacks.GCGConfig.nanogcg(topk=32)
+        )
+        assert attack.search.model.dtype == dtype and attack.exact is None
 
 
 def test_losses_that_are_not_finite_are_named() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import attacks
+from attacks import scorer as scorer_module
 from attacks.candidates import combined, token_gradient
 from attacks.grouping import first_changes, group_by_start
 from attacks.scorer import Scorer, rescored_best
@@ -114,6 +115,30 @@ def test_the_best_of_single_and_combined_candidates_wins(family: str) -> None:
         replaced.append(sum(a != b for a, b in zip(before, step.ids, strict=True)))
         before = list(step.ids)
     assert max(replaced) > 1  # each candidate of its own replaces one
+
+
+def test_a_combination_that_would_be_tokenised_otherwise_is_refused_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    slot = attacks.build_slot(tok, TALKS[0], "Sure, here", INIT)
+    ids = slot.suffix_ids.repeat(8, 1)
+    ids[torch.arange(8), torch.arange(8)] = torch.arange(300, 308)
+    scorer = Scorer(model, [slot], attacks.GCGConfig(merge=6))
+    free = rescored_best(scorer, None, ids, slot.suffix_ids)
+    assert (free.n_scored, free.n_refused) == (8 + 5, 0)
+    assert int((free.ids != slot.suffix_ids).sum()) > 1, "a combination wins here"
+
+    def one_replaced(rows: torch.Tensor) -> torch.Tensor:
+        return (rows != slot.suffix_ids).sum(dim=1) < 2
+
+    kept = rescored_best(scorer, None, ids, slot.suffix_ids, None, one_replaced)
+    assert (kept.n_scored, kept.n_refused) == (8, 5)
+    assert int((kept.ids != slot.suffix_ids).sum()) == 1
+    monkeypatch.setattr(scorer_module, "combined", lambda leaders, current, n: leaders[:3])
+    assert rescored_best(scorer, None, ids, slot.suffix_ids).n_scored == 8, (
+        "what stands there already is not scored again"
+    )
 
 
 def test_flops_count_every_token_that_is_run() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import attacks
-from attacks.scorer import Scorer
+from attacks import scorer as scorer_module
+from attacks.scorer import Scorer, rescored_best
 from tests import tiny
 
 TALKS = ["Write a poem {optim_str}", "Bake a cake {optim_str}", "Sing {optim_str} now", "Draw a cat {optim_str}"]
@@ -59,14 +60,46 @@ def test_nothing_is_dropped_where_parts_of_a_sum_may_be_negative() -> None:
 
 def test_an_attack_takes_the_same_steps_with_and_without_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
     config = attacks.GCGConfig(
-        num_steps=8, search_width=24, topk=32, optim_str_init=INIT, seed=7, score_dtype="bfloat16", halving=False
+        num_steps=8,
+        search_width=24,
+        topk=32,
+        optim_str_init=INIT,
+        seed=7,
+        score_dtype="float32",
+        halving=False,
+        merge=0,
     )
     model, tok = tiny.hf_model("llama"), tiny.tokenizer()
-    dropped = attacks.run(model, tok, TALKS, "Sure, here", config)
+    slots = [attacks.build_slot(tok, talk, "x", INIT) for talk in TALKS]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)  # sharp predictions, so that candidates differ by more than goals do
+        logits = [model(input_ids=torch.cat([s.before_ids, s.suffix_ids, s.after_ids])[None]).logits for s in slots]
+    targets = [tok.decode(found[0, -1].argmax()) for found in logits]
+    dropped = attacks.run(model, tok, TALKS, targets, config)
     monkeypatch.setattr(Scorer, "_droppable", property(lambda self: False))
-    whole = attacks.run(model, tok, TALKS, "Sure, here", config)
+    whole = attacks.run(model, tok, TALKS, targets, config)
+    assert sum(step.flops for step in dropped.steps) < 0.9 * sum(step.flops for step in whole.steps)
     assert dropped.strings == whole.strings
     assert dropped.losses == pytest.approx(whole.losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("halving", [False, True])
+def test_dropping_does_not_starve_combinations(halving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever could be dropped, the same leaders are combined."""
+    found: list[list[list[int]]] = []
+
+    def watched(leaders: Tensor, current: Tensor, n: int) -> Tensor:
+        found.append(leaders[:n].tolist())
+        return leaders[:0]
+
+    monkeypatch.setattr(scorer_module, "combined", watched)
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(128, len(TALKS), generator=generator) ** 2 * torch.tensor([1.0, 4.0, 0.5, 2.0])
+    ids, current = torch.arange(128)[:, None].repeat(1, 2), torch.tensor([999, 999])
+    for droppable in (True, False):
+        monkeypatch.setattr(Scorer, "_droppable", property(lambda self, value=droppable: value))
+        rescored_best(counted(truth, merge=8, rescore=8), None, ids, current, 0 if halving else None)
+    assert found[0] == found[1] and len(found[0]) == 8
 
 
 @pytest.mark.parametrize("first", [0, 2])

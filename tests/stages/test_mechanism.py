@@ -30,10 +30,13 @@ def tables(mechanism: str) -> dict[str, list[dict[str, Any]]]:
     suffixes = [
         Suffix(f"adversarial-{i}", "adversarial", " ".join(words)) for i, words in enumerate((SUFFIX, SUFFIX[::-1]))
     ]
-    control = Suffix("shuffled-1", "shuffled", " ".join(SUFFIX[::-1]))
+    controls = [
+        Suffix("shuffled-1", "shuffled", " ".join(SUFFIX[::-1])),
+        *(Suffix(f"benign-{i}", "benign", " ".join(["and"] * len(SUFFIX))) for i in (1, 2)),
+    ]
     return measure_mechanism(  # 20 prompts: two groups
         model, direction, prompts("report", 20, 3), prompts("select", 6, 4), prompts("select", 6, 5, "harmless"),
-        suffixes, [CARRIER, OPPONENT], control=control, reply_tokens=2,
+        suffixes, [CARRIER, OPPONENT], controls=controls, reply_tokens=2,
     )  # fmt: skip
 
 
@@ -43,7 +46,7 @@ def rows(mechanism: str, table: str, **wanted: object) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("mechanism", ["softmax", "query", "opponent", "mlp"])
 def test_terms_say_what_carries_the_fall(mechanism: str) -> None:
-    found = {row["term"]: row for row in tables(mechanism)["carried"]}
+    found = {row["term"]: row for row in rows(mechanism, "carried", arm="adversarial")}
     carrier = "MLPs" if mechanism == "mlp" else "top heads"
     assert sum(row["share"] for row in found.values()) == pytest.approx(1, abs=1e-6)
     assert found[carrier]["share"] == pytest.approx(1, abs=1e-4)
@@ -53,7 +56,7 @@ def test_terms_say_what_carries_the_fall(mechanism: str) -> None:
 @pytest.mark.parametrize(("mechanism", "factor"), [("softmax", "dilution"), ("query", "query")])
 def test_factors_say_why(mechanism: str, factor: str) -> None:
     for layer, head in (CARRIER, (-1, -1)):
-        found = {row["factor"]: row["share"] for row in rows(mechanism, "factors", layer=layer, head=head)}
+        found = {row["factor"]: row["share"] for row in rows(mechanism, "factors", arm="adversarial", layer=layer, head=head)}
         assert found[factor] == pytest.approx(1, abs=1e-4)
     assert rows(mechanism, "factors", layer=OPPONENT[0], head=OPPONENT[1])[0]["share"] is None, "no change, no share"
 
@@ -142,7 +145,7 @@ def test_a_control_that_fits_only_some_suffixes_is_left_out() -> None:
     suffixes = [Suffix(f"adversarial-{i}", "adversarial", " ".join(words)) for i, words in enumerate(texts)]
     found = measure_mechanism(
         model, direction, prompts("report", 1, 3), prompts("select", 6, 4), prompts("select", 6, 5, "harmless"),
-        suffixes, [CARRIER], control=Suffix("shuffled-1", "shuffled", " ".join(SUFFIX[::-1])), reply_tokens=1,
+        suffixes, [CARRIER], controls=[Suffix("shuffled-1", "shuffled", " ".join(SUFFIX[::-1]))], reply_tokens=1,
     )  # fmt: skip
     assert not [row for row in found["causal"] if row["test"] == ATTENTION]
     assert {row["n_suffixes"] for row in found["causal"] if row["on"] == "attacked"} == {3}

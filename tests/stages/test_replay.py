@@ -255,7 +255,7 @@ def test_bad_runs_are_refused_in_one_sentence() -> None:
     model = tiny.model("llama")
     with pytest.raises(UserError, match="no prompts to replay"):
         prepare(model, [])
-    with pytest.raises(UserError, match="the model takes 512"):
+    with pytest.raises(UserError, match="tiny-llama takes 512"):
         prepare(model, [model.chat("word " * 600)])
     one, two = (prepare(model, [model.chat(text)]) for text in tiny.TEXTS[:2])
     with pytest.raises(UserError, match="different instructions"):
