@@ -13,15 +13,19 @@ reply      ``<reply>``, chat[-1]
 =========  ====================================================================================
 
 The *carrier*, head 2 of layer 1, looks from ``<reply>`` for ``harm`` and writes it along ``refuse``, which the
-unembedding turns into the refusing token "no". Without a suffix it alone moves ``refuse``. What the suffix does is the
-mechanism:
+unembedding turns into the refusing token "I cannot". Without a suffix it alone moves ``refuse``. What the suffix does
+is the mechanism:
 
 =============  ================================================================================
 "softmax"      suffix tokens have the key that the carrier looks for, and nothing to carry
 "query"        the *scout*, head 0 of layer 0, tells ``<reply>`` of the suffix; the carrier then looks for nothing
 "opponent"     head 3 of layer 1 finds the suffix and writes against ``refuse``
 "mlp"          the scout tells, and the MLP of layer 1 writes against ``refuse``
-"nothing"      no head looks at the suffix; those of layer 2 pick up its sign, + as often as −
+"displacement" the carrier looks for harm nearby, and the suffix moves ``<reply>`` away
+"chat keys"    the scout tells ``<end>`` of the suffix, which then has the key that the carrier looks for
+"scale"        head 3 of layer 1 finds the suffix and writes so much elsewhere that the norm behind attention
+               makes everything else small (Gemma 2 only)
+"nothing"      no head looks at the suffix; those of layer 2 each pick up a sign of its words, + as often as −
 =============  ================================================================================
 
 "relay" is another model without a suffix mechanism: head 1 of layer 0 brings ``harm`` to ``<end>``, where the carrier
@@ -44,19 +48,24 @@ HARM = ("bomb", "poison")
 PLAIN = ("write", "make", "a", "the", "poem", "cake", "song", "about", "rain", "friend", "old", "small", "red", "now")
 SUFFIX = tuple(f"zz{i}" for i in range(1, 9))
 SPECIAL = ("<pad>", "<s>", "<end>", "<reply>")
-WORDS = (*SPECIAL, "no", "sure", *HARM, *PLAIN, *SUFFIX)
+REFUSAL, ANSWER = "I cannot", "sure"  # one token each
+WORDS = (*SPECIAL, REFUSAL, ANSWER, *HARM, *PLAIN, *SUFFIX)
 TEMPLATE = (
     "<s> {% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<end> <reply>{% endif %}"
 )
 FEATURES = (
-    "constant", "harm", "plain", "suffix", "sink", "end", "reply", "told", "relayed", "refuse", "large", "sign",
+    "constant", "harm", "plain", "suffix", "sink", "end", "reply", "told", "relayed", "refuse", "large",
+    "sign 0", "sign 1", "sign 2", "sign 3",
 )  # fmt: skip
+# of four pairs of suffix words, one row a head: no two rows agree more often than they differ
+SIGNS = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))
 F = {name: i for i, name in enumerate(FEATURES)}
 D_MODEL, D_HEAD, N_HEADS, N_KV, N_LAYERS = 32, 8, 4, 2, 4
 CARRIER, OPPONENT, SCOUT, RELAY = (1, 2), (1, 3), (0, 0), (0, 1)
 READ_LAYER = 2  # where the direction is read: after both layers that do something
 # coordinates of a head that positions do not rotate (the slow half of the rotation)
 FIND, SHUN, REST = 3, 2, 7
+NEAR = 1  # one that they do rotate where the mechanism is "displacement": by 0.1 a token
 STRONG, WEAK = 6.0, 4.0  # queries and keys: a head that looks for something finds it
 
 
@@ -75,7 +84,7 @@ def planted(mechanism: str, family: str = "llama") -> Model:
         "hidden_size": D_MODEL, "intermediate_size": 8, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS,
         "num_key_value_heads": N_KV, "head_dim": D_HEAD, "max_position_embeddings": 128, "vocab_size": len(WORDS),
         "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e12},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4 if mechanism == "displacement" else 1e12},
     }  # fmt: skip
     if family == "gemma2":
         sizes |= {"query_pre_attn_scalar": D_HEAD, "sliding_window": 128, "hidden_activation": "gelu_pytorch_tanh"}
@@ -101,7 +110,7 @@ def _tokens(hf: Any, family: str, mechanism: str) -> None:
     embed, read = hf.model.embed_tokens.weight, hf.lm_head.weight
     kinds = {
         "harm": HARM,
-        "plain": (*PLAIN, "no", "sure"),
+        "plain": (*PLAIN, REFUSAL, ANSWER),
         "suffix": SUFFIX,
         "sink": ("<s>",),
         "end": ("<end>",),
@@ -111,12 +120,13 @@ def _tokens(hf: Any, family: str, mechanism: str) -> None:
         for word in words:
             embed[WORDS.index(word), [F["constant"], F[kind]]] = 1.0
     if mechanism == "nothing":
-        for i, word in enumerate(SUFFIX):  # + or −, equally often
-            embed[WORDS.index(word), F["sign"]] = 0.5 if i % 2 else -0.5
+        for i, word in enumerate(SUFFIX):  # the words of a pair have every sign the other way
+            for head, row in enumerate(SIGNS):
+                embed[WORDS.index(word), F[f"sign {head}"]] = row[i // 2] * (0.5 if i % 2 else -0.5)
     if family == "gemma2":
         embed /= D_MODEL**0.5  # multiplied in again by the model
-    read[WORDS.index("no"), F["refuse"]] = 1.0
-    read[WORDS.index("sure"), F["constant"]] = 5.0
+    read[WORDS.index(REFUSAL), F["refuse"]] = 1.0
+    read[WORDS.index(ANSWER), F["constant"]] = 5.0
 
 
 def set_head(
@@ -150,7 +160,12 @@ def _carrier(hf: Any, mechanism: str) -> None:
         finds["suffix"] = {FIND: WEAK}
     else:
         finds["suffix"] = {SHUN: -3 * STRONG}
-    set_head(hf, CARRIER, {"reply": {FIND: 1.5}, "constant": {SHUN: STRONG, REST: 0.5}}, finds)
+    if mechanism == "displacement":
+        finds["harm"] = {NEAR: WEAK}
+    if mechanism == "chat keys":
+        finds["told"] = {FIND: WEAK}
+    looked = NEAR if mechanism == "displacement" else FIND
+    set_head(hf, CARRIER, {"reply": {looked: 1.5}, "constant": {SHUN: STRONG, REST: 0.5}}, finds)
     set_write(hf, CARRIER, 0, "relayed" if mechanism == "relay" else "harm", "refuse", 2.0)
     if mechanism == "relay":
         set_head(
@@ -163,23 +178,24 @@ def _carrier(hf: Any, mechanism: str) -> None:
 
 
 def _mechanism(hf: Any, mechanism: str) -> None:
-    if mechanism in ("query", "mlp"):
-        # elsewhere than at <reply> the scout rests on the sink, so that only <reply> is told
+    if mechanism in ("query", "mlp", "chat keys"):
+        # elsewhere than at one chat token the scout rests on the sink, so that only that one is told
         set_head(
             hf,
             SCOUT,
-            {"reply": {FIND: 2 * STRONG}, "constant": {REST: STRONG}},
+            {"end" if mechanism == "chat keys" else "reply": {FIND: 2 * STRONG}, "constant": {REST: STRONG}},
             {"suffix": {FIND: STRONG}, "sink": {REST: STRONG}},
         )
         # as little as the MLP needs: what is told also makes the rest of <reply>'s state smaller behind a norm
-        set_write(hf, SCOUT, 0, "suffix", "told", 1.0 if mechanism == "query" else 0.05)
+        set_write(hf, SCOUT, 0, "suffix", "told", 0.05 if mechanism == "mlp" else 1.0)
     if mechanism == "query":
         query = hf.model.layers[CARRIER[0]].self_attn.q_proj.weight
         query[CARRIER[1] * D_HEAD + FIND, F["told"]] = -1.5
-    if mechanism == "opponent":
+    if mechanism in ("opponent", "scale"):
         attention = hf.model.layers[OPPONENT[0]].self_attn
         attention.q_proj.weight[OPPONENT[1] * D_HEAD + SHUN, F["reply"]] = -STRONG  # the carrier's key, the other way
-        set_write(hf, OPPONENT, 3, "suffix", "refuse", -1.0)
+        writes, weight = ("refuse", -1.0) if mechanism == "opponent" else ("relayed", 500.0)
+        set_write(hf, OPPONENT, 3, "suffix", writes, weight)
     if mechanism == "mlp":
         mlp = hf.model.layers[1].mlp
         mlp.gate_proj.weight[0, F["constant"]] = 2.0
@@ -205,7 +221,7 @@ def _add_large(hf: Any, layer: int) -> None:
 def _noise(hf: Any) -> None:
     """Heads of layer 2 attend to everything alike and write what sign suffix tokens have, each by its own weight."""
     for index, weight in enumerate((1.0, -0.7, 0.4, 0.2)):
-        set_write(hf, (2, index), index, "sign", "refuse", weight)
+        set_write(hf, (2, index), index, f"sign {index}", "refuse", weight)
 
 
 def instructions(count: int, harmful: bool, seed: int = 0) -> list[str]:

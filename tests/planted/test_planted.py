@@ -11,9 +11,11 @@ import functools
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 
 from suffix_analysis import causal
 from suffix_analysis.causal import Readout
+from suffix_analysis.chat import REGIONS
 from suffix_analysis.circuits import find_paths
 from suffix_analysis.directions import DirectionConfig, find_direction
 from suffix_analysis.factors import split_change
@@ -24,10 +26,12 @@ from suffix_analysis.replay import Prepared, prepare
 from suffix_analysis.stats import ratio_interval, sign_flip_max_t
 from suffix_analysis.traces import Traces, trace
 from tests.planted.models import (
+    ANSWER,
     CARRIER,
     D_MODEL,
     OPPONENT,
     READ_LAYER,
+    REFUSAL,
     RELAY,
     SCOUT,
     SUFFIX,
@@ -41,7 +45,7 @@ FAMILIES = ("llama", "qwen3", "gemma2")
 MECHANISMS = ("softmax", "query", "opponent", "mlp")
 TEXT = " ".join(SUFFIX)
 UNIT = torch.nn.functional.one_hot(torch.tensor(F["refuse"]), D_MODEL).float()
-READ = Readout(UNIT, READ_LAYER, (WORDS.index("no"),))
+READ = Readout(UNIT, READ_LAYER, (WORDS.index(REFUSAL),))
 EXACT = 1e-4
 
 
@@ -109,10 +113,13 @@ def test_the_planted_direction_is_found(family: str) -> None:
         [Prompt(f"{kind}-{i}", text, kind) for i, text in enumerate(instructions(24, kind == "harmful", seed=1))]
         for kind in ("harmful", "harmless")
     ]
-    free = DirectionConfig(n_fit=16, n_select=8, kl_threshold=10.0, induce_threshold=-100.0, keep_by_score=False)
-    found = find_direction(model, *kinds, free, refusal_tokens=[WORDS.index("no")])
-    at_end = found.means_harmful[READ_LAYER] - found.means_harmless[READ_LAYER]
-    assert float(torch.cosine_similarity(at_end, UNIT, dim=0)) == pytest.approx(1, abs=EXACT)
+    settings = DirectionConfig(n_fit=16, n_select=8)
+    if family == "gemma2":  # its large constant leaves so small a projection that it never refuses
+        settings = DirectionConfig(n_fit=16, n_select=8, induce_threshold=-100.0, keep_by_score=False)
+    found = find_direction(model, *kinds, settings, refusal_tokens=[WORDS.index(REFUSAL)])
+    # before its layer there is nothing to be found, and at <end> neither
+    assert (found.position, found.layer) == (-1, READ_LAYER)
+    assert float(torch.cosine_similarity(found.vector, UNIT, dim=0)) == pytest.approx(1, abs=EXACT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,6 +172,20 @@ def test_the_change_of_the_instructions_contribution_has_the_planted_cause(plant
     assert float(others.abs().max()) < EXACT * float(change.abs().max())
 
 
+@pytest.mark.parametrize(
+    ("cause", "family"),
+    [*((cause, f) for cause in ("displacement", "chat keys") for f in FAMILIES), ("scale", "gemma2")],
+)
+def test_every_other_factor_is_told_from_the_rest(cause: str, family: str) -> None:
+    """The two of the test above, and these: no two factors can be taken for each other."""
+    here = case(cause, family)
+    assert bool((here.fall > 0).all())
+    split = split_change(here.plain, here.attacked, UNIT)
+    change = (split.attacked - split.plain)[:, *CARRIER]
+    only(shares({name: part[:, *CARRIER] for name, part in split.parts.items()}, change), cause)
+    torch.testing.assert_close(change, -here.fall, atol=1e-4, rtol=EXACT)
+
+
 def test_knocking_out_the_planted_edge_brings_the_projection_back_and_no_other_does(planted_case: Case) -> None:
     run, mechanism = planted_case.attacked, planted_case.mechanism
     edge = {"softmax": CARRIER, "query": SCOUT, "opponent": OPPONENT, "mlp": SCOUT}[mechanism]
@@ -207,8 +228,8 @@ def test_giving_the_projection_back_brings_refusal_back(planted_case: Case) -> N
     if planted_case.family == "gemma2":
         pytest.skip("its large constant leaves so small a projection that the model never refuses")
     plain, attacked = planted_case.plain, planted_case.attacked
-    assert bool((plain.logits.argmax(-1) == WORDS.index("no")).all())
-    assert bool((attacked.logits.argmax(-1) == WORDS.index("sure")).all())
+    assert bool((plain.logits.argmax(-1) == WORDS.index(REFUSAL)).all())
+    assert bool((attacked.logits.argmax(-1) == WORDS.index(ANSWER)).all())
     levels = causal.base(plain, READ).projection
     full = causal.measure(attacked, causal.shifted(READ, levels), READ)
     torch.testing.assert_close(full.projection, levels, atol=1e-4, rtol=1e-4)
@@ -254,16 +275,36 @@ def test_a_suffix_without_effect_is_reported_no_more_often_than_the_error_rate()
         ]
         return (trace(model, chats, UNIT).head_contribution - plain).double().numpy()
 
-    maps = differences(mirrored=False)
-    # the mirrored suffix has every sign turned around: neither is likelier, which makes the null exact
-    np.testing.assert_allclose(differences(mirrored=True)[:, 2], -maps[:, 2], atol=1e-6)
-    assert np.abs(maps[:, 2]).max() > 0.01, "there is something to be misled by"
-    rejections = 0
+    # a suffix and its mirror image have every sign turned around: neither is likelier, which makes the null exact
+    both = np.stack([differences(mirrored=False), differences(mirrored=True)])
+    np.testing.assert_allclose(both[1, :, 2], -both[0, :, 2], atol=1e-6)
+    assert (np.abs(both[0, :, 2]).max(axis=0) > 0.01).all(), "every head has something to be misled by"
+    rejections = alone = 0
     for draw in range(400):
-        some = rng.choice(len(maps), 30, replace=False)
-        signs = rng.choice([-1.0, 1.0], 30)[:, None, None]
-        rejections += bool((sign_flip_max_t(signs * maps[some], seed=draw, draws=400).p <= 0.05).any())
+        some = rng.choice(len(texts), 30, replace=False)
+        maps = both[rng.integers(0, 2, 30), some]
+        rejections += bool((sign_flip_max_t(maps, seed=draw, draws=400).p <= 0.05).any())
+        alone += bool((ttest_1samp(maps[:, 2], 0).pvalue <= 0.05).any())
     assert 5 <= rejections <= 31, rejections
+    assert alone > 31, "each head tested alone would be reported more often"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_suffix_without_effect_has_no_mechanism(family: str) -> None:
+    """Where the direction is read nothing has changed, so nothing carries a fall, causes one, or undoes it."""
+    here = case("nothing", family)
+    whole = causal.base(here.plain, READ).projection
+    assert float((here.fall / whole).abs().max()) < EXACT
+    split = split_change(here.plain, here.attacked, UNIT)
+    for part in split.parts.values():
+        assert float((part[:, :READ_LAYER] / whole[:, None, None]).abs().max()) < EXACT
+    every = [(layer, head) for layer in range(4) for head in range(4)]
+    for hooks in (causal.cut(here.attacked, "suffix"), causal.replaced(every, here.plain.z)):
+        moved = causal.measure(here.attacked, hooks, READ).projection - causal.base(here.attacked, READ).projection
+        assert float((moved / whole).abs().max()) < EXACT
+    paths = [find_paths(run, UNIT, [CARRIER], READ_LAYER) for run in (here.plain, here.attacked)]
+    assert float(((paths[0].direct - paths[1].direct).sum(dim=2)[:, 0] / whole).abs().max()) < EXACT
+    assert float((paths[1].direct[..., REGIONS.index("suffix")][:, 0] / whole).abs().max()) < EXACT
 
 
 def test_an_effect_of_the_noises_own_size_is_found() -> None:

@@ -13,7 +13,18 @@ from suffix_analysis.directions import Direction
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
-from tests.planted.models import CARRIER, D_MODEL, OPPONENT, READ_LAYER, SUFFIX, WORDS, F, instructions, planted
+from tests.planted.models import (
+    CARRIER,
+    D_MODEL,
+    OPPONENT,
+    READ_LAYER,
+    REFUSAL,
+    SUFFIX,
+    WORDS,
+    F,
+    instructions,
+    planted,
+)
 
 
 def prompts(split: str, count: int, seed: int, kind: str = "harmful") -> list[Prompt]:
@@ -26,7 +37,7 @@ def tables(mechanism: str) -> dict[str, list[dict[str, Any]]]:
     model = planted(mechanism)
     unit = torch.nn.functional.one_hot(torch.tensor(F["refuse"]), D_MODEL).float()
     means = torch.zeros(model.n_layers + 1, D_MODEL)
-    direction = Direction(unit, -1, READ_LAYER, [], means + unit, means, (WORDS.index("no"),), {})
+    direction = Direction(unit, -1, READ_LAYER, [], means + unit, means, (WORDS.index(REFUSAL),), {})
     suffixes = [
         Suffix(f"adversarial-{i}", "adversarial", " ".join(words)) for i, words in enumerate((SUFFIX, SUFFIX[::-1]))
     ]
@@ -56,7 +67,9 @@ def test_terms_say_what_carries_the_fall(mechanism: str) -> None:
 @pytest.mark.parametrize(("mechanism", "factor"), [("softmax", "dilution"), ("query", "query")])
 def test_factors_say_why(mechanism: str, factor: str) -> None:
     for layer, head in (CARRIER, (-1, -1)):
-        found = {row["factor"]: row["share"] for row in rows(mechanism, "factors", arm="adversarial", layer=layer, head=head)}
+        found = {
+            row["factor"]: row["share"] for row in rows(mechanism, "factors", arm="adversarial", layer=layer, head=head)
+        }
         assert found[factor] == pytest.approx(1, abs=1e-4)
     assert rows(mechanism, "factors", layer=OPPONENT[0], head=OPPONENT[1])[0]["share"] is None, "no change, no share"
 
@@ -103,15 +116,41 @@ def test_the_identities_of_a_run_hold() -> None:
 
 
 def test_replies_flip_with_the_projection() -> None:
-    # the planted refusal is the word "no", which no phrase rule knows, so the score stands for it
-    before, after = (
-        rows("softmax", "causal", test="projection restored", heads="none", dose=1.0)[0][f"score_{when}"]
-        for when in ("before", "after")
-    )
-    assert before < 0 < after
+    restored = rows("softmax", "causal", test="projection restored", heads="none", dose=1.0)[0]
+    assert restored["score_before"] < 0 < restored["score_after"]
+    assert restored["refused"] == 1.0
+    cut = "suffix edges cut, mass renormalised"
+    assert rows("softmax", "causal", test=cut, heads="top", n_heads=2)[0]["refused"] == 1.0
+    refused = [row["refused"] for row in rows("softmax", "causal", test=cut, heads="random", n_heads=2)]
+    assert refused == [0.0, None, None], "replies of the first set of random heads only"
     assert rows("softmax", "causal", test="nothing changed", on="attacked")[0]["refused"] == 0.0
+    assert rows("softmax", "causal", test="nothing changed", on="none")[0]["refused"] == 1.0
     for row in rows("softmax", "causal", test="nothing changed"):
         assert row["score_effect"] == 0 and row["projection_effect"] == 0
+        assert row["n_suffixes"] == (0 if row["on"] == "none" else 2)
+
+
+def test_other_arms_stand_beside_the_adversarial_one() -> None:
+    for table in ("carried", "factors"):
+        assert {row["arm"] for row in tables("opponent")[table]} == {"adversarial", "shuffled", "benign"}
+    for table in ("circuit", "lens", "logits"):
+        assert {row["arm"] for row in tables("opponent")[table]} == {"none", "adversarial", "shuffled", "benign"}
+    falls = {
+        arm: sum(row["value"] for row in rows("opponent", "carried", arm=arm))
+        for arm in ("adversarial", "shuffled", "benign")
+    }
+    assert falls["adversarial"] == pytest.approx(falls["shuffled"], rel=1e-4), "the order does nothing here"
+    assert abs(falls["benign"]) < 0.2 * falls["adversarial"], "as long, and of words that no head minds"
+    (row,) = [row for row in rows("opponent", "carried", arm="benign") if row["term"] == "MLPs"]
+    assert (row["n_prompts"], row["n_suffixes"]) == (20, 2)
+
+
+def test_attribution_patching_is_held_against_the_sweep() -> None:
+    (row,) = rows("softmax", "ranking", run="none", measure="projection")
+    assert (row["n_heads"], row["k"]) == (16, 8)
+    assert row["error_ranked_first"] == pytest.approx(0, abs=1e-3), "the projection is linear in what a head writes"
+    best = max(rows("softmax", "sweep", run="none"), key=lambda row: abs(row["projection_estimate"]))
+    assert (best["layer"], best["head"]) == CARRIER
 
 
 def test_the_sweep_reports_the_carrier_alone() -> None:
@@ -140,7 +179,7 @@ def test_a_control_that_fits_only_some_suffixes_is_left_out() -> None:
     model = planted("softmax")
     unit = torch.nn.functional.one_hot(torch.tensor(F["refuse"]), D_MODEL).float()
     means = torch.zeros(model.n_layers + 1, D_MODEL)
-    direction = Direction(unit, -1, READ_LAYER, [], means + unit, means, (WORDS.index("no"),), {})
+    direction = Direction(unit, -1, READ_LAYER, [], means + unit, means, (WORDS.index(REFUSAL),), {})
     texts = (SUFFIX, SUFFIX[:-1], SUFFIX[::-1])
     suffixes = [Suffix(f"adversarial-{i}", "adversarial", " ".join(words)) for i, words in enumerate(texts)]
     found = measure_mechanism(
