@@ -109,7 +109,7 @@ def analyze(
         "top_heads": [vars(head) for head in heads],
         "shift": [row for arm in arms for row in shift_rows(arm, heads)],
         "dominance": [row for arm in arms for row in dominance_rows(arm)],
-        "contrasts": projection_contrasts(pairs, direction),
+        "contrasts": of_few_texts(projection_contrasts(pairs, direction), records),
         "head_differences": head_differences(pairs),
     }
     everything = [t for arm in [*arms, *select_arms] for t in arm.traces]
@@ -168,6 +168,18 @@ def projection_contrasts(pairs: Sequence[Pair], direction: Direction) -> list[di
         )
         for a, b in pairs
         if np.isfinite(values(a)).all() and np.isfinite(values(b)).all()
+    ]
+
+
+def of_few_texts(rows: Sequence[dict[str, Any]], suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
+    """Contrasts as they are, but descriptive where all shuffled suffixes are permutations of too few others."""
+    texts = {tuple(sorted(s.ids)) if s.ids else s.id for s in suffixes if s.arm == "shuffled"}
+    few = len(texts) < MIN_SUFFIXES
+    return [
+        row | {"descriptive": True, "verdict": "descriptive"}
+        if few and "shuffled" in (row["arm"], row["against"])
+        else row
+        for row in rows
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from suffix_analysis import attacking, replies, runs
-from suffix_analysis.analysis import analyze, n_forwards
+from suffix_analysis.analysis import analyze, n_forwards, of_few_texts
 from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.direction_file import load_direction, save_direction
@@ -297,7 +297,8 @@ class Study:
         folder = self.folder / "findings"
         rows = runs.read_table(folder / "replies.parquet")
         comparable = {row["against"] for row in found.tables["head_differences"]}  # equally long, if they have suffixes
-        contrasts = replies.refusal_contrasts(rows, comparable) + found.tables["contrasts"]
+        refusal = of_few_texts(replies.refusal_contrasts(rows, comparable), suffixes)
+        contrasts = refusal + found.tables["contrasts"]
         for name, table in (found.tables | {"contrasts": contrasts}).items():
             runs.write_table(folder / f"{name}.parquet", table)
         runs.write_json(folder / "patterns.json", found.patterns)

@@ -57,7 +57,7 @@ class Traces:
     attention_bias: Float[Tensor, " layer"]
     dominance: Float[Tensor, "prompt layer region"]
     n_tokens: Float[Tensor, "prompt region"]
-    rows: tuple[tuple[Float[Tensor, "layer head token"], Float[Tensor, "layer head token"]], ...]
+    rows: tuple[tuple[Float[Tensor, "layer head _"], Float[Tensor, "layer head _"]], ...]
     identity: float
     closure: float
 

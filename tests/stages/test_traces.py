@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import suffix_analysis.traces as traces_module
-from suffix_analysis.analysis import analyze
+from suffix_analysis.analysis import analyze, compared, head_differences, length_check, of_few_texts
+from suffix_analysis.arms import ArmTraces
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.errors import UserError
+from suffix_analysis.heads import without_sink
 from suffix_analysis.interventions import add
+from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
 from suffix_analysis.traces import trace
@@ -165,3 +168,63 @@ def test_analysis_tables_are_complete_and_say_what_is_descriptive() -> None:
     assert all(row["descriptive"] for row in found.tables["contrasts"])
     view = found.patterns[1]
     assert len(view["tokens"]) == len(view["regions"]) == len(view["attention"][0]) == len(view["contribution"][0])
+
+
+def test_attention_without_the_first_token_is_what_the_rest_share(family: str) -> None:
+    traces = trace(tiny.model(family), TEXTS, unit(32), suffix="x y z", keep_rows=True)
+    rest = without_sink(traces)
+    torch.testing.assert_close(rest.sum(-1), torch.ones(5, 3, 4), atol=1e-5, rtol=0)
+    row, chat = traces.rows[2][0], traces.chats[2]
+    others = row[..., 1:] / row[..., 1:].sum(-1, keepdim=True)
+    for i, name in enumerate(REGIONS):
+        torch.testing.assert_close(rest[2, ..., i], others[..., chat.regions[name][1:]].sum(-1), atol=1e-5, rtol=1e-4)
+
+
+def arms_of(model: Model, texts: dict[str, list[str]]) -> list[ArmTraces]:
+    vector, prompts = unit(32), [Prompt(f"p{i}", text, "harmful") for i, text in enumerate(TEXTS)]
+    found = [ArmTraces("none", (), (trace(model, prompts, vector),))]
+    for arm, own in texts.items():
+        suffixes = tuple(Suffix(f"{arm}-{i}", arm, text) for i, text in enumerate(own, 1))
+        found.append(ArmTraces(arm, suffixes, tuple(trace(model, prompts, vector, suffix=text) for text in own)))
+    return found
+
+
+def test_arms_with_suffixes_of_other_lengths_are_not_compared_and_that_is_said() -> None:
+    arms = arms_of(tiny.model("llama"), {"adversarial": ["x y z"], "random": ["x y z x y z"], "benign": ["z y x"]})
+    pairs, unequal = compared(arms)
+    names = {(a.arm, b.arm) for a, b in pairs}
+    assert ("adversarial", "none") in names and ("adversarial", "benign") in names and ("random", "none") in names
+    assert ("adversarial", "random") not in names
+    check = length_check(unequal)
+    assert not check["passed"] and "adversarial and random" in check["sentence"]
+    assert length_check([])["passed"]
+
+
+def test_heads_get_p_values_only_with_enough_suffixes_in_both_arms() -> None:
+    words = ["x", "y", "z", "w", "v", "u", "t", "s"]
+    many = [" ".join(words[i:] + words[:i])[:5] for i in range(8)]
+    arms = arms_of(tiny.model("llama"), {"adversarial": many, "random": many, "benign": many[:2]})
+    rows = head_differences([(arms[1], other) for other in (arms[0], arms[2], arms[3])])
+    p = {against: [row["p"] for row in rows if row["against"] == against] for against in ("none", "random", "benign")}
+    assert len(p["none"]) == 3 * 4 and all(0 < value <= 1 for value in p["none"])
+    assert all(value == 1 for value in p["random"]), "the same suffixes: no difference"
+    assert all(value is None for value in p["benign"])
+    first = next(row for row in rows if row["against"] == "none" and (row["layer"], row["head"]) == (1, 2))
+    cells = [arm.cells(lambda t: t.head_contribution[:, 1, 2]) for arm in (arms[1], arms[0])]
+    assert first["contribution"] == pytest.approx(cells[0].mean() - cells[1].mean(), abs=1e-6)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_anything_runs() -> None:
+    with pytest.raises(UserError, match="tokens with its template and suffix; tiny-llama takes 512"):
+        trace(tiny.model("llama"), ["Hi"], unit(32), suffix="word " * 700)
+
+
+def test_shuffles_of_few_suffixes_claim_nothing_about_shuffles() -> None:
+    row = {"arm": "adversarial", "against": "shuffled", "descriptive": False, "verdict": "differs from 0"}
+    other = row | {"against": "random"}
+    one = [
+        Suffix(f"shuffled-{i}", "shuffled", f"text {i}", ids=(1, 2, 3)[i % 3 :] + (1, 2, 3)[: i % 3]) for i in range(8)
+    ]
+    assert [r["verdict"] for r in of_few_texts([row, other], one)] == ["descriptive", "differs from 0"]
+    many = [Suffix(f"shuffled-{i}", "shuffled", f"text {i}", ids=(i, 2, 3)) for i in range(8)]
+    assert of_few_texts([row, other], many) == [row, other]
