@@ -30,6 +30,7 @@ from suffix_analysis.runs import (
     write_suffixes,
 )
 
+CONTROLS = ("random", "shuffled", "benign")
 EVAL_EVERY = (10, 5)  # steps between two looks at the held-out prompts, in the first and the second half of them
 
 
@@ -237,27 +238,34 @@ def make_controls(
     prompts: Sequence[Prompt],
     config: StudyConfig,
     note: Callable[[str], None],
+    arms: Sequence[str] = CONTROLS,
 ) -> list[Suffix]:
     """Random, shuffled and benign suffixes with the first suffix's token count; ``note`` is told what fell short.
 
     Shuffled are all of the suffixes, as evenly as the count allows.
     """
     slots = [attacks.build_slot(model.tokenizer, conversation(model, p.text), config.target, "x") for p in prompts[:4]]
-    n_rows = model.hf.get_input_embeddings().weight.shape[0]
     length, count = suffixes[0].n_tokens, config.n_controls
-    shares = [count // len(suffixes) + (i < count % len(suffixes)) for i in range(len(suffixes))]
-    made = {
-        "random": attacks.random_suffixes(model.tokenizer, slots, count, length, config.seed + 1, n_rows),
-        "shuffled": [
+
+    def random_ones() -> list[tuple[str, tuple[int, ...]]]:
+        n_rows = model.hf.get_input_embeddings().weight.shape[0]
+        return attacks.random_suffixes(model.tokenizer, slots, count, length, config.seed + 1, n_rows)
+
+    def shuffled() -> list[tuple[str, tuple[int, ...]]]:
+        shares = [count // len(suffixes) + (i < count % len(suffixes)) for i in range(len(suffixes))]
+        return [
             pair
             for suffix, share in zip(suffixes, shares, strict=True)
             if share
             for pair in attacks.shuffled_suffixes(
                 model.tokenizer, slots, torch.tensor(suffix.ids), share, config.seed + 2
             )
-        ],
-        "benign": attacks.benign_suffixes(model.tokenizer, slots, count, length),
-    }
+        ]
+
+    def benign() -> list[tuple[str, tuple[int, ...]]]:
+        return attacks.benign_suffixes(model.tokenizer, slots, count, length)
+
+    made = {arm: make() for arm, make in zip(CONTROLS, (random_ones, shuffled, benign), strict=True) if arm in arms}
     for arm, found in made.items():
         if len(found) < count:
             note(f"Only {len(found)} of {count} {arm} suffixes survive re-tokenisation.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 
 def shown(text: str) -> str:
@@ -15,6 +15,20 @@ def shown(text: str) -> str:
 def tell(text: str) -> None:
     """A line on stderr; see :func:`shown`."""
     print(shown(text), file=sys.stderr, flush=True)
+
+
+@runtime_checkable
+class Narrator(Protocol):
+    """Where progress goes; the command line shows it, tests collect it."""
+
+    def stage(self, name: str, skipped: bool) -> None:
+        """A stage begins, or is skipped because it is done."""
+
+    def say(self, text: str) -> None:
+        """A line worth keeping."""
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        """``done`` of ``total`` parts of the present stage."""
 
 
 class Console:

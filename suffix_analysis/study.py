@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from suffix_analysis import attacking, replies, runs
 from suffix_analysis.analysis import analyze, n_forwards, of_few_texts
 from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.console import Narrator
 from suffix_analysis.direction_file import load_direction, save_direction
 from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
 from suffix_analysis.errors import UserError
@@ -30,20 +31,6 @@ from suffix_analysis.refusal import discover_refusal_tokens, opens_refusal
 
 # replies come before the direction, whose interventions wrap the fast model and slow it down
 STAGES = ("prompts", "attack", "replies", "direction", "analysis", "mechanism")
-
-
-@runtime_checkable
-class Narrator(Protocol):
-    """Where progress goes; the command line shows it, tests collect it."""
-
-    def stage(self, name: str, skipped: bool) -> None:
-        """A stage begins, or is skipped because it is done."""
-
-    def say(self, text: str) -> None:
-        """A line worth keeping."""
-
-    def progress(self, done: int, total: int, text: str = "") -> None:
-        """``done`` of ``total`` parts of the present stage."""
 
 
 @dataclass
@@ -148,9 +135,9 @@ class Study:
         if config.suffixes is not None:
             given = given_suffixes(Path(config.suffixes), self.model)
             own = [s for s in given if s.arm == "adversarial"]
-            made = attacking.make_controls(self.model, own, harmful, config, self._skip)
-            arms = {s.arm for s in given}
-            runs.write_suffixes(self.folder / "suffixes.jsonl", [*given, *(s for s in made if s.arm not in arms)])
+            lacking = [arm for arm in attacking.CONTROLS if arm not in {s.arm for s in given}]
+            made = attacking.make_controls(self.model, own, harmful, config, self._skip, lacking)
+            runs.write_suffixes(self.folder / "suffixes.jsonl", [*given, *made])
             return
         refused = opens_refusal(self.fast, [self.model.chat(p.text).ids for p in harmful], tokens)
         train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed, refused.tolist())
