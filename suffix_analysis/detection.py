@@ -35,18 +35,19 @@ NEAR, FEWEST = 2, 8  # tokens between the two prompts of a pair; pairs that are 
 class Fitted:
     """What is learnt before anything is measured: directions, detectors, and the readings that thresholds come from.
 
-    ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` harmless ones without.
+    ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` those without, harmless ones and
+    their look-alikes apart.
     """
 
     harmfulness: Harmfulness
     detectors: list[Detector]
     calibration: dict[str, Readings]
-    plain: Readings
+    plain: dict[str, Readings]
 
     @property
     def gap(self) -> float:
-        """What harmfulness − refusal must exceed for the projection to be restored; rare without a text too."""
-        kinds = (Readings.joined([*self.calibration.values()]), self.plain)
+        """What harmfulness − refusal must exceed for the projection to be restored; rare in each plain kind too."""
+        kinds = (Readings.joined([*self.calibration.values()]), *self.plain.values())
         return max(threshold(self.of(GAP).score(kind), GAP_RATE) for kind in kinds)
 
     @property
@@ -124,12 +125,13 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
     attacked, others = conversations(model, {kind: own[::2] for kind, own in select.items()}, suffixes, 0)
     detectors = fit_detectors(readings(attacked), readings([part for parts in others.values() for part in parts]))
     # what the model meets most of the time: harmless prompts and their look-alikes as they are
-    plain = [
-        model.chat(p.text) for kind in ("harmless", "lookalike") for p in prompts_of(prompts, kind, "select", 2 * most)
-    ]
+    plain = {kind: prompts_of(prompts, kind, "select", 2 * most) for kind in ("harmless", "lookalike")}
     _, unattacked = conversations(model, {kind: own[1::2] for kind, own in select.items()}, suffixes, 0)
     return Fitted(
-        harmfulness, detectors, {name: readings(parts) for name, parts in unattacked.items()}, readings([plain])
+        harmfulness,
+        detectors,
+        {name: readings(parts) for name, parts in unattacked.items()},
+        {kind: readings([[model.chat(p.text) for p in own]]) for kind, own in plain.items() if own},
     )
 
 

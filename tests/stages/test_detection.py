@@ -106,8 +106,9 @@ def test_thresholds_come_from_prompts_that_nothing_was_fitted_with() -> None:
     assert len(set(cuts.values())) > 2
     benign = fitted.calibration["harmless + benign text"].perplexity
     assert fitted.perplexity == pytest.approx(float(benign.max()))
-    unasked = fitted.of("harmfulness − refusal").score(fitted.plain)
-    assert len(unasked) == 8 and fitted.gap >= unasked.max(), "harmless prompts are left alone"
+    unasked = {kind: fitted.of("harmfulness − refusal").score(own) for kind, own in fitted.plain.items()}
+    assert {kind: len(own) for kind, own in unasked.items()} == {"harmless": 4, "lookalike": 4}
+    assert all(fitted.gap >= own.max() for own in unasked.values()), "harmless prompts are left alone"
 
 
 def test_prompts_come_in_pairs_of_the_same_length() -> None:
