@@ -77,4 +77,4 @@ def _chart(rows: list[Row], order: list[str], key: str) -> dict[str, Any]:
     )
     shown = [row for row in rows if row[key] is not None]
     say = f"Dots with intervals: share of the suffix's effect that {len(order)} interventions undo."
-    return finish(alt.layer(bar, dot), shown, 22 * len(order), say)
+    return finish(alt.layer(bar, dot), shown, 22 * len(order), say, lines=len(order))

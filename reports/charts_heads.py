@@ -6,7 +6,8 @@ from typing import Any
 
 import altair as alt
 
-from reports.charts import MAIN, PINNED, Figure, View, finish, head_name
+from reports import theme
+from reports.charts import MAIN, OTHER_PROMPTS, PINNED, Figure, View, differences, finish, head_name
 from reports.data import Row, RunData
 
 MEASURES = {
@@ -30,16 +31,13 @@ def head_grid(data: RunData) -> Figure | None:
         return None
     top = {(row["layer"], row["head"]): row["rank"] for row in data.table("top_heads")}
     maps: dict[str, dict[str, list[Row]]] = {measure: {} for measure in MEASURES}
-    for arm in ("none", "adversarial", "random"):
-        if arm in by_arm:
-            maps["contribution"][arm] = [
-                _cell(row, row["contribution"], top, keep=True) for row in by_arm[arm].values()
-            ]
-    for against in ("none", "random"):
+    for arm in theme.arm_order(by_arm.keys() - set(OTHER_PROMPTS)):
+        maps["contribution"][arm] = [_cell(row, row["contribution"], top, keep=True) for row in by_arm[arm].values()]
+    for name, against in differences(by_arm):
         for measure, key in MEASURES.items():
             cells = _difference(by_arm, against, key, top) if key else []
             if cells:
-                maps[measure][f"adversarial − {against}"] = cells
+                maps[measure][name] = cells
     for run in ("none", "adversarial"):
         own = [row for row in data.table("sweep") if row["run"] == run and row["projection_effect"] is not None]
         if own:

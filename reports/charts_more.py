@@ -105,7 +105,7 @@ def interventions(data: RunData) -> Figure | None:
         ("refusal_hi", "CI to"),
         ("n_prompts", "n"),
     )
-    spec = finish(alt.layer(bar, dot, label), shown, max(52 * len(shown), 130), say)
+    spec = finish(alt.layer(bar, dot, label), shown, max(52 * len(shown), 130), say, lines=len(order), step=64)
     return Figure("interventions", "The direction itself", caption, say, columns, (View("all", spec),))
 
 

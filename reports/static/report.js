@@ -13,7 +13,7 @@
     for (const child of children) node.append(child);
     return node;
   }
-  const nice = (value) => (value == null ? "–" : (typeof value === "number" ? String(+value.toPrecision(4)) : String(value)).replace("-", "−"));
+  const nice = (value) => (typeof value === "number" ? String(+value.toPrecision(4)).replace("-", "−") : value ?? "–");
   const percent = (value) => (value == null ? "–" : `${nice(Math.round(1000 * value) / 10)} %`);
   const options = (select, pairs) => select.replaceChildren(...pairs.map(([value, words]) => Object.assign(el("option", words), { value })));
   const table = (heads, rows) => el("div.scroll", el("table",
@@ -26,26 +26,40 @@
   }
   const payload = await unpack(byId("payload").textContent.trim()), { heads } = payload.pinned;
 
-  // --- state: what is pinned and shown, in the URL fragment ------------------------------------------------------
-  const state = { head: "", prompt: 0, measure: "", arm: "" };
-  const followers = [];  // called with the names of what changed
+  const charts = [...document.querySelectorAll("figure[data-figure]")].map((node) => ({
+    node, id: node.dataset.figure, plot: node.querySelector(".plot"), place: node.querySelector(".switch"),
+    ...payload.figures[node.dataset.figure], at: 0, result: null,
+  }));
+  const bench = charts.filter(({ views }) => views.some((view) => view.arm)), switched = charts.filter((chart) => chart.views.length > 1 && !bench.includes(chart));
+  // what measure and arm can be: the views of the grids; of the other linked charts where there is no grid
+  const linked = bench.flatMap(({ views }) => views), grids = linked.filter((view) => view.measure), lead = grids.length ? grids : linked;
+
+  // --- state: what is pinned and shown, in the URL fragment as far as it is not as at first ------------------------
+  const first = { head: "", prompt: 0, measure: lead[0]?.measure, arm: lead[0]?.arm };
+  for (const { id, views } of switched) first[id] = views[0].label;
+  const state = { ...first }, followers = [];  // these are called with the names of what changed
   function set(change) {
-    const changed = Object.keys(change).filter((key) => state[key] !== change[key]);
+    const wanted = { ...state, ...change };
+    if (lead.length) {  // the state says what is shown: an arm that this measure lacks gives way before any chart follows
+      const fits = lead.filter((view) => view.measure === wanted.measure);
+      ({ measure: wanted.measure, arm: wanted.arm } = fits.find((view) => view.arm === wanted.arm) || fits[0] || lead[0]);
+    }
+    const changed = Object.keys(state).filter((key) => state[key] !== wanted[key]);
     if (!changed.length) return;
-    Object.assign(state, change);
+    Object.assign(state, wanted);
     const kept = new URLSearchParams();
-    for (const [key, value] of Object.entries(state)) if (value) kept.set(key, value);
+    for (const [key, value] of Object.entries(state)) if (value !== first[key]) kept.set(key, value);
     try { history.replaceState(null, "", kept.size ? `#${kept}` : location.pathname + location.search); } catch { /* a notebook's frame has no address */ }
     for (const follow of followers) follow(changed);
   }
   function fromAddress() {
     if (location.hash && !location.hash.includes("=")) return;  // a link to a section
-    const given = new URLSearchParams(location.hash.slice(1)), prompt = Number(given.get("prompt"));
-    set({
-      head: given.get("head") in heads ? given.get("head") : "",
-      prompt: Number.isInteger(prompt) && prompt >= 0 && prompt < payload.prompts.length ? prompt : 0,
-      measure: given.get("measure") || "", arm: given.get("arm") || "",
-    });
+    const given = new URLSearchParams(location.hash.slice(1)), wanted = { ...first };
+    for (const key of ["measure", "arm"]) if (given.has(key)) wanted[key] = given.get(key);
+    if (Object.hasOwn(heads, given.get("head"))) wanted.head = given.get("head");
+    if (payload.prompts[Number(given.get("prompt"))]) wanted.prompt = Number(given.get("prompt"));
+    for (const { id, views } of switched) if (views.some((view) => view.label === given.get(id))) wanted[id] = given.get(id);
+    set(wanted);
   }
   const pin = (name) => set({ head: name === state.head ? "" : name });
 
@@ -64,61 +78,59 @@
   }
   addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 
-  const charts = [...document.querySelectorAll("figure[data-figure]")].map((node) => ({
-    node, plot: node.querySelector(".plot"), data: payload.figures[node.dataset.figure], at: 0, result: null,
-  }));
-  const linked = (chart) => chart.data.views.some((view) => view.arm);
   async function draw(chart) {
-    const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1);
-    const narrow = chart.plot.clientWidth < 420;  // legends in two columns, else they are cut
-    const spec = JSON.parse(JSON.stringify(chart.data.views[chart.at].spec), (key, value) =>
-      (narrow && key === "columns" && value === 3 ? 2 : value));
+    const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1), view = chart.views[chart.at];
     const stage = el("div");
     stage.style.width = "100%";
     if (chart.result) { chart.plot.style.minHeight = `${chart.plot.offsetHeight}px`; chart.result.finalize(); }
     chart.plot.replaceChildren(stage);
+    chart.plot.dataset.drawn = name;
     chart.result = null;
+    if (!view) { chart.plot.style.minHeight = ""; return; }
+    const narrow = chart.plot.clientWidth < 420, above = narrow && view.spec.usermeta?.above;
+    // on a phone legends stand in two columns, else they are cut, and long labels above their rows, not beside them
+    const spec = JSON.parse(JSON.stringify(view.spec), (key, value) =>
+      (narrow && key === "columns" && value === 3 ? 2 : above && key === "axis" && value?.labelLimit ? { ...value, ...above.axis } : value));
+    if (above) spec.height = above.height;
     for (const param of spec.params || []) if (param.name === "pinned") param.value = state.head;
     const result = await vegaEmbed(stage, spec, {
       mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false, tooltip, config: payload.themes[name],
     });
     if (turn !== chart.turn) { result.finalize(); return; }
     chart.result = result;
-    result.view.addEventListener("click", (_event, item) => item?.datum?.name in heads && pin(item.datum.name));
-    chart.plot.dataset.drawn = name;
+    result.view.addEventListener("click", (_event, item) => Object.hasOwn(heads, item?.datum?.name) && pin(item.datum.name));
     chart.plot.style.minHeight = "";
   }
-  const show = (chart, at) => { chart.at = at; fill(chart); return chart.plot.dataset.drawn ? draw(chart) : null; };
+  function show(chart, at) {
+    if (at === chart.at) return;
+    chart.at = at;
+    fill(chart);
+    if (chart.plot.dataset.drawn) draw(chart);
+  }
 
-  function switches(chart) {
-    const { views } = chart.data, place = chart.node.querySelector(".switch");
-    if (views.length < 2 || linked(chart)) return;
-    if (views.length > 5) {
-      const select = el("select");
-      options(select, views.map((view, at) => [String(at), view.label]));
-      select.setAttribute("aria-label", place.getAttribute("aria-label"));
-      select.addEventListener("change", () => show(chart, select.selectedIndex));
-      place.append(select);
-      return;
-    }
-    views.forEach((view, at) => {
-      const button = Object.assign(el("button", view.label), { type: "button" });
-      button.setAttribute("aria-pressed", String(at === 0));
-      button.addEventListener("click", () => {
-        for (const other of place.children) other.setAttribute("aria-pressed", String(other === button));
-        show(chart, at);
-      });
-      place.append(button);
-    });
+  for (const chart of switched) {
+    const { id, views, place } = chart, select = views.length > 5 ? el("select") : null;
+    const buttons = select ? [] : views.map(({ label }) => Object.assign(el("button", label), { type: "button", onclick: () => set({ [id]: label }) }));
+    if (select) options(select, views.map(({ label }) => [label, label]));
+    select?.setAttribute("aria-label", place.getAttribute("aria-label"));
+    select?.addEventListener("change", () => set({ [id]: select.value }));
+    place.append(...(select ? [select] : buttons));
+    const follow = () => {
+      if (select) select.value = state[id];
+      for (const button of buttons) button.setAttribute("aria-pressed", String(button.textContent === state[id]));
+      show(chart, views.findIndex((view) => view.label === state[id]));
+    };
+    follow();
+    followers.push((changed) => changed.includes(id) && follow());
   }
 
   // The table behind a chart: filled when opened, and again when the view changes.
   function fill(chart) {
     const details = chart.node.querySelector("details.data");
     details.querySelector(".scroll")?.remove();
-    if (!details.open) return;
-    const rows = chart.data.views[chart.at].spec.datasets.main;
-    const columns = chart.data.columns.filter(([field]) => rows.some((row) => row[field] != null));
+    if (!details.open || !chart.views[chart.at]) return;
+    const rows = chart.views[chart.at].spec.datasets.main;
+    const columns = chart.columns.filter(([field]) => rows.some((row) => row[field] != null));
     const shown = rows.filter((row) => columns.some(([field]) => row[field] != null));
     const cell = (value) => (typeof value === "boolean" ? (value ? "yes" : "no") : nice(value));
     details.append(table(columns.map(([, title]) => title), shown.map((row) => columns.map(([field]) => cell(row[field])))));
@@ -129,26 +141,33 @@
     const svg = await chart.result.view.toSVG();
     const link = el("a");
     link.href = URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" }));
-    link.download = `${chart.node.dataset.figure}.svg`;
+    link.download = `${chart.id}.svg`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
   for (const chart of charts) {
-    switches(chart);
     chart.node.querySelector("details.data").addEventListener("toggle", () => fill(chart));
     chart.node.querySelector("button.svg").addEventListener("click", () => save(chart));
   }
 
   // --- the workbench's controls: measure, arm and head drive every linked chart and panel ---------------------------
-  const bench = charts.filter(linked);
-  const known = (key) => [...new Set(bench.flatMap((chart) => chart.data.views.map((view) => view[key])).filter(Boolean))];
-  for (const key of ["measure", "arm"]) {
-    const select = byId(key);
-    if (!select) continue;
-    options(select, known(key).map((value) => [value, value]));
-    select.addEventListener("change", () => set({ [key]: select.value }));
+  const unique = (key, views) => [...new Set(views.map((view) => view[key]).filter(Boolean))].map((value) => [value, value]);
+  for (const key of ["measure", "arm"]) byId(key)?.addEventListener("change", () => set({ [key]: byId(key).value }));
+  function choose() {
+    if (!lead.length) return;
+    options(byId("measure"), unique("measure", lead));
+    options(byId("arm"), unique("arm", lead.filter((view) => view.measure === state.measure)));
+    byId("measure").value = state.measure;
+    byId("arm").value = state.arm;
+    for (const chart of bench) {
+      const at = chart.views.findIndex((view) => (!view.measure || view.measure === state.measure) && view.arm === state.arm);
+      chart.place.replaceChildren(el("span.quiet", at < 0 ? `No ${chart.id.split("-")[0]} for this arm (${state.arm}).` : chart.views[at].label));
+      show(chart, at);
+    }
   }
+  choose();
+  followers.push((changed) => (changed.includes("measure") || changed.includes("arm")) && choose());
   const headSelect = byId("head");
   if (headSelect) {
     const names = Object.keys(heads).sort((a, b) => (heads[a].rank ?? 1e9) - (heads[b].rank ?? 1e9));
@@ -156,27 +175,17 @@
     headSelect.addEventListener("change", () => set({ head: headSelect.value }));
   }
   followers.push((changed) => {
-    if (changed.includes("measure") || changed.includes("arm")) for (const chart of bench) {
-      const { views } = chart.data, fits = (view) => (!view.measure || !state.measure || view.measure === state.measure);
-      const same = views.findIndex((view) => fits(view) && view.arm === state.arm);
-      const at = same >= 0 ? same : views.findIndex(fits);
-      if (at >= 0 && at !== chart.at) show(chart, at);
-    }
-    // the controls say what the first linked chart shows, which may lack the chosen arm under this measure
-    const shown = bench.length ? bench[0].data.views[bench[0].at] : {};
-    for (const key of ["measure", "arm"]) if (byId(key)) byId(key).value = shown[key] || known(key)[0] || "";
+    if (!changed.includes("head")) return;
     if (headSelect) headSelect.value = state.head;
-    if (changed.includes("head")) for (const chart of charts) {
-      if (chart.result && chart.data.views[chart.at].spec.params?.some((param) => param.name === "pinned")) {
-        chart.result.view.signal("pinned", state.head).run();
-      }
+    for (const chart of charts) {
+      if (chart.result && chart.views[chart.at].spec.params?.some((param) => param.name === "pinned")) chart.result.view.signal("pinned", state.head).run();
     }
   });
 
   function pinned() {
     const place = byId("pinned");
     if (!place) return;
-    const record = heads[state.head];
+    const record = state.head && heads[state.head];
     if (!record) { place.replaceChildren(el("p.quiet", "No head is pinned: click one in the grid or the circuit, or choose it above.")); return; }
     const rows = Object.entries(record.arms).map(([arm, v]) => [arm, v[5] == null ? nice(v[0]) : `${nice(v[0])} (${nice(v[5])} to ${nice(v[6])})`, ...v.slice(1, 5).map(percent)]);
     place.replaceChildren(el("h3", state.head, el("span.quiet", record.rank ? ` · rank ${record.rank} on the select split` : " · not among the top heads")),
@@ -337,6 +346,14 @@
   byId("theme").addEventListener("click", () => { root.dataset.theme = themeNow() === "dark" ? "light" : "dark"; redraw(); });
   dark.addEventListener("change", () => { if (!root.dataset.theme) redraw(); });
   addEventListener("hashchange", fromAddress);
+  // links to sections scroll without touching the address, which holds the state
+  for (const link of document.querySelectorAll("nav a")) link.addEventListener("click", (event) => {
+    const section = document.querySelector(link.hash);
+    event.preventDefault();
+    section.tabIndex = -1;
+    section.focus({ preventScroll: true });
+    section.scrollIntoView();
+  });
   const idle = () => new Promise((done) => (window.requestIdleCallback ? requestIdleCallback(done, { timeout: 200 }) : setTimeout(done, 0)));
   for (const chart of charts.slice(0, 4)) await draw(chart);
   root.dataset.firstMs = String(Math.round(performance.now()));

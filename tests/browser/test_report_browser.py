@@ -65,7 +65,7 @@ def closed_pages(browser: sync_api.Browser) -> Iterator[None]:
 
 
 def open_page(
-    browser: sync_api.Browser, path: Path, width: int = 1280, scheme: str = "light"
+    browser: sync_api.Browser, path: Path, width: int = 1280, scheme: str = "light", fragment: str = ""
 ) -> tuple[sync_api.Page, Seen]:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
     page, seen = context.new_page(), Seen()
@@ -78,7 +78,7 @@ def open_page(
         dialog.dismiss()
 
     page.on("dialog", dismiss)
-    page.goto(path.as_uri())
+    page.goto(path.as_uri() + (f"#{fragment}" if fragment else ""))
     page.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
     return page, seen
 
@@ -280,6 +280,61 @@ def test_one_arm_drives_grid_and_circuit(browser: sync_api.Browser, report: Path
             "([name, before]) => document.querySelector(`#fig-${name} .plot`).innerHTML !== before", arg=[name, before]
         )
     seen.quiet()
+
+
+def test_grid_and_circuit_show_one_arm_or_say_that_there_is_none(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    shown = [page.locator(f"#fig-{name} .switch") for name in ("heads", "circuit")]
+    assert [place.inner_text() for place in shown] == ["contribution: none", "without suffix"]
+    page.select_option("#measure", "attention to the instruction")  # there is none without a suffix: a difference
+    assert page.input_value("#arm") == "adversarial − none" and "arm=adversarial" in page.url
+    assert [place.inner_text() for place in shown] == [
+        "attention to the instruction: adversarial − none", "adversarial − none",
+    ]  # fmt: skip
+    page.select_option("#arm", "adversarial − random")
+    assert shown[1].inner_text() == "No circuit for this arm (adversarial − random)."
+    assert page.locator("#fig-circuit .plot svg").count() == 0
+    page.select_option("#arm", "adversarial − none")
+    page.wait_for_selector("#fig-circuit .plot svg")
+    seen.quiet()
+
+
+@pytest.mark.parametrize("fragment", ["head=constructor", "head=__proto__&measure=toString&arm=valueOf&profile=length"])
+def test_no_fragment_breaks_the_page(browser: sync_api.Browser, report: Path, fragment: str) -> None:
+    page, seen = open_page(browser, report, fragment=fragment)
+    assert "No head is pinned" in page.locator("#pinned").inner_text()
+    assert page.locator("#reply-table tbody tr").count() == 25
+    seen.quiet()
+
+
+def test_links_to_sections_keep_what_was_chosen_and_views_are_in_the_address(
+    browser: sync_api.Browser, report: Path
+) -> None:
+    page, seen = open_page(browser, report)
+    page.select_option("#head", "L14.H7")
+    page.locator("#fig-profile").get_by_role("button", name="cosine").click()
+    page.locator("#fig-head-shift select").select_option(label="write from instruction")
+    address = page.url
+    page.get_by_role("link", name="Direction", exact=True).click()
+    assert page.url == address and page.evaluate("document.activeElement.id") == "direction"
+    again, _ = open_page(browser, report, fragment=address.split("#")[1])
+    assert pinned_in(again).startswith("L14.H7")
+    assert again.locator("#fig-profile button[aria-pressed=true]").inner_text() == "cosine"
+    assert again.input_value("#fig-head-shift select") == "write from instruction"
+    seen.quiet()
+
+
+def test_on_a_phone_long_labels_leave_the_room_to_the_chart(browser: sync_api.Browser, report: Path) -> None:
+    page, _ = open_page(browser, report, width=390)
+    for name in ("causal", "interventions"):
+        lines = page.locator(f"#fig-{name} .plot svg .role-axis-grid line")
+        boxes = [box["x"] for i in range(lines.count()) if (box := lines.nth(i).bounding_box())]
+        assert max(boxes) - min(boxes) > 220, name
+    labels = page.locator("#fig-circuit .plot svg .role-mark text")
+    sources = [
+        labels.nth(i) for i in range(labels.count()) if labels.nth(i).text_content() in ("instruction", "system")
+    ]
+    assert sources and all("rotate(270)" in (label.get_attribute("transform") or "") for label in sources)
 
 
 def test_a_prompt_of_the_list_opens_its_tokens(browser: sync_api.Browser, report: Path) -> None:

@@ -83,7 +83,7 @@ def test_two_runs_stand_side_by_side(fake: Path, tmp_path: Path) -> None:
 def test_every_figure_comes_as_svg_and_png_and_every_table_as_csv(fake: Path, tmp_path: Path) -> None:
     written = save_figures(fake, tmp_path / "out")
     names = {path.name for path in written}
-    assert {"refusal.svg", "refusal.png", "circuit-difference.svg", "profile-normalised.png"} <= names
+    assert {"refusal.svg", "refusal.png", "circuit-adversarial-minus-none.svg", "profile-normalised.png"} <= names
     for path in written:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG")
