@@ -11,6 +11,7 @@ from reports import theme
 from reports.charts import MAIN, PINNED, Figure, View, differences, finish, head_name
 from reports.data import Row, RunData
 from reports.escape import visible
+from reports.evidence import first_of
 from reports.numbers import plain
 
 REGION_AT = {"instruction": 0.0, "suffix": 0.9, "system": 1.7, "bos": 2.3, "chat": 2.9}
@@ -51,7 +52,7 @@ def circuit(data: RunData) -> Figure | None:
         "MLPs at the chat tokens, the top heads, MLPs at chat[−1], the refusal direction. An edge's width is the root "
         "of what passes along r̂; solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; "
         "shown: edges of at least 2 % of what the top heads bring (or MLPs write) on the select split, with weights of "
-        "the report split."
+        f"the report split.{first_of(data)}"
     )
     columns = (
         ("from", "from"),

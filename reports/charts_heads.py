@@ -9,6 +9,7 @@ import altair as alt
 from reports import theme
 from reports.charts import MAIN, OTHER_PROMPTS, PINNED, Figure, View, differences, finish, head_name
 from reports.data import Row, RunData
+from reports.evidence import adversarial_count
 
 MEASURES = {
     "contribution": "contribution",
@@ -49,11 +50,12 @@ def head_grid(data: RunData) -> Figure | None:
         bound = max((abs(cell["value"]) for cells in states.values() for cell in cells), default=0.0) or 1.0
         for arm, cells in states.items():
             views.append(View(f"{measure}: {arm}", _grid(cells, bound, data, say, measure), measure, arm))
+    pool = adversarial_count(data)
     caption = (
         "Contribution: what each head writes along the refusal direction at chat[-1], mean over the report split; a "
         "share of the write, not the effect of deleting the head. Attention: change of the share that chat[-1] gives a "
         "region. Effect of ablating: change of the projection when that head alone gives what it gives harmless "
-        "prompts on average. "
+        f"prompts on average{'' if pool < 2 else f', the first of {pool} suffixes'}. "
         "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour. "
         "Click a head to pin it."
     )

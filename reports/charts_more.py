@@ -254,9 +254,10 @@ def loss_curve(data: RunData) -> Figure | None:
                 "refusals on select", finish(line.encode(x=x, y=y, tooltip=["step:Q", "refused:Q"]), measured, 200, say)
             )
         )
+    attacks = sum(suffix.arm in ("adversarial", "failed") for suffix in data.suffixes)
     caption = (
         "Thin: the loss of each step's candidate. Thick: the best so far. Refusals on select: replies that open with a "
-        "refusal token."
+        f"refusal token.{f' The first of {attacks} attacks.' if attacks > 1 else ''}"
     )
     columns = (("step", "step"), ("loss", "loss"), ("best", "best so far"), ("refused", "still refused"))
     return Figure("loss", "The attack's loss", caption, say, columns, tuple(views))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from reports import build, text, theme
+from reports import build, theme
 from reports.charts import Figure
 from reports.charts_more import figures
 from reports.data import Row, RunData, read_run
 from reports.escape import lean, visible
+from reports.evidence import find
 from reports.numbers import percent_ci, plain_ci
 from reports.page import BUDGETS, context, figure_payload
 from reports.redact import redact as redacted
@@ -38,7 +39,9 @@ def render(first: RunData, second: RunData) -> bytes:
         own = figures(data)
         charts |= {f"{name}-{letter}": own[name] for name in SHOWN if name in own}
         told = context(data, own, BUDGETS[-1])
-        sides.append({key: told[key] for key in ("run", "model", "suffix", "facts", "headline")} | {"letter": letter})
+        sides.append(
+            {key: told[key] for key in ("run", "model", "suffix", "pool", "facts", "headline")} | {"letter": letter}
+        )
     names = [name for name in SHOWN if f"{name}-a" in charts or f"{name}-b" in charts]
     payload: dict[str, Any] = {
         "themes": {name: theme.vega_config(name) for name in ("light", "dark")},
@@ -61,7 +64,7 @@ def differences(first: RunData, second: RunData) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
 
     def add(words: str, table: str, shown: Any, **wanted: object) -> None:
-        found = [text.find(run.table(table), **wanted) for run in (first, second)]
+        found = [find(run.table(table), **wanted) for run in (first, second)]
         if all(found):
             rows.append((words, *(shown(row) for row in found)))
 

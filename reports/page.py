@@ -11,6 +11,7 @@ from reports.attention import prompt_views
 from reports.charts import Figure, head_name, position_label
 from reports.data import MISSING_MEANS, Row, RunData
 from reports.escape import lean, visible
+from reports.evidence import adversarial_count
 from reports.numbers import count, plain, plain_ci, seconds
 from reports.pinned import pinned_heads
 from reports.schema import Suffix
@@ -124,6 +125,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
         "run": visible(data.name),
         "model": "the embedded model (SmolLM2-135M-Instruct + refusal adapter)" if named else visible(summary.model),
         "suffix": None if chosen is None else clip(visible(chosen.text), TEXT_CHARS),
+        "pool": adversarial_count(data),
         "facts": facts(data, chosen),
         "headline": text.headline(data),
         "figures": charts,
@@ -156,7 +158,9 @@ def facts(data: RunData, chosen: Suffix | None) -> list[str]:
     summary = data.summary
     lines = [f"{count(summary.n_layers, 'layer')} × {count(summary.n_heads, 'head')}, width {summary.d_model}"]
     if chosen is not None:
-        lines.append(f"suffix {visible(str(chosen.id))}, {count(chosen.n_tokens, 'token')}")
+        number = adversarial_count(data)
+        which = f"first of {count(number, 'suffix', 'suffixes')}:" if number > 1 else "suffix"
+        lines.append(f"{which} {visible(str(chosen.id))}, {count(chosen.n_tokens, 'token')}")
         if chosen.trained_on:
             lines.append(f"trained on {count(len(chosen.trained_on), 'prompt')}")
     if summary.target:
