@@ -198,7 +198,11 @@ def projection_profile(data: RunData) -> Figure | None:
 def _small_gaps(rows: Sequence[Row]) -> set[int]:
     """Return the layers at which harmful and harmless prompts hardly differ: normalised values explode there."""
     raw = {
-        arm: {row["layer"]: row["mean"] for row in rows if row["measure"] == "projection" and row["arm"] == arm}
+        arm: {
+            row["layer"]: row["mean"]
+            for row in rows
+            if row["measure"] == "projection" and row["arm"] == arm and row["mean"] is not None
+        }
         for arm in ("none", "harmless")
     }
     gaps = {layer: abs(raw["none"][layer] - mean) for layer, mean in raw["harmless"].items() if layer in raw["none"]}

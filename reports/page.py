@@ -9,7 +9,7 @@ from typing import Any
 from reports import defences, mechanism, text, theme
 from reports.attention import prompt_views
 from reports.charts import Figure, head_name, position_label
-from reports.data import MISSING_MEANS, Row, RunData
+from reports.data import Row, RunData, missing_lines
 from reports.escape import lean, visible
 from reports.evidence import adversarial_count
 from reports.numbers import count, plain, plain_ci, seconds
@@ -56,19 +56,19 @@ def figure_payload(figure: Figure) -> dict[str, Any]:
     return {
         "columns": figure.columns,
         "views": [
-            {"label": view.label, "spec": _shown(view.spec), "measure": view.measure, "arm": view.arm}
+            {"label": view.label, "spec": shown_spec(view.spec), "measure": view.measure, "arm": view.arm}
             for view in figure.views
         ],
     }
 
 
-def _shown(value: Any) -> Any:
+def shown_spec(value: Any) -> Any:
     """Return a spec with every string made visible: arm names and the like come from files."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, dict):
-        return {key: _shown(item) for key, item in value.items()}
-    return [_shown(item) for item in value] if isinstance(value, list) else value
+        return {key: shown_spec(item) for key, item in value.items()}
+    return [shown_spec(item) for item in value] if isinstance(value, list) else value
 
 
 def replies(data: RunData, budget: Budget) -> dict[str, Any]:
@@ -131,7 +131,8 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
         "figures": charts,
         "checked": text.checked(data),
         "not_checked": text.not_checked(data),
-        "missing": [MISSING_MEANS[name] for name in data.missing],
+        "unfinished": unfinished(data),
+        "missing": missing_lines(data),
         "has_patterns": bool(data.patterns) and budget.patterns > 0,
         "has_replies": bool(data.table("replies")) and budget.rows > 0,
         "suffixes": [_suffix_row(suffix) for suffix in data.suffixes[:SUFFIX_ROWS]],
@@ -246,6 +247,24 @@ def versions(env: Row) -> list[tuple[str, str]]:
     if isinstance(packages, dict):
         pairs += [(visible(str(name)), visible(str(version))) for name, version in sorted(packages.items())]
     return pairs
+
+
+_UNFINISHED = {
+    "running": "This run had not finished when this page was made: it is still going, or was killed",
+    "partly done": "This run stopped before its end, after an error or an interrupt",
+    "failed": "This run failed before its end",
+}
+
+
+def unfinished(data: RunData) -> str:
+    """Return what to say of a run that is not done, with the stages that are; nothing for one that is."""
+    if data.status is None or data.status.state not in _UNFINISHED:
+        return ""
+    done = ", ".join(visible(name) for name, stage in data.status.stages.items() if stage.state == "done") or "none"
+    return (
+        f"{_UNFINISHED[data.status.state]}. Stages that are done: {done}. What is shown may be incomplete or from "
+        "before; the same command goes on with the run."
+    )
 
 
 def timing(data: RunData) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import pytest
 from reports.charts_circuit import circuit
 from reports.charts_heads import head_grid
 from reports.data import RunData, read_run
+from reports.export import circuit_graphs
 from tests.fake_run import make_fake_run
 
 
@@ -59,3 +60,14 @@ def test_the_grid_has_every_arm_of_harmful_prompts(data: RunData) -> None:
     arms = [view.arm for view in figure.views if view.measure == "contribution"]
     assert arms[:5] == ["none", "adversarial", "random", "shuffled", "benign"]
     assert arms[5:] == [f"adversarial − {arm}" for arm in ("none", "random", "shuffled", "benign")]
+
+
+def test_the_graph_has_the_beginning_of_the_sequence_as_a_place_of_its_own(data: RunData) -> None:
+    edge = next(row for row in data.table("circuit") if row["kind"] == "region → head")
+    more = [{**edge, "region": region, "weight": 1.0} for region in ("bos", "system")]
+    graph = circuit_graphs(with_circuit(data, [*data.table("circuit"), *more]))[edge["arm"]]
+    tokens = graph["metadata"]["prompt_tokens"]
+    assert tokens[:3] == ["<bos>", "<system>", "<instruction>"]
+    for node in graph["nodes"]:
+        if node["feature_type"] == "embedding" and not node["clerp"].startswith("embedding"):
+            assert tokens[node["ctx_idx"]] == f"<{node['clerp']}>"

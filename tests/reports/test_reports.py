@@ -66,43 +66,11 @@ def test_no_folder_is_one_sentence(tmp_path: Path) -> None:
         build_report(tmp_path / "nothing")
 
 
-def test_truncated_files_are_named(run: Path) -> None:
-    for name in ("findings/summary.json", "findings/patterns.json", "findings/refusal.parquet", "suffixes.jsonl"):
-        path = run / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ReportError, match=re.escape(path.name)) as error:
-            read_run(run)
-        assert "\n" not in str(error.value)
-        path.write_bytes(whole)
-
-
-def test_foreign_files_are_refused(run: Path) -> None:
-    pq.write_table(pa.table({"other": [1]}), run / "findings" / "heads.parquet")
-    with pytest.raises(ReportError, match="lacks the column 'arm'"):
-        read_run(run)
-
-
-def test_columns_of_a_wrong_type_are_refused(run: Path) -> None:
-    rewrite(run / "findings" / "profile.parquet", lambda row: {**row, "mean": "high"})
-    with pytest.raises(ReportError, match="column 'mean' holds 'high'"):
-        read_run(run)
-
-
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_other_schema_versions_are_refused(run: Path, version: object) -> None:
     path = run / "findings" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
     with pytest.raises(ReportError, match="schema_version"):
-        read_run(run)
-
-
-def test_patterns_must_fit_their_tokens(run: Path) -> None:
-    path = run / "findings" / "patterns.json"
-    records = json.loads(path.read_text())
-    records[0]["regions"].pop()
-    path.write_text(json.dumps(records))
-    with pytest.raises(ReportError, match="does not have 8 heads"):
         read_run(run)
 
 
