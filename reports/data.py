@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,7 +66,8 @@ def missing_lines(data: RunData) -> list[str]:
 class RunData:
     """One run as read from its folder; tables are lists of rows, absent ones empty and named in ``missing``.
 
-    ``unusable`` says why, where a file is there and cannot be used, or not all of it.
+    ``unusable`` says why, where a file is there and cannot be used, or not all of it; ``place`` is the folder's path as
+    it was given.
     """
 
     name: str
@@ -81,6 +83,14 @@ class RunData:
     checks: tuple[Check, ...] = ()
     missing: tuple[str, ...] = ()
     unusable: dict[str, str] = field(default_factory=dict)
+    place: str = ""
+
+    def settings(self) -> Row:
+        """Return config.toml as it was written, or nothing where it is no TOML any more."""
+        try:
+            return tomllib.loads(self.config)
+        except (tomllib.TOMLDecodeError, RecursionError):
+            return {}
 
     def table(self, name: str) -> list[Row]:
         """Return the rows of a findings table, or none where the file is missing."""
@@ -143,6 +153,7 @@ def read_run(run: Path) -> RunData:
         checks=checks or (),
         missing=tuple(name for name in MISSING_MEANS if found[name] is None),
         unusable=unusable,
+        place=str(run),
     )
 
 

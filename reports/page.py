@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from reports import defences, mechanism, text, theme
@@ -74,7 +75,7 @@ def shown_spec(value: Any) -> Any:
 def replies(data: RunData, budget: Budget) -> dict[str, Any]:
     """Return the replies grouped by prompt; equal texts are stored once and referred to by index."""
     prompts = {prompt.id: prompt for prompt in data.prompts}
-    texts: dict[str, int] = {}
+    texts: dict[str | None, int] = {}  # None: only in the run folder
     verdicts: dict[str, int] = {}
     grouped: dict[Any, dict[str, Any]] = {}
     arms: dict[str, set[str]] = {}
@@ -95,7 +96,7 @@ def replies(data: RunData, budget: Budget) -> dict[str, Any]:
             grouped[row["prompt_id"]] = entry
         arm = visible(row["arm"] or "")
         arms.setdefault(entry["kind"], set()).add(arm)
-        shown = clip(visible(row["reply"] or "", newlines=True), budget.reply_chars) if budget.reply_chars else ""
+        shown = clip(visible(row["reply"] or "", newlines=True), budget.reply_chars) if budget.reply_chars else None
         entry["cells"].setdefault(arm, []).append(
             [
                 visible(str(row["suffix_id"])) if row["suffix_id"] is not None else "",
@@ -149,7 +150,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
         "config": clip(visible(data.config, newlines=True), 20_000),
         "versions": versions(data.env),
         "timing": timing(data),
-        "repeat": repeat_command(data.name),
+        "repeat": repeat_command(data.place, data.name),
         "trimmed": budget is not BUDGETS[0],
     }
 
@@ -164,7 +165,7 @@ def facts(data: RunData, chosen: Suffix | None) -> list[str]:
         lines.append(f"{which} {visible(str(chosen.id))}, {count(chosen.n_tokens, 'token')}")
         if chosen.trained_on:
             lines.append(f"trained on {count(len(chosen.trained_on), 'prompt')}")
-    if summary.target:
+    if summary.target and not data.settings().get("suffixes"):  # given suffixes were made for a target unknown here
         lines.append(f"target “{clip(visible(summary.target), 60)}”")
     if summary.direction:
         d = summary.direction
@@ -281,10 +282,17 @@ def timing(data: RunData) -> list[tuple[str, str]]:
     return rows
 
 
-def repeat_command(name: str) -> str:
-    """Return the command that runs the same settings again, into a folder beside this one."""
-    folder, again = shlex.quote(visible(f"{name}/config.toml")), shlex.quote(visible(f"{name}-again"))
-    return f"suffix-analysis run --config {folder} --out {again}"
+def repeat_command(place: str, name: str) -> str:
+    """Return the command that runs the same settings again, into a folder beside this one; nothing without a place.
+
+    It works from where ``place``, the run folder's path, was given.
+    """
+    if not place:
+        return ""
+    folder = Path(place)
+    again = folder / ".." / f"{name}-again" if folder.name in ("", "..") else folder.with_name(f"{folder.name}-again")
+    config, out = (shlex.quote(visible(str(path))) for path in (folder / "config.toml", again))
+    return f"suffix-analysis run --config {config} --out {out}"
 
 
 def assemble(data: RunData, charts: dict[str, Figure], budget: Budget) -> tuple[dict[str, Any], dict[str, Any]]:
