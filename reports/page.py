@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ BUDGETS = (Budget(8, 1200, 1500), Budget(4, 400, 1000), Budget(2, 160, 500), Bud
 """From generous to bare; the first that fits the size limit is used."""
 
 SUFFIX_ROWS = 200
+KINDS = {"harmful": 0, "harmless": 1, "lookalike": 2}
 TEXT_CHARS = 4000
 
 
@@ -92,6 +94,7 @@ def replies(data: RunData, budget: Budget) -> dict[str, Any]:
                 "kind": visible(row["kind"] or ""),
                 "split": visible(row["split"] or ""),
                 "cells": {},
+                "rates": {},
             }
             grouped[row["prompt_id"]] = entry
         arm = visible(row["arm"] or "")
@@ -106,14 +109,25 @@ def replies(data: RunData, budget: Budget) -> dict[str, Any]:
                 texts.setdefault(shown, len(texts)),
             ]
         )
+    for entry in grouped.values():
+        entry["rates"] = {arm: _rate(cell) for arm, cell in entry["cells"].items()}
     total = len({row["prompt_id"] for row in data.table("replies")})
     return {
         "rows": list(grouped.values()),
-        "arms": {kind: theme.arm_order(names) for kind, names in sorted(arms.items())},
+        "arms": {
+            kind: theme.arm_order(arms[kind]) for kind in sorted(arms, key=lambda kind: (KINDS.get(kind, 9), kind))
+        },
         "texts": list(texts),
         "verdicts": list(verdicts),
         "left_out": total - len(grouped),
     }
+
+
+def _rate(cell: list[list[Any]]) -> list[float] | None:
+    """Return the share of an arm's replies to one prompt that refuse, and their mean refusal score: to sort by."""
+    refused = [reply[2] for reply in cell if reply[2] is not None]
+    scores = [reply[3] for reply in cell if isinstance(reply[3], (int, float)) and math.isfinite(reply[3])]
+    return [sum(refused) / len(refused), sum(scores) / max(1, len(scores))] if refused else None
 
 
 def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[str, Any]:
