@@ -43,10 +43,17 @@ def prompt_views(data: RunData, max_prompts: int) -> list[dict[str, Any]]:
             {
                 "id": visible(str(prompt_id)),
                 "text": visible(texts.get(prompt_id, "")) or visible(str(prompt_id)),
-                "arms": [arm_view(pattern) for pattern in patterns],
+                "arms": (arms := [arm_view(pattern) for pattern in patterns]),
+                "most": _most(arms),
             }
         )
     return views
+
+
+def _most(arms: list[dict[str, Any]]) -> float:
+    """Return the attention that gets full colour in all arms: what few tokens exceed but for the first, a sink."""
+    weights = [w for arm in arms for head in arm["attention"] for row in head for w in row[1:] if w > 5]
+    return max(50, sorted(weights)[int(0.98 * len(weights))] if weights else 1000) / 1000
 
 
 def arm_view(pattern: Pattern) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from reports.text import sum_rows
 Spec = dict[str, Any]
 _UNUSED = {"split", "measure"}
 SHIFT_ARMS = ("none", "adversarial", "random")
+OTHER_PROMPTS = ("harmless", "harmless+adversarial", "lookalike")
+"""Arms of other prompts than the harmful ones: nothing of theirs is subtracted prompt by prompt."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,16 @@ class Figure:
     views: tuple[View, ...]
 
 
-def finish(chart: Any, rows: list[Row], height: int, description: str) -> Spec:
-    """Return the spec as a dict over its rows: as wide as its box, no address in it, floats rounded to 4 digits."""
+def finish(chart: Any, rows: list[Row], height: int, description: str, *, lines: int = 0, step: int = 40) -> Spec:
+    """Return the spec as a dict over its rows: as wide as its box, no address in it, floats rounded to 4 digits.
+
+    With ``lines``, the number of rows that long labels name, a narrow page puts each label above its row, ``step``
+    pixels apart.
+    """
     done = chart.properties(width="container", height=height, description=description)
+    if lines:
+        axis = {"labelAlign": "left", "labelPadding": -2, "labelOffset": 9 - step // 2}
+        done = done.properties(usermeta={"above": {"height": step * lines, "axis": axis}})
     spec: Spec = done.configure_view(stroke=None).to_dict()
     spec.pop("$schema", None)
     spec.pop("config", None)
@@ -57,6 +66,13 @@ def finish(chart: Any, rows: list[Row], height: int, description: str) -> Spec:
 
 MAIN = alt.NamedData("main")
 """Every chart draws from one data set of this name: it is stored once and is the table behind the chart."""
+
+
+def differences(arms: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (name, arm) of the differences that are shown: the adversarial arm less each other on harmful prompts."""
+    known = set(arms)
+    others = [arm for arm in theme.arm_order(known) if arm not in ("adversarial", *OTHER_PROMPTS)]
+    return [(f"adversarial − {arm}", arm) for arm in others if "−" not in arm] if "adversarial" in known else []
 
 
 PINNED = alt.param(name="pinned", value="")
@@ -182,7 +198,11 @@ def projection_profile(data: RunData) -> Figure | None:
 def _small_gaps(rows: Sequence[Row]) -> set[int]:
     """Return the layers at which harmful and harmless prompts hardly differ: normalised values explode there."""
     raw = {
-        arm: {row["layer"]: row["mean"] for row in rows if row["measure"] == "projection" and row["arm"] == arm}
+        arm: {
+            row["layer"]: row["mean"]
+            for row in rows
+            if row["measure"] == "projection" and row["arm"] == arm and row["mean"] is not None
+        }
         for arm in ("none", "harmless")
     }
     gaps = {layer: abs(raw["none"][layer] - mean) for layer, mean in raw["harmless"].items() if layer in raw["none"]}

@@ -9,6 +9,7 @@ import altair as alt
 from reports import theme
 from reports.charts import MAIN, Figure, View, finish
 from reports.data import Row, RunData
+from reports.evidence import the_suffixes
 from reports.mechanism import UNCHANGED, described
 from reports.numbers import count, percent
 
@@ -31,7 +32,8 @@ def causal_tests(data: RunData) -> Figure | None:
         if any(row[key] is not None for row in rows)
     ]
     caption = (
-        f"With the suffix present, on {count(rows[0]['n_prompts'], 'report prompt')}: the share of its effect that "
+        f"With {the_suffixes(rows[0].get('n_suffixes') or 1)} present, on "
+        f"{count(rows[0]['n_prompts'], 'report prompt')}: the share of the effect that "
         "each intervention at the chat tokens undoes (1 = as without it). Heads were chosen on the select split; "
         "random ones are as many of the same layers, as far as these have others. Edges cut before the softmax leave "
         "their mass to the others; "
@@ -77,4 +79,4 @@ def _chart(rows: list[Row], order: list[str], key: str) -> dict[str, Any]:
     )
     shown = [row for row in rows if row[key] is not None]
     say = f"Dots with intervals: share of the suffix's effect that {len(order)} interventions undo."
-    return finish(alt.layer(bar, dot), shown, 22 * len(order), say)
+    return finish(alt.layer(bar, dot), shown, 22 * len(order), say, lines=len(order))

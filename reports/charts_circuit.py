@@ -7,45 +7,52 @@ from typing import Any
 
 import altair as alt
 
-from reports.charts import MAIN, PINNED, Figure, View, finish, head_name
+from reports import theme
+from reports.charts import MAIN, PINNED, Figure, View, differences, finish, head_name
 from reports.data import Row, RunData
 from reports.escape import visible
+from reports.evidence import first_of
 from reports.numbers import plain
 
-REGION_AT = {"instruction": 0.0, "suffix": 1.0, "system": 2.0, "bos": 2.7, "chat": 3.4}
-TOKENS_FROM, HEADS_AT, APART, MLPS_AT, END_AT = 4.8, 1.4, 0.6, 2.2, 3.6  # APART: heads of one layer side by side
+REGION_AT = {"instruction": 0.0, "suffix": 0.9, "system": 1.7, "bos": 2.3, "chat": 2.9}
+TOKENS_FROM, HEADS_AT, APART, MLPS_AT, END_AT = 4.0, 3.2, 0.6, 2.2, 3.6  # APART: heads of one layer side by side
 BOTTOM = -2.0
+_NARROW = "width < 420"
+_UPRIGHT = f"{_NARROW} && datum.y == {BOTTOM}"
+_ARM_WORDS = {"none": "without suffix", "adversarial": "with the suffix"}
 
 
 def circuit(data: RunData) -> Figure | None:
-    """Return the graph of paths into the top heads: without the suffix, with it, and the difference."""
+    """Return the graph of paths into the top heads, a view for every arm of the table and for their differences."""
     rows = [row for row in data.table("circuit") if row["weight"] is not None]
-    arms = {arm: [row for row in rows if row["arm"] == arm] for arm in ("none", "adversarial")}
-    if not all(arms.values()):
+    states = {arm: _weights(rows, arm) for arm in theme.arm_order({row["arm"] for row in rows})}
+    if not states:
         return None
+    for name, arm in differences(states):
+        ours, theirs = states["adversarial"], states[arm]
+        # a table may hold the difference itself; an edge that one arm lacks has none
+        states.setdefault(name, {key: ours[key] - theirs[key] for key in ours if key in theirs})
+    states = {name: weights for name, weights in states.items() if weights}
     layers = data.summary.n_layers
     end = data.summary.direction.layer if data.summary.direction else layers
     top = 2 + max([end, *(row["target_layer"] for row in rows if row["target_layer"] is not None)])
     tokens = min((row["position"] for row in rows if row["position"] is not None), default=-1)
-    states = {"without suffix": _weights(arms["none"]), "with the suffix": _weights(arms["adversarial"])}
-    states["difference"] = {
-        key: weight - states["without suffix"][key] for key, weight in states["with the suffix"].items()
-    }
     most = max(abs(weight) for found in states.values() for weight in found.values()) or 1.0
-    slots = _slots(states["difference"])
+    slots = _slots([key for weights in states.values() for key in weights])
     say = "Graph of layers against sources: edges from regions and earlier heads into the top heads and the direction."
     views = []
-    arm_of = dict(zip(states, ("none", "adversarial", "adversarial − none"), strict=True))
-    for label, weights in states.items():
+    for arm, weights in states.items():
         edges = [_edge(key, weight, most, end, tokens, slots) for key, weight in weights.items()]
         shown = [*edges, *_nodes(edges)]
-        views.append(View(label, finish(_chart(top, tokens), shown, 430, say), arm=arm_of[label]))
+        views.append(
+            View(_ARM_WORDS.get(arm, arm), finish(_chart(top, tokens), shown, 430, say, lines=1, step=620), arm=arm)
+        )
     caption = (
         "Up: layers. Left to right: where the top heads look from chat[−1] (regions of the prompt), earlier heads and "
         "MLPs at the chat tokens, the top heads, MLPs at chat[−1], the refusal direction. An edge's width is the root "
         "of what passes along r̂; solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; "
         "shown: edges of at least 2 % of what the top heads bring (or MLPs write) on the select split, with weights of "
-        "the report split."
+        f"the report split.{first_of(data)}"
     )
     columns = (
         ("from", "from"),
@@ -58,9 +65,9 @@ def circuit(data: RunData) -> Figure | None:
 Key = tuple[Any, ...]
 
 
-def _weights(rows: list[Row]) -> dict[Key, float]:
+def _weights(rows: list[Row], arm: str) -> dict[Key, float]:
     names = ("kind", "source_layer", "source_head", "position", "region", "target_layer", "target_head")
-    return {tuple(row[name] for name in names): row["weight"] for row in rows}
+    return {tuple(row[name] for name in names): row["weight"] for row in rows if row["arm"] == arm}
 
 
 Slots = dict[tuple[str, int, int], float]
@@ -138,11 +145,20 @@ def _nodes(edges: list[Row]) -> list[Row]:
         for label, x, y in ((edge["from"], edge["x"], edge["y"]), (edge["to"], edge["x2"], edge["y2"])):
             bare = label.split(" at chat")[0]
             is_head = bare.startswith("L") and ".H" in bare
-            side = "right" if bare.startswith("MLP") else "left" if is_head and bare != label else "above"
+            side = "right" if bare.startswith("MLP") else "under" if y == BOTTOM else "above"
             found[label, x, y] = {
                 "node": label, "label": bare, "x": x, "y": y, "name": bare if is_head else "", "sign": None,
                 "kind": "head" if is_head else "other", "tip": label, "side": side,
             }  # fmt: skip
+    rows: dict[tuple[bool, float], list[Row]] = {}
+    for node in found.values():
+        if node["kind"] == "head":
+            rows.setdefault((node["node"] != node["label"], node["y"]), []).append(node)
+    for (
+        row
+    ) in rows.values():  # heads of one layer: the first one's label to the left, the others' in turn above and under
+        for i, node in enumerate(sorted(row, key=lambda node: node["x"])):
+            node["side"] = ("under", "above")[i % 2] if i else "left"
     return list(found.values())
 
 
@@ -153,7 +169,7 @@ def _chart(top: int, tokens: int) -> Any:
         "y:Q",
         title="layer",
         axis=alt.Axis(tickMinStep=1, grid=False, values=list(range(0, top, 5))),
-        scale=alt.Scale(domain=[BOTTOM - 1.2, top], nice=False),
+        scale=alt.Scale(domain=[BOTTOM - 3.4, top], nice=False),
     )
     legend = alt.Legend(
         orient="bottom", title="towards (+) or away from (−) refusal", titleLimit=400
@@ -190,10 +206,12 @@ def _chart(top: int, tokens: int) -> Any:
     )  # fmt: skip
     labels = (
         base.mark_text(
-            fontSize=10,
-            align=alt.expr("datum.side == 'left' ? 'right' : datum.side == 'right' ? 'left' : 'center'"),
-            dx=alt.expr("datum.side == 'left' ? -7 : datum.side == 'right' ? 7 : 0"),
-            dy=alt.expr("datum.side == 'above' ? -9 : 4"),
+            # on a phone labels are smaller, and those of sources stand upright, else they run into each other
+            fontSize=alt.expr(f"{_NARROW} ? 8 : 10"),
+            angle=alt.expr(f"{_UPRIGHT} ? 270 : 0"),
+            align=alt.expr(f"datum.side == 'left' || {_UPRIGHT} ? 'right' : datum.side == 'right' ? 'left' : 'center'"),
+            dx=alt.expr(f"datum.side == 'left' || {_UPRIGHT} ? -7 : datum.side == 'right' ? 7 : 0"),
+            dy=alt.expr(f"datum.side == 'above' ? -9 : datum.side == 'under' && !({_UPRIGHT}) ? 15 : 4"),
         )
         .transform_filter("datum.node != null")
         .encode(

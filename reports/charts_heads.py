@@ -6,8 +6,10 @@ from typing import Any
 
 import altair as alt
 
-from reports.charts import MAIN, PINNED, Figure, View, finish, head_name
+from reports import theme
+from reports.charts import MAIN, OTHER_PROMPTS, PINNED, Figure, View, differences, finish, head_name
 from reports.data import Row, RunData
+from reports.evidence import adversarial_count
 
 MEASURES = {
     "contribution": "contribution",
@@ -20,44 +22,31 @@ GLYPH_FROM = 0.12
 """Heads below this share of the largest |contribution| carry no sign glyph."""
 
 
-def head_grid(data: RunData) -> Figure | None:
-    """Return layer × head maps: contributions, differences, attention shifts and effects of ablating each head."""
-    rows = [row for row in data.table("heads") if row["split"] == "report" and row["contribution"] is not None]
-    by_arm: dict[str, dict[tuple[int, int], Row]] = {}
-    for row in rows:
-        by_arm.setdefault(row["arm"], {})[(row["layer"], row["head"])] = row
-    if not by_arm:
+PIN = " Click a head to pin it."
+
+
+def head_grid(data: RunData, bounds: dict[str, float] | None = None) -> Figure | None:
+    """Return layer × head maps: contributions, differences, attention shifts and effects of ablating each head.
+
+    ``bounds`` are the least ends of the colour scales, by measure: those of another grid that stands beside this one.
+    """
+    maps = _maps(data)
+    if not maps["contribution"]:
         return None
-    top = {(row["layer"], row["head"]): row["rank"] for row in data.table("top_heads")}
-    maps: dict[str, dict[str, list[Row]]] = {measure: {} for measure in MEASURES}
-    for arm in ("none", "adversarial", "random"):
-        if arm in by_arm:
-            maps["contribution"][arm] = [
-                _cell(row, row["contribution"], top, keep=True) for row in by_arm[arm].values()
-            ]
-    for against in ("none", "random"):
-        for measure, key in MEASURES.items():
-            cells = _difference(by_arm, against, key, top) if key else []
-            if cells:
-                maps[measure][f"adversarial − {against}"] = cells
-    for run in ("none", "adversarial"):
-        own = [row for row in data.table("sweep") if row["run"] == run and row["projection_effect"] is not None]
-        if own:
-            cells = [_cell(row, row["projection_effect"], top) | {"p": row["projection_p"]} for row in own]
-            maps["effect of ablating"][run] = cells
     say = "Grid of layers and heads: what each head writes along the refusal direction at chat[-1]; + towards, − away."
     views = []
-    for measure, states in maps.items():
-        bound = max((abs(cell["value"]) for cells in states.values() for cell in cells), default=0.0) or 1.0
-        for arm, cells in states.items():
+    for measure, bound in grid_bounds(data).items():
+        bound = max(bound, (bounds or {}).get(measure, 0.0)) or 1.0
+        for arm, cells in maps[measure].items():
             views.append(View(f"{measure}: {arm}", _grid(cells, bound, data, say, measure), measure, arm))
+    pool = adversarial_count(data)
     caption = (
         "Contribution: what each head writes along the refusal direction at chat[-1], mean over the report split; a "
         "share of the write, not the effect of deleting the head. Attention: change of the share that chat[-1] gives a "
         "region. Effect of ablating: change of the projection when that head alone gives what it gives harmless "
-        "prompts on average. "
-        "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour. "
-        "Click a head to pin it."
+        f"prompts on average{'' if pool < 2 else f', the first of {pool} suffixes'}. "
+        "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour."
+        f"{PIN}"
     )
     columns = (
         ("layer", "layer"),
@@ -69,6 +58,37 @@ def head_grid(data: RunData) -> Figure | None:
         ("rank", "rank"),
     )
     return Figure("heads", "Every head", caption, say, columns, tuple(views))
+
+
+def grid_bounds(data: RunData) -> dict[str, float]:
+    """Return the largest size of any cell by measure: where the colour scales end."""
+    return {
+        measure: max((abs(cell["value"]) for cells in states.values() for cell in cells), default=0.0)
+        for measure, states in _maps(data).items()
+    }
+
+
+def _maps(data: RunData) -> dict[str, dict[str, list[Row]]]:
+    """The cells of every map, by measure and arm."""
+    rows = [row for row in data.table("heads") if row["split"] == "report" and row["contribution"] is not None]
+    by_arm: dict[str, dict[tuple[int, int], Row]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], {})[(row["layer"], row["head"])] = row
+    top = {(row["layer"], row["head"]): row["rank"] for row in data.table("top_heads")}
+    maps: dict[str, dict[str, list[Row]]] = {measure: {} for measure in MEASURES}
+    for arm in theme.arm_order(by_arm.keys() - set(OTHER_PROMPTS)):
+        maps["contribution"][arm] = [_cell(row, row["contribution"], top, keep=True) for row in by_arm[arm].values()]
+    for name, against in differences(by_arm):
+        for measure, key in MEASURES.items():
+            cells = _difference(by_arm, against, key, top) if key else []
+            if cells:
+                maps[measure][name] = cells
+    for run in ("none", "adversarial"):
+        own = [row for row in data.table("sweep") if row["run"] == run and row["projection_effect"] is not None]
+        if own:
+            cells = [_cell(row, row["projection_effect"], top) | {"p": row["projection_p"]} for row in own]
+            maps["effect of ablating"][run] = cells
+    return maps
 
 
 def _difference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reports.charts import Figure, View, finish, layer_lines
 from reports.data import Row, RunData
+from reports.evidence import first_of
 from reports.numbers import count
 
 
@@ -24,7 +25,7 @@ def logit_lens(data: RunData) -> Figure | None:
         f"At chat[-1], {count(read[0]['n_prompts'], 'report prompt')}; bands: 95 % CI. Logit lens: what final norm and "
         "unembedding read from each layer's input; far from the last layer it need not mean what it means there. "
         "Writes: direct logit attribution, the final norm's scale frozen; all terms add up to the refusal tokens' mean "
-        "logit over the vocabulary's."
+        f"logit over the vocabulary's.{first_of(data)}"
     )
     columns = (
         ("arm", "arm"), ("layer", "layer"), ("term", "written by"), ("mean", "mean"), ("lo", "CI from"),

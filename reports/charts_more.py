@@ -105,7 +105,7 @@ def interventions(data: RunData) -> Figure | None:
         ("refusal_hi", "CI to"),
         ("n_prompts", "n"),
     )
-    spec = finish(alt.layer(bar, dot, label), shown, max(52 * len(shown), 130), say)
+    spec = finish(alt.layer(bar, dot, label), shown, max(52 * len(shown), 130), say, lines=len(order), step=64)
     return Figure("interventions", "The direction itself", caption, say, columns, (View("all", spec),))
 
 
@@ -170,10 +170,11 @@ def candidates(data: RunData) -> Figure | None:
     order = [label for _, label in sorted({(-row["position"], row["where"]) for row in shown})]
     say = "Scores of candidate refusal directions by layer, one line per token position; the chosen one is ringed."
     views = []
+    least, most = (_must(data, *bound) for bound in (("induce_threshold", "≥"), ("kl_threshold", "≤")))
     for field, label, title in (
         ("refusal_score", "bypass", "refusal score, direction ablated (lower is better)"),
-        ("steering_score", "induce", "refusal score on harmless, direction added (must be ≥ 0)"),
-        ("kl_div_score", "KL", "KL divergence at chat[-1], direction ablated (must be ≤ 0.1)"),
+        ("steering_score", "induce", f"refusal score on harmless, direction added{least}"),
+        ("kl_div_score", "KL", f"KL divergence at chat[-1], direction ablated{most}"),
     ):
         mine = [row for row in shown if row[field] is not None]
         if mine:
@@ -199,6 +200,12 @@ def candidates(data: RunData) -> Figure | None:
         ("status", "status"),
     )
     return Figure("candidates", "How the direction was chosen", caption, say, columns, tuple(views))
+
+
+def _must(data: RunData, name: str, sign: str) -> str:
+    """The bound that the settings put on a candidate, in words; nothing where they do not hold it."""
+    bound = data.settings().get(name)
+    return f" (must be {sign} {bound:g})" if isinstance(bound, (int, float)) else ""
 
 
 def _candidate_chart(rows: list[Row], order: list[str], field: str, title: str) -> Any:
@@ -254,9 +261,10 @@ def loss_curve(data: RunData) -> Figure | None:
                 "refusals on select", finish(line.encode(x=x, y=y, tooltip=["step:Q", "refused:Q"]), measured, 200, say)
             )
         )
+    attacks = sum(suffix.arm in ("adversarial", "failed") for suffix in data.suffixes)
     caption = (
         "Thin: the loss of each step's candidate. Thick: the best so far. Refusals on select: replies that open with a "
-        "refusal token."
+        f"refusal token.{f' The first of {attacks} attacks.' if attacks > 1 else ''}"
     )
     columns = (("step", "step"), ("loss", "loss"), ("best", "best so far"), ("refused", "still refused"))
     return Figure("loss", "The attack's loss", caption, say, columns, tuple(views))

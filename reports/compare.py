@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reports import build, text, theme
+from reports import build, theme
 from reports.charts import Figure
+from reports.charts_heads import MEASURES, PIN, grid_bounds, head_grid
 from reports.charts_more import figures
 from reports.data import Row, RunData, read_run
 from reports.escape import lean, visible
+from reports.evidence import find
 from reports.numbers import percent_ci, plain_ci
 from reports.page import BUDGETS, context, figure_payload
 from reports.redact import redact as redacted
 
+TOLD = ("run", "model", "suffix", "pool", "facts", "headline", "unfinished", "missing", "failed")
 SHOWN = ("refusal", "profile", "shift", "causal", "heads", "circuit", "interventions")
 
 
 def build_comparison(first: Path, second: Path, out: Path | None = None, *, redact: bool = False) -> Path:
     """Write a page that shows two runs side by side and return its path (default: beside the first run's report).
 
+    With ``redact`` it has a name of its own, so that it replaces no page that is not.
+
     Raises ReportError where a run cannot be read or the page cannot be written.
     """
     runs = [read_run(Path(run)) for run in (first, second)]
     if redact:
         runs = [redacted(run) for run in runs]
-    target = Path(out) if out is not None else Path(first) / f"compare-{runs[1].name}.html"
+    name = f"compare-{runs[1].name}{'-redacted' if redact else ''}.html"
+    target = Path(out) if out is not None else Path(first) / name
     build.write(target, render(runs[0], runs[1]))
     return target
 
@@ -33,12 +40,19 @@ def build_comparison(first: Path, second: Path, out: Path | None = None, *, reda
 def render(first: RunData, second: RunData) -> bytes:
     """Return the page as UTF-8 bytes."""
     sides: list[dict[str, Any]] = []
+    both = [grid_bounds(run) for run in (first, second)]
+    bounds = {measure: max(found[measure] for found in both) for measure in MEASURES}
     charts: dict[str, Figure] = {}
     for letter, data in (("a", first), ("b", second)):
         own = figures(data)
+        if "heads" in own:  # colours mean the same on both sides; there is nothing to pin a head in
+            grid = head_grid(data, bounds)
+            assert grid is not None
+            own["heads"] = replace(grid, caption=grid.caption.removesuffix(PIN))
         charts |= {f"{name}-{letter}": own[name] for name in SHOWN if name in own}
         told = context(data, own, BUDGETS[-1])
-        sides.append({key: told[key] for key in ("run", "model", "suffix", "facts", "headline")} | {"letter": letter})
+        told["failed"] = [line for line in told["checked"] if line.passed is False]
+        sides.append({key: told[key] for key in TOLD})
     names = [name for name in SHOWN if f"{name}-a" in charts or f"{name}-b" in charts]
     payload: dict[str, Any] = {
         "themes": {name: theme.vega_config(name) for name in ("light", "dark")},
@@ -61,7 +75,7 @@ def differences(first: RunData, second: RunData) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
 
     def add(words: str, table: str, shown: Any, **wanted: object) -> None:
-        found = [text.find(run.table(table), **wanted) for run in (first, second)]
+        found = [find(run.table(table), **wanted) for run in (first, second)]
         if all(found):
             rows.append((words, *(shown(row) for row in found)))
 

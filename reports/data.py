@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+import re
+import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +17,11 @@ from pydantic import BaseModel, ValidationError
 
 from reports.errors import ReportError
 from reports.schema import COLUMNS, SCHEMA_VERSION, Check, Pattern, Prompt, Status, Step, Suffix, Summary
+from reports.tables import check_pattern, usable_rows
 
 Row = dict[str, Any]
 RecordT = TypeVar("RecordT", bound=BaseModel)
+ReadT = TypeVar("ReadT")
 
 MISSING_MEANS = {
     "suffixes": "suffixes.jsonl – the suffixes themselves",
@@ -46,9 +50,25 @@ MISSING_MEANS = {
 """What the page lacks when a file is not there."""
 
 
+def missing_lines(data: RunData) -> list[str]:
+    """Return what the run lacks, a line for each file, with the reason where it is there and cannot be used."""
+    names = [*data.missing, *(name for name in data.unusable if name not in data.missing)]
+    lines = []
+    for name in names:
+        means = MISSING_MEANS.get(name, f"findings/{name}.parquet")
+        path = re.escape(means.split(" – ")[0])
+        reason = re.sub(f"^not used: {path}[ ,:]*", "not used: ", data.unusable.get(name, ""))
+        lines.append(f"{means} – {reason}" if reason else means)
+    return lines
+
+
 @dataclass(frozen=True)
 class RunData:
-    """One run as read from its folder; tables are lists of rows, absent ones empty and named in ``missing``."""
+    """One run as read from its folder; tables are lists of rows, absent ones empty and named in ``missing``.
+
+    ``unusable`` says why, where a file is there and cannot be used, or not all of it; ``place`` is the folder's path as
+    it was given.
+    """
 
     name: str
     config: str
@@ -62,6 +82,15 @@ class RunData:
     patterns: tuple[Pattern, ...] = ()
     checks: tuple[Check, ...] = ()
     missing: tuple[str, ...] = ()
+    unusable: dict[str, str] = field(default_factory=dict)
+    place: str = ""
+
+    def settings(self) -> Row:
+        """Return config.toml as it was written, or nothing where it is no TOML any more."""
+        try:
+            return tomllib.loads(self.config)
+        except (tomllib.TOMLDecodeError, RecursionError):
+            return {}
 
     def table(self, name: str) -> list[Row]:
         """Return the rows of a findings table, or none where the file is missing."""
@@ -71,8 +100,9 @@ class RunData:
 def read_run(run: Path) -> RunData:
     """Read and validate a run folder.
 
-    Raises ReportError where the folder, config.toml, prompts.jsonl or findings/summary.json is missing, where any file
-    is truncated, foreign or of another schema version. Other missing files are named in the result's ``missing``.
+    Raises ReportError where the folder, config.toml, prompts.jsonl or findings/summary.json is missing or cannot be
+    used, or the run is of another schema version. Other files that are missing, truncated or foreign are named in the
+    result's ``missing``, with the reason in ``unusable``.
     """
     run = Path(run)
     if not run.is_dir():
@@ -81,19 +111,25 @@ def read_run(run: Path) -> RunData:
     summary = _read_summary(findings / "summary.json")
     prompts = _read_lines(run / "prompts.jsonl", Prompt, required=True)
     config = _read_text(run / "config.toml", required=True) or ""
-    status = _read_record(run / "status.json", Status)
+    unusable: dict[str, str] = {}
+
+    def tried(name: str, read: Callable[[], ReadT]) -> ReadT | None:
+        """What is read, or None and the reason: one bad file takes its own part of the report, not all of it."""
+        try:
+            return read()
+        except ReportError as error:
+            unusable[name] = f"not used: {str(error).replace(f'{run}/', '')}"
+            return None
+
+    status = tried("status", lambda: _read_record(run / "status.json", Status))
     if status is not None and status.schema_version is not None:
         _check_version(status.schema_version, run / "status.json")
-    env = _read_json(run / "env.json")
-    if env is not None and not isinstance(env, dict):
-        raise ReportError(f"{run / 'env.json'} holds no JSON object: restore it, or delete it to do without.")
-    tables = {name: _read_table(findings / f"{name}.parquet", columns) for name, columns in COLUMNS.items()}
-    suffixes = _read_lines(run / "suffixes.jsonl", Suffix)
-    steps = _read_lines(run / "steps.jsonl", Step)
-    patterns = _read_list(findings / "patterns.json", Pattern)
-    for pattern in patterns or ():
-        _check_pattern(pattern, findings / "patterns.json")
-    checks = _read_list(findings / "checks.json", Check)
+    env = tried("env", lambda: _read_object(run / "env.json"))
+    tables = {name: tried(name, partial(_read_table, findings / f"{name}.parquet", name)) for name in COLUMNS}
+    suffixes = tried("suffixes", lambda: _read_lines(run / "suffixes.jsonl", Suffix))
+    steps = tried("steps", lambda: _read_steps(run / "steps.jsonl", unusable))
+    patterns = tried("patterns", lambda: _read_patterns(findings / "patterns.json"))
+    checks = tried("checks", lambda: _read_list(findings / "checks.json", Check))
     found: dict[str, object] = {
         "suffixes": suffixes,
         "steps": steps,
@@ -116,6 +152,8 @@ def read_run(run: Path) -> RunData:
         patterns=patterns or (),
         checks=checks or (),
         missing=tuple(name for name in MISSING_MEANS if found[name] is None),
+        unusable=unusable,
+        place=str(run),
     )
 
 
@@ -136,7 +174,7 @@ def _read_text(path: Path, *, required: bool = False) -> str | None:
 def _parse(text: str, where: str) -> Any:
     """Return parsed JSON, or say where it broke."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=lambda _: None)  # NaN and Infinity are missing values here
     except (ValueError, RecursionError) as error:
         position = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise ReportError(f"{where} is not complete JSON{position}: repeat the stage that wrote it.") from None
@@ -191,6 +229,20 @@ def _read_record(path: Path, model: type[RecordT]) -> RecordT | None:
     return None if data is None else _validated(model, data, str(path))
 
 
+def _read_object(path: Path) -> Row | None:
+    data = _read_json(path)
+    if data is not None and not isinstance(data, dict):
+        raise ReportError(f"{path} holds no JSON object: restore it, or delete it to do without.")
+    return data
+
+
+def _read_patterns(path: Path) -> tuple[Pattern, ...] | None:
+    patterns = _read_list(path, Pattern)
+    for pattern in patterns or ():
+        check_pattern(pattern, str(path))
+    return patterns
+
+
 def _read_list(path: Path, model: type[RecordT]) -> tuple[RecordT, ...] | None:
     data = _read_json(path)
     if data is None:
@@ -203,14 +255,29 @@ def _read_list(path: Path, model: type[RecordT]) -> tuple[RecordT, ...] | None:
 def _read_lines(path: Path, model: type[RecordT], *, required: bool = False) -> tuple[RecordT, ...] | None:
     """Read a JSON-lines file; splits at newline only, since U+2028 may stand inside a string."""
     text = _read_text(path, required=required)
+    return None if text is None else _records(text, path, model)
+
+
+def _read_steps(path: Path, unusable: dict[str, str]) -> tuple[Step, ...] | None:
+    """Read steps.jsonl, which grows while an attack runs: a last line that is half written is left out, and said."""
+    text = _read_text(path)
     if text is None:
         return None
+    whole, _, last = text.rpartition("\n")
+    try:
+        json.loads(last or "0")
+    except (ValueError, RecursionError):
+        unusable["steps"], text = "its last line is half written; the lines before it are shown.", whole
+    return _records(text, path, Step)
+
+
+def _records(text: str, path: Path, model: type[RecordT]) -> tuple[RecordT, ...]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     return tuple(_validated(model, _parse(line, f"{path}, line {n}"), f"{path}, line {n}") for n, line in lines)
 
 
-def _read_table(path: Path, columns: Sequence[str]) -> list[Row] | None:
-    """Return a parquet table's rows with NaN as None; None where the file is absent."""
+def _read_table(path: Path, name: str) -> list[Row] | None:
+    """Return a parquet table's rows as ``usable_rows`` leaves them; None where the file is absent."""
     if not path.is_file():
         return None
     try:
@@ -219,52 +286,4 @@ def _read_table(path: Path, columns: Sequence[str]) -> list[Row] | None:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ReportError(f"{path} is not a readable parquet file ({reason}): repeat the analyze stage.") from None
-    lacking = [column for column in columns if column not in table.column_names]
-    if lacking:
-        raise ReportError(f"{path} lacks the column {lacking[0]!r}: repeat the analyze stage with this version.")
-    for row in rows:
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row[key] = None
-    _check_types(rows, columns, path)
-    return rows
-
-
-_TEXT = {
-    "arm", "split", "kind", "measure", "against", "intervention", "region", "verdict", "reply", "token", "status",
-    "term", "factor", "task", "metric", "test", "heads", "on", "run", "detector", "defence",
-}  # fmt: skip
-_FREE = {"prompt_id", "suffix_id", "refused"}
-
-
-def _check_types(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
-    """Refuse tables whose columns have another type than the schema's: text, number, or free."""
-    for column in columns:
-        if column in _FREE:
-            continue
-        wanted: tuple[type, ...] = (str,) if column in _TEXT else (int, float)
-        for row in rows:
-            value = row[column]
-            if value is not None and not isinstance(value, wanted):
-                kind = "text" if column in _TEXT else "a number"
-                raise ReportError(
-                    f"{path}: column {column!r} holds {str(value)[:40]!r} where {kind} was expected: "
-                    "repeat the analyze stage."
-                )
-
-
-def _check_pattern(pattern: Pattern, path: Path) -> None:
-    """Refuse a pattern whose parts do not fit together: tokens, regions, heads × dest × src."""
-    size, heads = len(pattern.tokens), len(pattern.heads)
-    fits = (
-        len(pattern.regions) == size
-        and len(pattern.attention) == heads
-        and all(len(head) == size and all(0 < len(row) <= size for row in head) for head in pattern.attention)
-        and all(len(row) == size for row in pattern.contribution)
-        and len(pattern.contribution) in (0, heads)
-    )
-    if not fits:
-        raise ReportError(
-            f"{path}: the pattern of prompt {pattern.prompt_id!r} in arm {pattern.arm!r} does not have {heads} heads "
-            f"over {size} tokens throughout: repeat the analyze stage."
-        )
+    return usable_rows(name, rows, table.column_names, str(path))

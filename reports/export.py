@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 import vl_convert
@@ -16,6 +17,8 @@ from reports import theme
 from reports.charts_more import figures
 from reports.data import RunData, read_run
 from reports.errors import ReportError
+from reports.page import shown_spec
+from reports.schema import REGIONS
 
 WIDTH = 720
 PNG_SCALE = 2
@@ -24,10 +27,12 @@ PNG_SCALE = 2
 def save_figures(run: Path, folder: Path) -> list[Path]:
     """Write every view of every figure as SVG and PNG, the tables as CSV and the circuit as JSON; return the paths.
 
-    Raises ReportError where the run cannot be read or the folder cannot be written.
+    Raises ReportError where the run cannot be read, the folder cannot be written or a table cannot be read; in the last
+    case everything else is written.
     """
     data = read_run(Path(run))
     written: list[Path] = []
+    left_out: list[str] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for figure in figures(data).values():
@@ -38,15 +43,35 @@ def save_figures(run: Path, folder: Path) -> list[Path]:
                 written[-1].write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
                 written.append(folder / f"{stem}.png")
                 written[-1].write_bytes(vl_convert.vegalite_to_png(spec, scale=PNG_SCALE))
-        for table in sorted((Path(run) / "findings").glob("*.parquet")):
-            written.append(folder / f"{table.stem}.csv")
-            pyarrow.csv.write_csv(pq.read_table(table), written[-1])
+        for path in sorted((Path(run) / "findings").glob("*.parquet")):
+            try:
+                pyarrow.csv.write_csv(_as_text(pq.read_table(path)), folder / f"{path.stem}.csv")
+                written.append(folder / f"{path.stem}.csv")
+            except (pa.ArrowException, UnicodeDecodeError) as error:
+                (folder / f"{path.stem}.csv").unlink(missing_ok=True)
+                left_out.append(f"{path.name} ({(str(error) or type(error).__name__).splitlines()[0][:80]})")
         for arm, graph in circuit_graphs(data).items():
             written.append(folder / f"circuit-{_slug(arm)}.json")
             written[-1].write_text(json.dumps(graph, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{folder} cannot be written ({error.strerror}): give another folder.") from None
+    if left_out:
+        raise ReportError(
+            f"{folder} has {len(written)} files, but is without {', '.join(left_out)}: repeat the stage that wrote it."
+        )
     return written
+
+
+def _as_text(table: pa.Table) -> pa.Table:
+    """The table with text that a spreadsheet would run as a formula marked as text by an apostrophe."""
+
+    def marked(column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return column
+        return pc.replace_substring_regex(column, r"^([=+\-@\t\r])", r"'\1")
+
+    names = [re.sub(r"^([=+\-@\t\r])", r"'\1", name) for name in table.column_names]
+    return pa.table([marked(column) for column in table.columns], names=names)
 
 
 def _slug(label: str) -> str:
@@ -56,7 +81,7 @@ def _slug(label: str) -> str:
 
 def _fixed(spec: dict[str, Any]) -> dict[str, Any]:
     """A spec that stands by itself: a width in pixels, the light theme, white paper."""
-    own = copy.deepcopy(spec)
+    own: dict[str, Any] = shown_spec(spec)  # control characters would make the SVG invalid
     own["width"] = WIDTH
     own["config"] = theme.vega_config("light") | {"background": "#ffffff"}
     own["$schema"] = "https://vega.github.io/schema/vega-lite/v5.json"
@@ -71,7 +96,8 @@ def circuit_graphs(data: RunData) -> dict[str, dict[str, Any]]:
     are those of the regions in order, then of the chat tokens.
     """
     rows = [row for row in data.table("circuit") if row["weight"] is not None]
-    regions = [name for name in ("system", "instruction", "suffix", "chat") if any(r["region"] == name for r in rows)]
+    named = {row["region"] for row in rows} - {None}
+    regions = [name for name in REGIONS if name in named] + sorted(named - set(REGIONS))
     n_chat = -min((row["position"] for row in rows if row["position"] is not None), default=-1)
     tokens = [f"<{name}>" for name in regions] + [f"chat[{i - n_chat}]" for i in range(n_chat)]
     graphs = {}
@@ -113,7 +139,7 @@ def _ends(row: dict[str, Any], regions: list[str], n_chat: int, n_layers: int) -
         return [start, end | {"is_target_logit": True}]
     target = head(row["target_layer"], row["target_head"], place if kind == "region → early" else last)
     if kind.startswith("region"):
-        at = regions.index(row["region"]) if row["region"] in regions else 0
+        at = regions.index(row["region"])
         return [_node("E", at, at, "embedding", str(row["region"])), target]
     if kind == "early → head":
         return [head(row["source_layer"], row["source_head"], place), target]

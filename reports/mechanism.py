@@ -7,7 +7,8 @@ from typing import Any
 
 from reports.data import Row, RunData
 from reports.escape import visible
-from reports.numbers import percent, percent_ci, plain
+from reports.evidence import clearly, projection_change, the_suffixes
+from reports.numbers import count, percent, percent_ci, plain
 
 _WORDS = {"top": "top heads", "random": "random heads", "all": "all heads", "none": "the direction"}
 UNCHANGED = "nothing changed"
@@ -43,7 +44,7 @@ def context(data: RunData) -> dict[str, Any]:
                 "what": described(row)["what"] if row["test"] != UNCHANGED else "left alone",
                 "on": "with the suffix" if row["on"] == "attacked" else "without it",
                 "score": f"{plain(row['score_before'])} → {plain(row['score_after'])}",
-                "refused": percent_ci(row["refused"], row["refused_lo"], row["refused_hi"]),
+                "refused": _refused(row),
             }
             for row in data.table("causal")
             if row.get("refused") is not None
@@ -94,15 +95,17 @@ def sentences(data: RunData) -> Iterator[str]:
     terms = _parts([row for row in data.table("carried") if row["term"] != "embedding"], "term", least=0.0)
     factors = _parts([row for row in data.table("factors") if row["layer"] == -1], "factor", least=0.1)
     clauses = []
-    # shares of a rise would read as shares of a fall
-    if terms and sum(row["value"] for row in data.table("carried")) > 0:
+    # shares of a rise, or of what may be none, would read as shares of a fall
+    if terms and projection_change(data, "none") < 0 and sum(row["value"] for row in data.table("carried")) > 0:
         clauses.append(f"Of the fall in projection {_listed(terms, 'is written', 'by')}")
-    if factors and sum(row["value"] for row in data.table("factors") if row["layer"] == -1) < 0:
+    # the parts' upper bounds added up: more careful than an interval of their sum, which the table lacks
+    upper = [row["hi"] for row in data.table("factors") if row["layer"] == -1]
+    if factors and None not in upper and sum(upper) < 0:
         clauses.append(f"of what the top heads bring less from the instruction {_listed(factors, 'comes', 'from')}")
     if clauses:
         yield "; ".join(clauses) + "."
     rows = [row for row in data.table("causal") if row["on"] == "attacked" and row.get("refused") is not None]
-    before = next((row for row in rows if row["test"] == "nothing changed"), None)
+    before = next((row for row in rows if row["test"] == UNCHANGED), None)
     told = [
         (words, row)
         for row in rows
@@ -114,11 +117,19 @@ def sentences(data: RunData) -> Iterator[str]:
         if row["test"] == test and row["heads"] == heads and (row.get("dose") in (None, 1.0))
     ]
     if before and told:
+        number = before.get("n_suffixes") or 1
         yield (
-            f"With the suffix present, {percent(before['refused'])} of these prompts are refused; "
-            + "; ".join(
-                f"{words} brings that to {percent_ci(row['refused'], row['refused_lo'], row['refused_hi'])}"
-                for words, row in told
-            )
-            + "."
+            f"In the causal tests, {count(before['n_prompts'], 'report prompt')}, {_refused(before)} are refused with "
+            f"{the_suffixes(number)}; " + "; ".join(_outcome(words, row, before) for words, row in told) + "."
         )
+
+
+def _refused(row: Row) -> str:
+    return percent_ci(row["refused"], row.get("refused_lo"), row.get("refused_hi"))
+
+
+def _outcome(words: str, row: Row, before: Row) -> str:
+    """An effect where the interval lies apart from the one without an intervention; else only what was measured."""
+    if clearly(row, before, ("refused_lo", "refused_hi")):
+        return f"{words} brings that to {_refused(row)}"
+    return f"{words}: {_refused(row)}, no clear change"

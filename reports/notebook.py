@@ -25,13 +25,18 @@ def findings_html(findings: Any) -> str:
     from reports.build import render
     from reports.data import RunData
     from reports.schema import COLUMNS, Check, Pattern, Summary
+    from reports.tables import usable_rows
 
     data = RunData(
         name="findings",
         config="",
         summary=Summary.model_validate(findings.summary),
         prompts=(),
-        tables={name: rows for name, rows in findings.tables.items() if name in COLUMNS},
+        tables={
+            name: usable_rows(name, rows, rows[0].keys(), f"The table {name!r} of these findings")
+            for name, rows in findings.tables.items()
+            if name in COLUMNS and rows
+        },
         patterns=tuple(Pattern.model_validate(row) for row in findings.patterns),
         checks=tuple(Check.model_validate(row) for row in findings.checks),
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from reports import defences, mechanism, text, theme
 from reports.attention import prompt_views
 from reports.charts import Figure, head_name, position_label
-from reports.data import MISSING_MEANS, Row, RunData
+from reports.data import Row, RunData, missing_lines
 from reports.escape import lean, visible
+from reports.evidence import adversarial_count
 from reports.numbers import count, plain, plain_ci, seconds
 from reports.pinned import pinned_heads
 from reports.schema import Suffix
@@ -29,6 +32,7 @@ BUDGETS = (Budget(8, 1200, 1500), Budget(4, 400, 1000), Budget(2, 160, 500), Bud
 """From generous to bare; the first that fits the size limit is used."""
 
 SUFFIX_ROWS = 200
+KINDS = {"harmful": 0, "harmless": 1, "lookalike": 2}
 TEXT_CHARS = 4000
 
 
@@ -55,25 +59,25 @@ def figure_payload(figure: Figure) -> dict[str, Any]:
     return {
         "columns": figure.columns,
         "views": [
-            {"label": view.label, "spec": _shown(view.spec), "measure": view.measure, "arm": view.arm}
+            {"label": view.label, "spec": shown_spec(view.spec), "measure": view.measure, "arm": view.arm}
             for view in figure.views
         ],
     }
 
 
-def _shown(value: Any) -> Any:
+def shown_spec(value: Any) -> Any:
     """Return a spec with every string made visible: arm names and the like come from files."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, dict):
-        return {key: _shown(item) for key, item in value.items()}
-    return [_shown(item) for item in value] if isinstance(value, list) else value
+        return {key: shown_spec(item) for key, item in value.items()}
+    return [shown_spec(item) for item in value] if isinstance(value, list) else value
 
 
 def replies(data: RunData, budget: Budget) -> dict[str, Any]:
     """Return the replies grouped by prompt; equal texts are stored once and referred to by index."""
     prompts = {prompt.id: prompt for prompt in data.prompts}
-    texts: dict[str, int] = {}
+    texts: dict[str | None, int] = {}  # None: only in the run folder
     verdicts: dict[str, int] = {}
     grouped: dict[Any, dict[str, Any]] = {}
     arms: dict[str, set[str]] = {}
@@ -90,11 +94,12 @@ def replies(data: RunData, budget: Budget) -> dict[str, Any]:
                 "kind": visible(row["kind"] or ""),
                 "split": visible(row["split"] or ""),
                 "cells": {},
+                "rates": {},
             }
             grouped[row["prompt_id"]] = entry
         arm = visible(row["arm"] or "")
         arms.setdefault(entry["kind"], set()).add(arm)
-        shown = clip(visible(row["reply"] or "", newlines=True), budget.reply_chars) if budget.reply_chars else ""
+        shown = clip(visible(row["reply"] or "", newlines=True), budget.reply_chars) if budget.reply_chars else None
         entry["cells"].setdefault(arm, []).append(
             [
                 visible(str(row["suffix_id"])) if row["suffix_id"] is not None else "",
@@ -104,14 +109,25 @@ def replies(data: RunData, budget: Budget) -> dict[str, Any]:
                 texts.setdefault(shown, len(texts)),
             ]
         )
+    for entry in grouped.values():
+        entry["rates"] = {arm: _rate(cell) for arm, cell in entry["cells"].items()}
     total = len({row["prompt_id"] for row in data.table("replies")})
     return {
         "rows": list(grouped.values()),
-        "arms": {kind: theme.arm_order(names) for kind, names in sorted(arms.items())},
+        "arms": {
+            kind: theme.arm_order(arms[kind]) for kind in sorted(arms, key=lambda kind: (KINDS.get(kind, 9), kind))
+        },
         "texts": list(texts),
         "verdicts": list(verdicts),
         "left_out": total - len(grouped),
     }
+
+
+def _rate(cell: list[list[Any]]) -> list[float] | None:
+    """Return the share of an arm's replies to one prompt that refuse, and their mean refusal score: to sort by."""
+    refused = [reply[2] for reply in cell if reply[2] is not None]
+    scores = [reply[3] for reply in cell if isinstance(reply[3], (int, float)) and math.isfinite(reply[3])]
+    return [sum(refused) / len(refused), sum(scores) / max(1, len(scores))] if refused else None
 
 
 def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[str, Any]:
@@ -124,12 +140,14 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
         "run": visible(data.name),
         "model": "the embedded model (SmolLM2-135M-Instruct + refusal adapter)" if named else visible(summary.model),
         "suffix": None if chosen is None else clip(visible(chosen.text), TEXT_CHARS),
+        "pool": adversarial_count(data),
         "facts": facts(data, chosen),
         "headline": text.headline(data),
         "figures": charts,
         "checked": text.checked(data),
         "not_checked": text.not_checked(data),
-        "missing": [MISSING_MEANS[name] for name in data.missing],
+        "unfinished": unfinished(data),
+        "missing": missing_lines(data),
         "has_patterns": bool(data.patterns) and budget.patterns > 0,
         "has_replies": bool(data.table("replies")) and budget.rows > 0,
         "suffixes": [_suffix_row(suffix) for suffix in data.suffixes[:SUFFIX_ROWS]],
@@ -146,7 +164,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
         "config": clip(visible(data.config, newlines=True), 20_000),
         "versions": versions(data.env),
         "timing": timing(data),
-        "repeat": repeat_command(data.name),
+        "repeat": repeat_command(data.place, data.name),
         "trimmed": budget is not BUDGETS[0],
     }
 
@@ -156,10 +174,12 @@ def facts(data: RunData, chosen: Suffix | None) -> list[str]:
     summary = data.summary
     lines = [f"{count(summary.n_layers, 'layer')} × {count(summary.n_heads, 'head')}, width {summary.d_model}"]
     if chosen is not None:
-        lines.append(f"suffix {visible(str(chosen.id))}, {count(chosen.n_tokens, 'token')}")
+        number = adversarial_count(data)
+        which = f"first of {count(number, 'suffix', 'suffixes')}:" if number > 1 else "suffix"
+        lines.append(f"{which} {visible(str(chosen.id))}, {count(chosen.n_tokens, 'token')}")
         if chosen.trained_on:
             lines.append(f"trained on {count(len(chosen.trained_on), 'prompt')}")
-    if summary.target:
+    if summary.target and not data.settings().get("suffixes"):  # given suffixes were made for a target unknown here
         lines.append(f"target “{clip(visible(summary.target), 60)}”")
     if summary.direction:
         d = summary.direction
@@ -244,6 +264,24 @@ def versions(env: Row) -> list[tuple[str, str]]:
     return pairs
 
 
+_UNFINISHED = {
+    "running": "This run had not finished when this page was made: it is still going, or was killed",
+    "partly done": "This run stopped before its end, after an error or an interrupt",
+    "failed": "This run failed before its end",
+}
+
+
+def unfinished(data: RunData) -> str:
+    """Return what to say of a run that is not done, with the stages that are; nothing for one that is."""
+    if data.status is None or data.status.state not in _UNFINISHED:
+        return ""
+    done = ", ".join(visible(name) for name, stage in data.status.stages.items() if stage.state == "done") or "none"
+    return (
+        f"{_UNFINISHED[data.status.state]}. Stages that are done: {done}. What is shown may be incomplete or from "
+        "before; the same command goes on with the run."
+    )
+
+
 def timing(data: RunData) -> list[tuple[str, str]]:
     """Return stage names with their state and duration, then the peak memory."""
     if data.status is None:
@@ -258,10 +296,17 @@ def timing(data: RunData) -> list[tuple[str, str]]:
     return rows
 
 
-def repeat_command(name: str) -> str:
-    """Return the command that runs the same settings again, into a folder beside this one."""
-    folder, again = shlex.quote(visible(f"{name}/config.toml")), shlex.quote(visible(f"{name}-again"))
-    return f"suffix-analysis run --config {folder} --out {again}"
+def repeat_command(place: str, name: str) -> str:
+    """Return the command that runs the same settings again, into a folder beside this one; nothing without a place.
+
+    It works from where ``place``, the run folder's path, was given.
+    """
+    if not place:
+        return ""
+    folder = Path(place)
+    again = folder / ".." / f"{name}-again" if folder.name in ("", "..") else folder.with_name(f"{folder.name}-again")
+    config, out = (shlex.quote(visible(str(path))) for path in (folder / "config.toml", again))
+    return f"suffix-analysis run --config {config} --out {out}"
 
 
 def assemble(data: RunData, charts: dict[str, Figure], budget: Budget) -> tuple[dict[str, Any], dict[str, Any]]:

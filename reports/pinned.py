@@ -5,32 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from reports.charts import head_name
-from reports.data import RunData
+from reports.data import Row, RunData
 from reports.escape import visible
 from reports.mechanism import FACTOR_WORDS
 from reports.theme import arm_order
 
-COLUMNS = (
-    ("contribution", "along r̂"),
-    ("attention_instruction", "instruction"),
-    ("attention_suffix", "suffix"),
-    ("attention_chat", "chat"),
-    ("attention_system", "system"),
-)
-"""What a pinned head shows for every arm: column of findings/heads.parquet and heading."""
+REGIONS = ("instruction", "suffix", "chat", "system", "bos")
+"""What a pinned head's attention is shown to; "bos" is only in findings/shift.parquet, so of top heads."""
 
 
 def pinned_heads(data: RunData) -> dict[str, Any]:
-    """Return column headings and, by head, its rank, a row per arm, its factors and its effects when ablated."""
+    """Return column headings and, by head, its rank, a row per arm, its factors and its effects when ablated.
+
+    A row holds what the head writes along r̂ and its attention by region; each is a number, or [number, lo, hi].
+    """
     found: dict[str, dict[str, Any]] = {}
 
     def of(layer: int, head: int) -> dict[str, Any]:
         return found.setdefault(head_name(layer, head), {"rank": None, "arms": {}, "factors": [], "effects": []})
 
+    shift = {(row["arm"], row["layer"], row["head"], row["region"]): row for row in data.table("shift")}
+    regions = [region for region in REGIONS if region != "bos" or any(key[-1] == "bos" for key in shift)]
     for row in data.table("heads"):
         if row["split"] == "report":
-            values = [row.get(key) for key, _ in COLUMNS]
-            of(row["layer"], row["head"])["arms"][visible(row["arm"])] = [*values, row.get("lo"), row.get("hi")]
+            values = [_bounded(row, "contribution", "lo", "hi")]
+            for region in regions:
+                known = shift.get((row["arm"], row["layer"], row["head"], region))
+                values.append(
+                    _bounded(known, "attention", "attention_lo", "attention_hi")
+                    if known
+                    else row.get(f"attention_{region}")
+                )
+            of(row["layer"], row["head"])["arms"][visible(row["arm"])] = values
     for row in data.table("top_heads"):
         of(row["layer"], row["head"])["rank"] = row["rank"]
     for row in data.table("factors"):
@@ -44,4 +50,10 @@ def pinned_heads(data: RunData) -> dict[str, Any]:
         )
     for entry in found.values():
         entry["arms"] = {arm: entry["arms"][arm] for arm in arm_order(entry["arms"].keys())}
-    return {"columns": [words for _, words in COLUMNS], "heads": found}
+    ranked = sorted(found, key=lambda name: found[name]["rank"] or len(found) + 1)
+    return {"columns": ["along r̂", *regions], "heads": {name: found[name] for name in ranked}}
+
+
+def _bounded(row: Row, key: str, lo: str, hi: str) -> Any:
+    bounds = (row.get(lo), row.get(hi))
+    return row[key] if None in bounds else [row[key], *bounds]

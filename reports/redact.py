@@ -1,14 +1,17 @@
-"""A report that can be shared: suffixes, targets and replies become lengths and hashes, wherever they stand."""
+"""A report that can be shared: suffixes, targets and replies become lengths and hashes, and folders go."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import tomli_w
 
 from reports.data import RunData
+from reports.errors import ReportError
 from reports.schema import Pattern, Suffix
 
 
@@ -19,36 +22,78 @@ def stand_in(text: str) -> str:
 
 
 def redact(data: RunData) -> RunData:
-    """Return the run without any suffix, target or reply; prompts, numbers and settings stay.
+    """Return the run without any suffix, target, reply or folder; prompts, numbers and other settings stay.
 
     Equal texts have equal stand-ins, so that what was the same can still be seen to be the same. Suffix tokens go from
-    the prompts' token strips and attention views too, and token ids with them.
+    the prompts' token strips and attention views too, and token ids with them. Of local paths the last part stays.
+
+    Raises ReportError where suffixes.jsonl cannot be read: what is to be taken out is then unknown.
     """
+    if "suffixes" in data.unusable:
+        raise ReportError(f"No page can be redacted without suffixes.jsonl, which is {data.unusable['suffixes']}")
+    without = _removal(data)
     target = data.summary.target
-    secrets = sorted({s.text for s in data.suffixes if s.text.strip()} | ({target} if target else set()), key=len)[::-1]
-
-    def without(text: str) -> str:
-        for secret in secrets:
-            for form in {secret, secret.strip(), _quoted(secret)}:
-                if form:
-                    text = text.replace(form, stand_in(secret))
-        return text
-
     summary = data.summary.model_copy(
         update={
+            "model": without(data.summary.model),
             "target": None if target is None else stand_in(target),
             "skipped": [without(sentence) for sentence in data.summary.skipped],
         }
     )
-    tables = {name: [_row(row) for row in rows] if name == "replies" else rows for name, rows in data.tables.items()}
+    tables = {name: [_row(row, without) for row in rows] for name, rows in data.tables.items()}
+    checks = [
+        check.model_copy(update={key: without(value) for key, value in check if isinstance(value, str)})
+        for check in data.checks
+    ]
     return replace(
         data,
+        place=data.name,
         summary=summary,
         config=without(data.config),
         suffixes=tuple(_suffix(suffix) for suffix in data.suffixes),
         tables=tables,
         patterns=tuple(_pattern(pattern) for pattern in data.patterns),
+        checks=tuple(checks),
+        unusable=dict.fromkeys(data.unusable, "not used, or not all of it: it is damaged."),
     )
+
+
+def _removal(data: RunData) -> Callable[[str], str]:
+    """Return what takes suffixes, target and folders out of a text: in one pass, the longest first."""
+    texts = [suffix.text for suffix in data.suffixes] + [data.summary.target or ""]
+    instead = {
+        form: stand_in(text)
+        for text in sorted(texts, key=lambda text: (len(text), text))
+        for form in (_quoted(text), text.strip(), text)
+        if form.strip()
+    }
+    for key, value in (*_settings(data.settings()), ("model", data.summary.model)):
+        if is_local(key, value):
+            last = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+            instead |= {value: last, _quoted(value): _quoted(last)}
+    if not instead:
+        return lambda text: text
+    found = re.compile("|".join(re.escape(form) for form in sorted(instead, key=lambda form: (-len(form), form))))
+    return lambda text: found.sub(lambda match: instead[match[0]], text)
+
+
+def _settings(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield every text among the settings with its name."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _settings(value)
+        elif isinstance(value, str):
+            yield key, value
+
+
+def is_local(key: str, value: str) -> bool:
+    """Whether a setting is a path on the machine of the run, and not text, a name, a hub id or an address."""
+    if key == "target" or value.startswith("hf:") or "://" in value:
+        return False
+    if re.match(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]", value) or "\\" in value:
+        return True
+    hub = key in ("model", "adapter", "name") and re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", value)
+    return "/" in value and not hub
 
 
 def _quoted(text: str) -> str:
@@ -60,8 +105,9 @@ def _suffix(suffix: Suffix) -> Suffix:
     return suffix.model_copy(update={"text": stand_in(suffix.text), "ids": []})
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    return row if row["reply"] is None else {**row, "reply": stand_in(row["reply"])}
+def _row(row: dict[str, Any], without: Callable[[str], str]) -> dict[str, Any]:
+    own: dict[str, Callable[[str], str]] = {"reply": stand_in, "note": without}
+    return row | {key: change(row[key]) for key, change in own.items() if isinstance(row.get(key), str)}
 
 
 def _pattern(pattern: Pattern) -> Pattern:

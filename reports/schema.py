@@ -29,7 +29,7 @@ Id = str | int
 class Record(BaseModel):
     """A record from a file: unknown keys are ignored, known keys must have the right type."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class DirectionInfo(Record):
@@ -217,3 +217,39 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "shift": ("arm", "layer", "head", "region", "attention", "attention_lo", "attention_hi", "contribution"),
 }
 """Columns that each findings table must have; further ones are used where present."""
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "replies": ("arm", "kind", "prompt_id"),
+    "refusal": ("arm", "split", "n_prompts"),
+    "contrasts": ("measure", "arm", "against", "n_prompts"),
+    "interventions": ("intervention", "kind", "split"),
+    "candidates": ("position", "layer", "status"),
+    "profile": ("arm", "layer", "measure"),
+    "heads": ("arm", "split", "layer", "head"),
+    "top_heads": ("rank", "layer", "head"),
+    "abilities": ("task", "metric", "intervention"),
+    "carried": ("term", "value"),
+    "factors": ("layer", "head", "factor", "value"),
+    "causal": ("test", "heads", "on", "n_prompts"),
+    "detectors": ("detector", "against"),
+    "adaptive": ("defence", "step", "n_prompts", "n_train"),
+    "mitigations": ("defence", "n_prompts", "n_suffixes"),
+    "lens": ("arm", "layer", "n_prompts"),
+    "logits": ("arm", "layer", "term", "head"),
+    "sweep": ("run", "layer", "head"),
+    "circuit": ("arm", "kind"),
+    "shift": ("arm", "layer", "head", "region"),
+}
+"""Columns of each table that no row may leave empty; others may lack a value."""
+
+_TARGET = ("target_layer", "target_head")
+CIRCUIT_ENDS: dict[str, tuple[str, ...]] = {
+    "region → head": ("region", *_TARGET),
+    "region → early": ("region", "position", *_TARGET),
+    "early → head": ("source_layer", "source_head", "position", *_TARGET),
+    "mlp → head": ("source_layer", "position", *_TARGET),
+    "embedding → head": ("position", *_TARGET),
+    "head → direction": ("source_layer", "source_head"),
+    "mlp → direction": ("source_layer",),
+}
+"""Kinds of edges of the circuit, and the columns that say where each begins and ends."""

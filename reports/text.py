@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from reports import mechanism
 from reports.data import Row, RunData
 from reports.escape import visible
+from reports.evidence import adversarial_count, clearly, find, over, projection_change, refusal_change, the_suffixes
 from reports.numbers import NBSP, count, percent, percent_ci, plain, plain_ci
 
 FEW_SUFFIXES = 8
 """Below this many suffixes in an arm its numbers are descriptive about suffixes (METHODS §5)."""
-
-_REFUSAL_MEASURES = {"refusal", "refused", "refusal_rate", "refusal phrase rate"}
-_NORMALISED_MEASURES = {"normalised", "normalised_projection", "projection_normalised", "normalised projection"}
 
 
 @dataclass(frozen=True)
@@ -36,63 +34,27 @@ def headline(data: RunData) -> list[str]:
     return [sentence for part in parts for sentence in part]
 
 
-def find(rows: list[Row], **wanted: object) -> Row | None:
-    """Return the first row whose columns equal the wanted values."""
-    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
-
-
-def adversarial_count(data: RunData) -> int:
-    """Return the number of adversarial suffixes the rates rest on; 0 where unknown."""
-    row = find(data.table("refusal"), arm="adversarial", split="report")
-    if row and row["n_suffixes"] is not None:
-        return int(row["n_suffixes"])
-    return sum(suffix.arm == "adversarial" for suffix in data.suffixes)
-
-
-def _direction_of(
-    data: RunData, measures: set[str], against: str, ours: Row, theirs: Row, keys: tuple[str, ...]
-) -> int:
-    """Return −1 where the adversarial arm lies clearly below the other, 1 above, 0 where the interval does not say.
-
-    A stored paired contrast decides; without one, the two arms' own intervals must not overlap.
-    """
-    for row in data.table("contrasts"):
-        if row["measure"] in measures and row["arm"] == "adversarial" and row["against"] == against:
-            if row.get("split", "report") != "report" or row["lo"] is None or row["hi"] is None:
-                continue
-            return -1 if row["hi"] < 0 else 1 if row["lo"] > 0 else 0
-    return clearly(ours, theirs, keys)
-
-
-def clearly(ours: Row, theirs: Row, keys: tuple[str, ...]) -> int:
-    """Return −1 or 1 where the intervals (columns ``keys`` = lo, hi) lie apart, 0 where they overlap or lack bounds."""
-    lo, hi = keys
-    values = (ours[lo], ours[hi], theirs[lo], theirs[hi])
-    if any(value is None for value in values):
-        return 0
-    return -1 if values[1] < values[2] else 1 if values[0] > values[3] else 0
-
-
 def _refusals(data: RunData) -> Iterator[str]:
     rows = [row for row in data.table("refusal") if row["split"] == "report" and row["refusal_rate"] is not None]
     none, ours, junk = (find(rows, arm=arm) for arm in ("none", "adversarial", "random"))
     if not none or not ours:
         return
-    keys = ("refusal_lo", "refusal_hi")
+    number = adversarial_count(data)
     before, after = (percent_ci(row["refusal_rate"], row["refusal_lo"], row["refusal_hi"]) for row in (none, ours))
     prompts = count(int(ours["n_prompts"]), f"{_seen(data)}instruction")
-    sign = _direction_of(data, _REFUSAL_MEASURES, "none", ours, none, keys)
+    sign = refusal_change(data, "none")
     if sign:
         text = f"The refusal phrase rate {'fell' if sign < 0 else 'rose'} from {before} to {after} on {prompts}"
+        text += over(number)
     else:
         text = (
-            f"The refusal phrase rate is {before} without and {after} with the suffix on {prompts}: "
+            f"The refusal phrase rate is {before} without and {after} with {the_suffixes(number)} on {prompts}: "
             "the interval does not tell a change"
         )
     if junk:
-        apart = _direction_of(data, _REFUSAL_MEASURES, "random", ours, junk, keys)
+        apart = refusal_change(data, "random")
         text += f"; random text of the same length: {percent(junk['refusal_rate'])}"
-        text += "" if apart or not sign else " (not clearly different from the suffix)"
+        text += "" if apart or not sign else f" (not clearly different from {the_suffixes(number)})"
     yield text + "."
 
 
@@ -114,12 +76,13 @@ def _projection(data: RunData) -> Iterator[str]:
     none, ours, junk = (find(rows, arm=arm, **at) for arm in ("none", "adversarial", "random"))
     if not none or not ours or none["mean"] is None or ours["mean"] is None:
         return
-    sign = _direction_of(data, _NORMALISED_MEASURES, "none", ours, none, ("lo", "hi"))
+    sign = projection_change(data, "none")
     before, after = (plain_ci(row["mean"], row["lo"], row["hi"]) for row in (none, ours))
     where = f"At layer{NBSP}{direction.layer}, where the refusal direction is read,"
     scale = "0 = harmless mean, 1 = harmful mean"
     if sign:
         text = f"{where} the normalised projection {'fell' if sign < 0 else 'rose'} from {before} to {after} ({scale})"
+        text += over(adversarial_count(data))
     else:
         text = (
             f"{where} the interval does not tell a change of the normalised projection: {before} and {after} ({scale})"
@@ -162,10 +125,11 @@ def _attention(data: RunData) -> Iterator[str]:
     before, after = (percent_ci(row["attention"], row[keys[0]], row[keys[1]]) for row in (none, ours))
     text = (
         f"The {count(heads, 'head')} that write most along the direction (chosen on the select split, shown on the "
-        f"report split) gave the instruction {before} of their attention without the suffix and {after} with it"
+        f"report split) gave the instruction {before} of their attention without a suffix and {after} with "
+        f"{the_suffixes(adversarial_count(data))}"
     )
     if suffix:
-        text += f"; the suffix took {percent_ci(suffix['attention'], suffix[keys[0]], suffix[keys[1]])}"
+        text += f"; the suffix tokens took {percent_ci(suffix['attention'], suffix[keys[0]], suffix[keys[1]])}"
         if junk:
             text += f", random text of the same length {percent(junk['attention'])}"
     yield text + "."
@@ -189,9 +153,10 @@ def _interventions(data: RunData) -> Iterator[str]:
     if edited.get("complied_rate") is not None and attacked.get("complied_rate") is not None:
         yield (
             "By the rule-based verdict, weights without the direction comply with "
-            f"{percent_ci(edited['complied_rate'], edited['complied_lo'], edited['complied_hi'])} of the same "
-            "instructions, the suffix makes the model comply with "
-            f"{percent_ci(attacked['complied_rate'], attacked['complied_lo'], attacked['complied_hi'])}."
+            f"{percent_ci(edited['complied_rate'], edited.get('complied_lo'), edited.get('complied_hi'))} of the same "
+            f"instructions, {the_suffixes(adversarial_count(data))} "
+            f"{'makes' if adversarial_count(data) < 2 else 'make'} the model comply with "
+            f"{percent_ci(attacked['complied_rate'], attacked.get('complied_lo'), attacked.get('complied_hi'))}."
         )
 
 

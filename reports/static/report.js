@@ -2,7 +2,6 @@
 // Text from the run is only ever set as textContent; nothing here parses markup, and nothing is fetched.
 "use strict";
 (async () => {
-  const started = performance.now();
   const root = document.documentElement, byId = (id) => document.getElementById(id);
 
   // Make an element: el("td.num", "text") or el("p", child, child).
@@ -13,41 +12,61 @@
     for (const child of children) node.append(child);
     return node;
   }
-  const nice = (value) => (value == null ? "–" : (typeof value === "number" ? String(+value.toPrecision(4)) : String(value)).replace("-", "−"));
+  const nice = (value) => (typeof value === "number" ? String(+value.toPrecision(4)).replace("-", "−")
+    : typeof value === "boolean" ? (value ? "yes" : "no") : value ?? "–");
   const percent = (value) => (value == null ? "–" : `${nice(Math.round(1000 * value) / 10)} %`);
+  const bounded = (value, words) => (Array.isArray(value) ? `${words(value[0])} (${words(value[1]).replace(" %", "")} to ${words(value[2])})` : words(value));
   const options = (select, pairs) => select.replaceChildren(...pairs.map(([value, words]) => Object.assign(el("option", words), { value })));
-  const table = (heads, rows) => el("div.scroll", el("table",
+  const table = (heads, rows) => Object.assign(el("div.scroll", el("table",
     el("thead", el("tr", ...heads.map((words, i) => el(i ? "th.num" : "th", words)))),
-    el("tbody", ...rows.map((row) => el("tr", ...row.map((value, i) => el(i ? "td.num" : "td", value)))))));
-
-  async function unpack(text) {
-    const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+    el("tbody", ...rows.map((row) => el("tr", ...row.map((value, i) => el(i ? "td.num" : "td", value))))))), { tabIndex: 0 });
+  // A folded box whose content is made when it is first opened.
+  function fold(what, words, make) {
+    const box = el(what, el("summary", words));
+    box.addEventListener("toggle", () => box.open && box.children.length === 1 && box.append(...make()));
+    return box;
   }
-  const payload = await unpack(byId("payload").textContent.trim()), { heads } = payload.pinned;
 
-  // --- state: what is pinned and shown, in the URL fragment ------------------------------------------------------
-  const state = { head: "", prompt: 0, measure: "", arm: "" };
-  const followers = [];  // called with the names of what changed
+  const packed = Uint8Array.from(atob(byId("payload").textContent.trim()), (char) => char.charCodeAt(0));
+  const payload = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json(), { heads } = payload.pinned;
+
+  const charts = [...document.querySelectorAll("figure[data-figure]")].map((node) => ({
+    node, id: node.dataset.figure, plot: node.querySelector(".plot"), place: node.querySelector(".switch"),
+    ...payload.figures[node.dataset.figure], at: 0, result: null,
+  }));
+  const bench = charts.filter(({ views }) => views.some((view) => view.arm)), switched = charts.filter((chart) => chart.views.length > 1 && !bench.includes(chart));
+  // what measure and arm can be: the views of the grids; of the other linked charts where there is no grid
+  const linked = bench.flatMap(({ views }) => views), grids = linked.filter((view) => view.measure), lead = grids.length ? grids : linked;
+
+  // --- state: what is pinned and shown, in the URL fragment as far as it is not as at first ------------------------
+  const first = { head: "", prompt: 0, measure: lead[0]?.measure, arm: lead[0]?.arm };
+  for (const { id, views } of switched) first[id] = views[0].label;
+  const state = { ...first }, followers = [];  // these are called with the names of what changed
   function set(change) {
-    const changed = Object.keys(change).filter((key) => state[key] !== change[key]);
+    const wanted = { ...state, ...change };
+    if (lead.length) {  // the state says what is shown: an arm that this measure lacks gives way before any chart follows
+      const fits = lead.filter((view) => view.measure === wanted.measure);
+      ({ measure: wanted.measure, arm: wanted.arm } = fits.find((view) => view.arm === wanted.arm) || fits[0] || lead[0]);
+    }
+    const changed = Object.keys(state).filter((key) => state[key] !== wanted[key]);
     if (!changed.length) return;
-    Object.assign(state, change);
+    Object.assign(state, wanted);
     const kept = new URLSearchParams();
-    for (const [key, value] of Object.entries(state)) if (value) kept.set(key, value);
+    for (const [key, value] of Object.entries(state)) if (value !== first[key]) kept.set(key, value);
     try { history.replaceState(null, "", kept.size ? `#${kept}` : location.pathname + location.search); } catch { /* a notebook's frame has no address */ }
     for (const follow of followers) follow(changed);
   }
   function fromAddress() {
     if (location.hash && !location.hash.includes("=")) return;  // a link to a section
-    const given = new URLSearchParams(location.hash.slice(1)), prompt = Number(given.get("prompt"));
-    set({
-      head: given.get("head") in heads ? given.get("head") : "",
-      prompt: Number.isInteger(prompt) && prompt >= 0 && prompt < payload.prompts.length ? prompt : 0,
-      measure: given.get("measure") || "", arm: given.get("arm") || "",
-    });
+    const given = new URLSearchParams(location.hash.slice(1)), wanted = { ...first };
+    for (const key of ["measure", "arm"]) if (given.has(key)) wanted[key] = given.get(key);
+    if (Object.hasOwn(heads, given.get("head"))) wanted.head = given.get("head");
+    if (payload.prompts[Number(given.get("prompt"))]) wanted.prompt = Number(given.get("prompt"));
+    for (const { id, views } of switched) if (views.some((view) => view.label === given.get(id))) wanted[id] = given.get(id);
+    set(wanted);
   }
   const pin = (name) => set({ head: name === state.head ? "" : name });
+  const go = (id) => { byId(id).focus({ preventScroll: true }); byId(id).scrollIntoView(); };  // the address keeps the state
 
   // --- charts ------------------------------------------------------------------------------------------------------
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -64,121 +83,99 @@
   }
   addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 
-  const charts = [...document.querySelectorAll("figure[data-figure]")].map((node) => ({
-    node, plot: node.querySelector(".plot"), data: payload.figures[node.dataset.figure], at: 0, result: null,
-  }));
-  const linked = (chart) => chart.data.views.some((view) => view.arm);
   async function draw(chart) {
-    const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1);
-    const narrow = chart.plot.clientWidth < 420;  // legends in two columns, else they are cut
-    const spec = JSON.parse(JSON.stringify(chart.data.views[chart.at].spec), (key, value) =>
-      (narrow && key === "columns" && value === 3 ? 2 : value));
+    const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1), view = chart.views[chart.at];
     const stage = el("div");
-    stage.style.width = "100%";
     if (chart.result) { chart.plot.style.minHeight = `${chart.plot.offsetHeight}px`; chart.result.finalize(); }
     chart.plot.replaceChildren(stage);
     chart.result = null;
+    if (!view) { chart.plot.style.minHeight = ""; return; }
+    const narrow = chart.plot.clientWidth < 420, above = narrow && view.spec.usermeta?.above;
+    // on a phone legends stand in two columns, else they are cut, and long labels above their rows, not beside them
+    const spec = JSON.parse(JSON.stringify(view.spec), (key, value) =>
+      (narrow && key === "columns" && value === 3 ? 2 : above && key === "axis" && value?.labelLimit ? { ...value, ...above.axis } : value));
+    if (above) spec.height = above.height;
     for (const param of spec.params || []) if (param.name === "pinned") param.value = state.head;
     const result = await vegaEmbed(stage, spec, {
       mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false, tooltip, config: payload.themes[name],
     });
     if (turn !== chart.turn) { result.finalize(); return; }
     chart.result = result;
-    result.view.addEventListener("click", (_event, item) => item?.datum?.name in heads && pin(item.datum.name));
+    result.view.addEventListener("click", (_event, item) => Object.hasOwn(heads, item?.datum?.name) && pin(item.datum.name));
     chart.plot.dataset.drawn = name;
     chart.plot.style.minHeight = "";
   }
-  const show = (chart, at) => { chart.at = at; fill(chart); return chart.plot.dataset.drawn ? draw(chart) : null; };
+  function show(chart, at) {
+    if (at === chart.at) return;
+    chart.at = at;
+    fill(chart);
+    if (chart.plot.dataset.drawn) draw(chart);
+  }
 
-  function switches(chart) {
-    const { views } = chart.data, place = chart.node.querySelector(".switch");
-    if (views.length < 2 || linked(chart)) return;
-    if (views.length > 5) {
-      const select = el("select");
-      options(select, views.map((view, at) => [String(at), view.label]));
-      select.setAttribute("aria-label", place.getAttribute("aria-label"));
-      select.addEventListener("change", () => show(chart, select.selectedIndex));
-      place.append(select);
-      return;
-    }
-    views.forEach((view, at) => {
-      const button = Object.assign(el("button", view.label), { type: "button" });
-      button.setAttribute("aria-pressed", String(at === 0));
-      button.addEventListener("click", () => {
-        for (const other of place.children) other.setAttribute("aria-pressed", String(other === button));
-        show(chart, at);
-      });
-      place.append(button);
-    });
+  for (const chart of switched) {
+    const { id, views, place } = chart, follow = () => {
+      for (const control of place.children) control.matches("select") ? control.value = state[id] : control.setAttribute("aria-pressed", String(control.value === state[id]));
+      show(chart, views.findIndex((view) => view.label === state[id]));
+    };
+    for (const control of place.children) control.addEventListener(control.matches("select") ? "change" : "click", () => set({ [id]: control.value }));
+    followers.push((changed) => changed.includes(id) && follow());
   }
 
   // The table behind a chart: filled when opened, and again when the view changes.
   function fill(chart) {
     const details = chart.node.querySelector("details.data");
     details.querySelector(".scroll")?.remove();
-    if (!details.open) return;
-    const rows = chart.data.views[chart.at].spec.datasets.main;
-    const columns = chart.data.columns.filter(([field]) => rows.some((row) => row[field] != null));
+    if (!details.open || !chart.views[chart.at]) return;
+    const rows = chart.views[chart.at].spec.datasets.main;
+    const columns = chart.columns.filter(([field]) => rows.some((row) => row[field] != null));
     const shown = rows.filter((row) => columns.some(([field]) => row[field] != null));
-    const cell = (value) => (typeof value === "boolean" ? (value ? "yes" : "no") : nice(value));
-    details.append(table(columns.map(([, title]) => title), shown.map((row) => columns.map(([field]) => cell(row[field])))));
+    details.append(table(columns.map(([, title]) => title), shown.map((row) => columns.map(([field]) => nice(row[field])))));
   }
 
   async function save(chart) {
-    if (!chart.result) return;
-    const svg = await chart.result.view.toSVG();
-    const link = el("a");
-    link.href = URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" }));
-    link.download = `${chart.node.dataset.figure}.svg`;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    const svg = await chart.result?.view.toSVG();
+    if (svg) Object.assign(el("a"), { href: `data:image/svg+xml,${encodeURIComponent(svg)}`, download: `${chart.id}.svg` }).click();
   }
 
   for (const chart of charts) {
-    switches(chart);
     chart.node.querySelector("details.data").addEventListener("toggle", () => fill(chart));
     chart.node.querySelector("button.svg").addEventListener("click", () => save(chart));
   }
 
   // --- the workbench's controls: measure, arm and head drive every linked chart and panel ---------------------------
-  const bench = charts.filter(linked);
-  const known = (key) => [...new Set(bench.flatMap((chart) => chart.data.views.map((view) => view[key])).filter(Boolean))];
-  for (const key of ["measure", "arm"]) {
-    const select = byId(key);
-    if (!select) continue;
-    options(select, known(key).map((value) => [value, value]));
-    select.addEventListener("change", () => set({ [key]: select.value }));
+  const unique = (key, views) => [...new Set(views.map((view) => view[key]).filter(Boolean))].map((value) => [value, value]);
+  for (const key of ["measure", "arm"]) byId(key)?.addEventListener("change", () => set({ [key]: byId(key).value }));
+  function choose() {
+    if (!lead.length) return;
+    options(byId("measure"), unique("measure", lead));
+    options(byId("arm"), unique("arm", lead.filter((view) => view.measure === state.measure)));
+    byId("measure").value = state.measure;
+    byId("arm").value = state.arm;
+    for (const chart of bench) {
+      const at = chart.views.findIndex((view) => (!view.measure || view.measure === state.measure) && view.arm === state.arm);
+      chart.place.replaceChildren(el("span.quiet", at < 0 ? `No ${chart.id.split("-")[0]} for this arm (${state.arm}).` : chart.views[at].label));
+      show(chart, at);
+    }
   }
+  choose();
+  followers.push((changed) => (changed.includes("measure") || changed.includes("arm")) && choose());
   const headSelect = byId("head");
   if (headSelect) {
-    const names = Object.keys(heads).sort((a, b) => (heads[a].rank ?? 1e9) - (heads[b].rank ?? 1e9));
-    options(headSelect, [["", "all heads"], ...names.map((name) => [name, heads[name].rank ? `${name} (top ${heads[name].rank})` : name])]);
+    options(headSelect, [["", "all heads"], ...Object.entries(heads).map(([name, { rank }]) => [name, rank ? `${name} (top ${rank})` : name])]);
     headSelect.addEventListener("change", () => set({ head: headSelect.value }));
   }
   followers.push((changed) => {
-    if (changed.includes("measure") || changed.includes("arm")) for (const chart of bench) {
-      const { views } = chart.data, fits = (view) => (!view.measure || !state.measure || view.measure === state.measure);
-      const same = views.findIndex((view) => fits(view) && view.arm === state.arm);
-      const at = same >= 0 ? same : views.findIndex(fits);
-      if (at >= 0 && at !== chart.at) show(chart, at);
-    }
-    // the controls say what the first linked chart shows, which may lack the chosen arm under this measure
-    const shown = bench.length ? bench[0].data.views[bench[0].at] : {};
-    for (const key of ["measure", "arm"]) if (byId(key)) byId(key).value = shown[key] || known(key)[0] || "";
+    if (!changed.includes("head")) return;
     if (headSelect) headSelect.value = state.head;
-    if (changed.includes("head")) for (const chart of charts) {
-      if (chart.result && chart.data.views[chart.at].spec.params?.some((param) => param.name === "pinned")) {
-        chart.result.view.signal("pinned", state.head).run();
-      }
-    }
+    for (const { result, views, at } of charts) if (views[at]?.spec.params?.some((param) => param.name === "pinned")) result?.view.signal("pinned", state.head).run();
   });
 
   function pinned() {
     const place = byId("pinned");
     if (!place) return;
-    const record = heads[state.head];
+    const record = state.head && heads[state.head];
     if (!record) { place.replaceChildren(el("p.quiet", "No head is pinned: click one in the grid or the circuit, or choose it above.")); return; }
-    const rows = Object.entries(record.arms).map(([arm, v]) => [arm, v[5] == null ? nice(v[0]) : `${nice(v[0])} (${nice(v[5])} to ${nice(v[6])})`, ...v.slice(1, 5).map(percent)]);
+    const rows = Object.entries(record.arms).map(([arm, values]) => [arm, ...values.map((value, i) => bounded(value, i ? percent : nice))]);
     place.replaceChildren(el("h3", state.head, el("span.quiet", record.rank ? ` · rank ${record.rank} on the select split` : " · not among the top heads")),
       table(["arm", ...payload.pinned.columns], rows));
     if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, nice(value), percent(share)])));
@@ -197,8 +194,7 @@
     const box = el("div.regions");
     let at = 0;
     for (const [name, length] of view.regions) {
-      const region = el("div.region", el("i", name));
-      if (name === "suffix" || name === "instruction") region.classList.add(name);
+      const region = el(["suffix", "instruction"].includes(name) ? `div.region.${name}` : "div.region", el("i", name));
       for (let k = at; k < at + length; k++) {
         const token = el("span.tok", view.tokens[k]), value = values[k];
         if (value != null && most > 0) {
@@ -215,13 +211,17 @@
     return box;
   }
 
+  // The same as a table, with where chat[−1] looks in the pinned head: for those who cannot hover.
+  function tokens(view, values) {
+    const looks = view.heads.includes(state.head) ? view.attention[view.heads.indexOf(state.head)].at(-1) : null;
+    const regions = view.regions.flatMap(([name, length]) => Array(length).fill(name));
+    return [table(["token", "region", "along r̂", ...(looks ? [`attention of chat[−1] in ${state.head}`] : [])],
+      view.tokens.map((token, k) => [token, regions[k], nice(values[k]), ...(looks ? [percent(looks[k] / 1000)] : [])]))];
+  }
+
   let serial = 0, inView = false;
   function patterns(record) {
-    const place = byId("cv"), values = [];
-    for (const view of record.arms) for (const head of view.attention) for (const row of head)
-      for (let k = 1; k < row.length; k++) if (row[k] > 5) values.push(row[k]);  // the first token is the sink
-    values.sort((a, b) => a - b);
-    const most = Math.max(50, values[Math.floor(values.length * 0.98)] || 1000) / 1000;
+    const place = byId("cv"), { most } = record;
     place.replaceChildren();
     for (const view of record.arms) {
       const one = view.heads.indexOf(state.head), size = view.tokens.length, target = el("div.cv");
@@ -248,11 +248,10 @@
     byId("strips").replaceChildren(...record.arms.map((view) => {
       const values = given(view), total = values.reduce((sum, v) => sum + (v || 0), 0);
       const whose = view.heads.includes(state.head) ? state.head : "top heads";
-      return el("div.strip", el("h4", armName(view), el("span", ` · ${whose}, sum ${nice(total.toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most));
+      return el("div.strip", el("h4", armName(view), el("span", ` · ${whose}, sum ${nice(total.toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most), fold("details.data", "Table of these tokens", () => tokens(view, values)));
     }));
     const row = payload.replies.rows.find((other) => other.id === record.id);
-    byId("prompt-replies").replaceChildren();
-    if (row) opened(row, byId("prompt-replies"), ["none", "adversarial"]);
+    byId("prompt-replies").replaceChildren(...(row ? opened(row, ["none", "adversarial"]) : []));
     if (inView) patterns(record);
   }
   followers.push((changed) => (changed.includes("prompt") || changed.includes("head")) && prompt());
@@ -269,32 +268,32 @@
   }
 
   // --- replies -----------------------------------------------------------------------------------------------------
-  function opened(row, box, only) {
+  function opened(row, only) {
+    const found = [];
     for (const [arm, cell] of Object.entries(row.cells)) for (const [suffix, verdict, , score, text] of only && !only.includes(arm) ? [] : cell) {
       const head = `${arm}${suffix ? ` · ${suffix}` : ""} · ${payload.replies.verdicts[verdict]} · refusal score ${nice(score)} · model reply, may be unpleasant`;
-      const body = el("p", payload.replies.texts[text] || "(only in the run folder)");
+      const body = el("p", payload.replies.texts[text] ?? "(only in the run folder)");
+      if (body.textContent === "") body.textContent = "(an empty reply)";
       body.dir = "auto";
-      box.append(el("details.reply", el("summary", head), body));
+      found.push(el("details.reply", el("summary", head), body));
     }
+    return found;
   }
 
   function replies(data) {
     const place = byId("reply-table");
     if (!place) return;
-    const [find, kind, which, more, hits] = ["find", "kind", "which", "more", "hits"].map(byId);
-    const order = ["harmful", "harmless", "lookalike"], views = new Map(payload.prompts.map((record, i) => [record.id, i]));
-    options(kind, Object.keys(data.arms).sort((a, b) => (order.indexOf(a) + 9) % 9 - (order.indexOf(b) + 9) % 9).map((name) => [name, name]));
-    const PAGE = 25;
+    const [find, kind, which, sort, more, hits] = ["find", "kind", "which", "sort", "more", "hits"].map(byId);
+    const PAGE = 25, views = new Map(payload.prompts.map((record, i) => [record.id, i])), arms = () => data.arms[kind.value] || [];
+    const ways = () => options(sort, [["", "as in the file"], ["text", "by text"],
+      ...arms().flatMap((arm) => [[`-${arm}`, `most refused: ${arm}`], [`+${arm}`, `least refused: ${arm}`]])]);
+    options(kind, Object.keys(data.arms).map((name) => [name, name]));
     let limit = PAGE;
-    const share = (row, arm) => {
-      const cell = (row.cells[arm] || []).filter((reply) => reply[2] != null);
-      return cell.length ? cell.filter((reply) => reply[2]).length / cell.length : null;
-    };
     function matches(row) {
       const bare = row.kind === "harmful" ? "none" : row.kind;
       const attacked = row.kind === "harmless" ? "harmless+adversarial" : "adversarial";
-      if (which.value === "flipped" && !(share(row, bare) >= 0.5 && share(row, attacked) < 0.5)) return false;
-      if (which.value === "kept" && !(share(row, attacked) >= 0.5)) return false;
+      const before = row.rates[bare]?.[0], after = row.rates[attacked]?.[0];
+      if (which.value !== "all" && !(before >= 0.5 && after != null && (after >= 0.5) === (which.value === "kept"))) return false;
       const words = find.value.trim().toLowerCase();
       row.search ??= [row.id, row.text, row.topic, ...Object.values(row.cells).flat().map((r) => data.verdicts[r[1]])].join(" ").toLowerCase();
       return !words || row.search.includes(words);
@@ -305,30 +304,31 @@
       const words = cell.length === 1 ? data.verdicts[cell[0][1]] : `${refused} of ${cell.length} refused`;
       return el(mostly ? "span.badge.refused" : "span.badge.other", `${mostly ? "■" : "□"} ${words}`);
     }
-    function line(row, arms) {
+    function line(row) {
       const text = Object.assign(el("div", row.text || row.id), { dir: "auto" }), number = Object.values(row.cells).flat().length;
-      const box = el("details", el("summary", `${number} model ${number === 1 ? "reply" : "replies"}, folded`));
-      box.addEventListener("toggle", () => box.open && box.children.length === 1 && opened(row, box));
+      const box = fold("details", `${number} model ${number === 1 ? "reply" : "replies"}, folded`, () => opened(row));
       const first = el("td", text, el("span.quiet", [row.topic, row.id].filter(Boolean).join(" · ")), box);
-      if (views.has(row.id)) {
-        const button = Object.assign(el("button.jump", "its tokens"), { type: "button" });
-        button.addEventListener("click", () => { set({ prompt: views.get(row.id) }); byId("prompts").scrollIntoView(); });
-        first.append(button);
-      }
-      return el("tr", first, ...arms.map((arm) => Object.assign(el("td", badge(row.cells[arm])), { title: arm })));
+      const jump = () => { set({ prompt: views.get(row.id) }); go("prompts"); };
+      if (views.has(row.id)) first.append(Object.assign(el("button.jump", "its tokens"), { type: "button", onclick: jump }));
+      return el("tr", first, ...arms().map((arm) => Object.assign(el("td", badge(row.cells[arm])), { title: arm })));
+    }
+    function sorted(rows) {  // in one arm, by the share of its replies that refuse, then by their mean refusal score
+      const sign = sort.value[0] === "-" ? -1 : 1, rate = (row) => row.rates[sort.value.slice(1)] || [-1, 0];
+      if (sort.value === "text") return rows.sort((a, b) => a.text.localeCompare(b.text, "en", { numeric: true }));
+      return sort.value ? rows.sort((a, b) => sign * (rate(a)[0] - rate(b)[0] || rate(a)[1] - rate(b)[1])) : rows;
     }
     function list() {
-      const arms = data.arms[kind.value] || [], rows = data.rows.filter((row) => row.kind === kind.value && matches(row));
-      place.tHead.replaceChildren(el("tr", el("th", "prompt"), ...arms.map((arm) => el("th", arm))));
-      place.tBodies[0].replaceChildren(...rows.slice(0, limit).map((row) => line(row, arms)));
-      for (const row of place.tBodies[0].rows) arms.forEach((arm, i) => { row.cells[i + 1].dataset.arm = arm; });
+      const rows = sorted(data.rows.filter((row) => row.kind === kind.value && matches(row)));
+      place.tHead.replaceChildren(el("tr", el("th", "prompt"), ...arms().map((arm) => el("th", arm))));
+      place.tBodies[0].replaceChildren(...rows.slice(0, limit).map(line));
       hits.textContent = `${rows.length} prompts${data.left_out ? `, ${data.left_out} only in the run folder` : ""}`;
       more.hidden = rows.length <= limit;
       more.textContent = `Show all ${rows.length}`;
     }
-    const anew = () => { limit = PAGE; list(); };
-    for (const control of [find, kind, which]) control.addEventListener(control === find ? "input" : "change", anew);
+    kind.addEventListener("change", ways);
+    for (const control of [find, kind, which, sort]) control.addEventListener("input", () => { limit = PAGE; list(); });
     more.addEventListener("click", () => { limit = Infinity; list(); });
+    ways();
     list();
   }
 
@@ -337,6 +337,7 @@
   byId("theme").addEventListener("click", () => { root.dataset.theme = themeNow() === "dark" ? "light" : "dark"; redraw(); });
   dark.addEventListener("change", () => { if (!root.dataset.theme) redraw(); });
   addEventListener("hashchange", fromAddress);
+  for (const link of document.querySelectorAll("nav a")) link.addEventListener("click", (event) => { event.preventDefault(); go(link.hash.slice(1)); });
   const idle = () => new Promise((done) => (window.requestIdleCallback ? requestIdleCallback(done, { timeout: 200 }) : setTimeout(done, 0)));
   for (const chart of charts.slice(0, 4)) await draw(chart);
   root.dataset.firstMs = String(Math.round(performance.now()));
@@ -346,5 +347,4 @@
   replies(payload.replies);
   for (const chart of charts.slice(4)) { await idle(); await draw(chart); }
   root.dataset.drawnMs = String(Math.round(performance.now()));
-  root.dataset.scriptMs = String(Math.round(performance.now() - started));
 })();

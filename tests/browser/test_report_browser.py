@@ -2,90 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from reports import build_report
-from tests.fake_run import make_fake_run
+from tests.browser.pages import NEEDED, draw_patterns, open_page
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+if TYPE_CHECKING:
+    from playwright import sync_api
 
-
-@dataclass
-class Seen:
-    """What the page did: console messages, requests, dialogs, uncaught errors."""
-
-    console: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    dialogs: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def quiet(self) -> None:
-        """Assert that the page was silent, asked for nothing but itself, and ran nothing foreign."""
-        assert self.errors == [] and self.dialogs == []
-        assert self.console == []
-        # data: and blob: stay inside the page
-        assert [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))] == []
-        assert len([url for url in self.requests if url.startswith("file:")]) == 1
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_report(make_fake_run(tmp_path_factory.mktemp("run")))
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_report(make_fake_run(tmp_path_factory.mktemp("hostile"), hostile=True, n_prompts=40))
-
-
-@pytest.fixture(autouse=True)
-def closed_pages(browser: sync_api.Browser) -> Iterator[None]:
-    yield
-    for context in browser.contexts:
-        context.close()
-
-
-def open_page(
-    browser: sync_api.Browser, path: Path, width: int = 1280, scheme: str = "light"
-) -> tuple[sync_api.Page, Seen]:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
-    page, seen = context.new_page(), Seen()
-    page.on("console", lambda message: seen.console.append(message.text))
-    page.on("request", lambda request: seen.requests.append(request.url))
-    page.on("pageerror", lambda error: seen.errors.append(str(error)))
-
-    def dismiss(dialog: sync_api.Dialog) -> None:
-        seen.dialogs.append(dialog.message)
-        dialog.dismiss()
-
-    page.on("dialog", dismiss)
-    page.goto(path.as_uri())
-    page.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
-    return page, seen
-
-
-def draw_patterns(page: sync_api.Page) -> None:
-    page.evaluate("document.getElementById('cv').scrollIntoView({behavior: 'instant'})")
-    page.wait_for_selector("#cv canvas", timeout=60_000)
+pytestmark = NEEDED
 
 
 def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: Path) -> None:
@@ -94,18 +21,29 @@ def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: P
     assert plots.count() == 12
     for i in range(12):
         assert plots.nth(i).locator("svg path").count() > 3
-    print(
-        "first figures after",
-        page.get_attribute("html", "data-first-ms"),
-        "ms; all after",
-        page.get_attribute("html", "data-drawn-ms"),
-        "ms;",
-        f"{report.stat().st_size / 2**20:.2f} MiB",
-    )
     draw_patterns(page)
     assert page.locator("#cv .paper").count() == 2
     assert page.locator("#cv canvas").count() == 2 * (8 + 1)
     seen.quiet()
+
+
+def test_it_is_drawn_within_a_second_and_a_half(browser: sync_api.Browser, report: Path) -> None:
+    loads = []
+    for _ in range(3):
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        page = context.new_page()
+        session = context.new_cdp_session(page)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
+        page.goto(report.as_uri())
+        page.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
+        metrics = {row["name"]: row["value"] for row in session.send("Performance.getMetrics")["metrics"]}
+        drawn = int(page.get_attribute("html", "data-drawn-ms") or 1e9)
+        loads.append((drawn, round(1000 * metrics["ThreadTime"])))
+        context.close()
+        if loads[-1][0] <= 1500:
+            return
+    # the processors were busy with something else in all three: then what counts is the page's own work
+    assert min(own for _, own in loads) <= 1500, f"milliseconds until drawn, of those the page's own: {loads}"
 
 
 def test_theme_follows_the_system_and_switches(browser: sync_api.Browser, report: Path) -> None:
@@ -163,6 +101,28 @@ def test_replies_are_folded_found_and_filtered(browser: sync_api.Browser, report
     assert not reply.locator("p").is_visible()
     reply.locator("summary").click()
     assert reply.locator("p").is_visible()
+    page.fill("#find", "")
+    page.select_option("#which", "kept")
+    page.click("#more")
+    badges = page.locator("#reply-table tbody tr:has(td[title=none])")
+    for row in badges.all()[:20]:
+        told = [row.locator(f"td[title={arm}]").inner_text() for arm in ("none", "adversarial")]
+        assert told == ["■ refusal", "■ refusal"], "refused without the suffix as well as with it"
+    seen.quiet()
+
+
+def test_prompts_are_sorted_by_text_and_by_what_was_refused(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    first = page.locator("#reply-table tbody tr").first
+    assert "variant 1." in first.inner_text()
+    page.select_option("#sort", label="by text")
+    assert first.inner_text().startswith("Describe the best way to")
+    page.select_option("#sort", label="least refused: adversarial")
+    assert "□" in first.locator("td[title=adversarial]").inner_text()
+    page.select_option("#sort", label="most refused: adversarial")
+    assert "■" in first.locator("td[title=adversarial]").inner_text()
+    page.select_option("#kind", "lookalike")
+    assert page.input_value("#sort") == "" and page.locator("#sort option").count() == 4
     seen.quiet()
 
 
@@ -219,77 +179,6 @@ def test_every_control_is_reached_by_keyboard_and_none_keeps_the_focus(browser: 
             break
     missed = page.evaluate(f"{every}.map(e => e.outerHTML.slice(0, 80))")
     assert [missed[i] for i in sorted(usable - reached)] == []
-
-
-def pinned_in(page: sync_api.Page) -> str:
-    return page.locator("#pinned h3").inner_text() if page.locator("#pinned h3").count() else ""
-
-
-def test_a_head_clicked_in_the_grid_is_pinned_everywhere(browser: sync_api.Browser, report: Path) -> None:
-    page, seen = open_page(browser, report)
-    draw_patterns(page)
-    assert page.locator("#cv canvas").count() == 2 * (8 + 1)
-    before = page.locator("#strips").inner_text()
-    # the cell of L16.H4: the first of the top heads
-    page.evaluate("document.getElementById('fig-heads').scrollIntoView({behavior: 'instant'})")
-    cells = page.locator("#fig-heads .plot .mark-rect.role-mark").first.locator("path")
-    cells.nth(16 * 9 + 4).click(force=True)  # its sign lies above it
-    assert "head=L16.H4" in page.url
-    assert pinned_in(page).startswith("L16.H4")
-    without, attacked = (page.locator("#pinned p", has_text=f"Ablated alone {run}") for run in ("without", "with the"))
-    assert "adjusted for all heads" in without.inner_text()
-    assert "p <" not in attacked.inner_text() and "p =" not in attacked.inner_text(), "one suffix allows no p value"
-    assert page.input_value("#head") == "L16.H4"
-    assert "L16.H4" in page.locator("#strips").inner_text() and page.locator("#strips").inner_text() != before
-    page.wait_for_function("document.querySelectorAll('#cv canvas').length === 4")
-    faded = page.locator("#fig-circuit .plot .mark-rule path, #fig-circuit .plot .mark-rule line")
-    assert {"0.08", "0.75"} <= {faded.nth(i).get_attribute("opacity") for i in range(faded.count())}
-    cells.nth(16 * 9 + 4).click(force=True)  # its sign lies above it
-    assert pinned_in(page) == "" and "head=" not in page.url
-    seen.quiet()
-
-
-def test_the_address_restores_what_was_chosen(browser: sync_api.Browser, report: Path) -> None:
-    page, seen = open_page(browser, report)
-    page.select_option("#head", "L14.H7")
-    page.select_option("#arm", "adversarial")
-    page.select_option("#measure", "effect of ablating")
-    page.select_option("#prompt", "2")
-    address = page.url
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    again = context.new_page()
-    again.goto(address)
-    again.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
-    assert pinned_in(again).startswith("L14.H7")
-    assert again.input_value("#arm") == "adversarial" and again.input_value("#measure") == "effect of ablating"
-    assert again.input_value("#prompt") == "2"
-    assert again.locator("#strips").inner_text() == page.locator("#strips").inner_text()
-    again.goto(address.split("#")[0] + "#head=nonsense&prompt=99&arm=<b>")
-    again.reload()
-    again.wait_for_selector("html[data-drawn-ms]", timeout=60_000)
-    assert pinned_in(again) == "" and again.input_value("#prompt") == "0"
-    seen.quiet()
-
-
-def test_one_arm_drives_grid_and_circuit(browser: sync_api.Browser, report: Path) -> None:
-    page, seen = open_page(browser, report)
-    texts = [page.locator(f"#fig-{name} .plot").inner_html() for name in ("heads", "circuit")]
-    page.select_option("#arm", "adversarial − none")
-    for name, before in zip(("heads", "circuit"), texts, strict=True):
-        page.wait_for_function(
-            "([name, before]) => document.querySelector(`#fig-${name} .plot`).innerHTML !== before", arg=[name, before]
-        )
-    seen.quiet()
-
-
-def test_a_prompt_of_the_list_opens_its_tokens(browser: sync_api.Browser, report: Path) -> None:
-    page, seen = open_page(browser, report)
-    button = page.locator("#reply-table .jump").nth(1)
-    button.click()
-    assert page.input_value("#prompt") == "1" and "prompt=1" in page.url
-    assert page.locator("#prompt-replies details.reply").count() == 2
-    assert page.locator("#prompt-replies details[open]").count() == 0, "replies stay folded"
-    seen.quiet()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

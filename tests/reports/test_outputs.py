@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
+import html
 import json
+import shutil
 import sys
 import tomllib
 import types
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from hypothesis import example, given, settings
@@ -83,7 +89,7 @@ def test_two_runs_stand_side_by_side(fake: Path, tmp_path: Path) -> None:
 def test_every_figure_comes_as_svg_and_png_and_every_table_as_csv(fake: Path, tmp_path: Path) -> None:
     written = save_figures(fake, tmp_path / "out")
     names = {path.name for path in written}
-    assert {"refusal.svg", "refusal.png", "circuit-difference.svg", "profile-normalised.png"} <= names
+    assert {"refusal.svg", "refusal.png", "circuit-adversarial-minus-none.svg", "profile-normalised.png"} <= names
     for path in written:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG")
@@ -159,3 +165,43 @@ def test_a_target_of_any_text_is_gone_from_the_redacted_settings(text: str) -> N
     data = RunData(name="r", config=tomli_w.dumps({"target": target, "steps": 3}), summary=summary, prompts=())
     shown = redact(data).config
     assert tomllib.loads(shown)["target"] == stand_in(target)
+
+
+def test_no_cell_of_a_table_is_a_formula(fake: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(fake, tmp_path / "run"))
+    texts = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "a=1", ""]
+    table = pa.table({"=cmd": texts, "text": pa.array(texts, pa.large_string()), "number": [-1.5] * 8})
+    pq.write_table(table, run / "findings" / "zz.parquet")
+    for path in (run / "findings").glob("*.parquet"):
+        if path.stem != "zz":
+            path.unlink()
+    save_figures(run, tmp_path / "out")
+    with (tmp_path / "out" / "zz.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["'=cmd", "text", "number"]
+    assert [row[0] for row in rows] == [row[1] for row in rows] == [f"'{text}" for text in texts[:6]] + texts[6:]
+    assert {row[2] for row in rows} == {"-1.5"}
+
+
+def test_figures_of_hostile_names_are_valid_svg(fake: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(fake, tmp_path / "run"))
+    for path in (run / "findings").glob("*.parquet"):
+        if path.stem != "refusal":
+            path.unlink()
+    (run / "steps.jsonl").unlink()
+    rows = pq.read_table(run / "findings" / "refusal.parquet").to_pylist()
+    rows[0]["arm"] = "\x1b[31m<b>\x00\u202e"
+    pq.write_table(pa.Table.from_pylist(rows), run / "findings" / "refusal.parquet")
+    save_figures(run, tmp_path / "out")
+    text = (tmp_path / "out" / "refusal.svg").read_text("utf-8")
+    ElementTree.fromstring(text)
+    assert "⟨ESC⟩" in text
+
+
+def test_notebook_findings_may_hold_nan(fake: Path) -> None:
+    found = Findings(fake)
+    found.tables = {name: [dict(row) for row in rows] for name, rows in found.tables.items()}
+    found.tables["refusal"][0]["refusal_rate"] = float("nan")
+    found.tables["profile"][0]["mean"] = float("nan")
+    page = html.unescape(findings_html(found))
+    assert "nan" not in page.split('aria-label="Findings"')[1].split("</section>")[0]

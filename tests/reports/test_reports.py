@@ -18,8 +18,9 @@ import pytest
 from reports import ReportError, build, build_report, charts
 from reports.charts_circuit import circuit
 from reports.data import MISSING_MEANS, read_run
+from reports.evidence import adversarial_count
 from reports.numbers import percent, plain
-from reports.text import adversarial_count, checked, headline, not_checked
+from reports.text import checked, headline, not_checked
 from tests.fake_run import make_fake_run
 
 
@@ -65,43 +66,11 @@ def test_no_folder_is_one_sentence(tmp_path: Path) -> None:
         build_report(tmp_path / "nothing")
 
 
-def test_truncated_files_are_named(run: Path) -> None:
-    for name in ("findings/summary.json", "findings/patterns.json", "findings/refusal.parquet", "suffixes.jsonl"):
-        path = run / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ReportError, match=re.escape(path.name)) as error:
-            read_run(run)
-        assert "\n" not in str(error.value)
-        path.write_bytes(whole)
-
-
-def test_foreign_files_are_refused(run: Path) -> None:
-    pq.write_table(pa.table({"other": [1]}), run / "findings" / "heads.parquet")
-    with pytest.raises(ReportError, match="lacks the column 'arm'"):
-        read_run(run)
-
-
-def test_columns_of_a_wrong_type_are_refused(run: Path) -> None:
-    rewrite(run / "findings" / "profile.parquet", lambda row: {**row, "mean": "high"})
-    with pytest.raises(ReportError, match="column 'mean' holds 'high'"):
-        read_run(run)
-
-
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_other_schema_versions_are_refused(run: Path, version: object) -> None:
     path = run / "findings" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
     with pytest.raises(ReportError, match="schema_version"):
-        read_run(run)
-
-
-def test_patterns_must_fit_their_tokens(run: Path) -> None:
-    path = run / "findings" / "patterns.json"
-    records = json.loads(path.read_text())
-    records[0]["regions"].pop()
-    path.write_text(json.dumps(records))
-    with pytest.raises(ReportError, match="does not have 8 heads"):
         read_run(run)
 
 
@@ -229,7 +198,7 @@ def test_the_headline_tells_the_mechanism(run: Path) -> None:
     assert "comes from a changed query and 31" in said and "dilution by the suffix" in said
     assert "chat tokens' changed keys" not in said, "parts below a tenth are left to the table"
     assert "giving the projection back brings that to 93" in said
-    assert "the same step along a random direction (a control) brings that to 41" in said
+    assert "the same step along a random direction (a control): 41 % (CI 31–47 %), no clear change" in said
 
 
 def test_numbers() -> None:

@@ -1,0 +1,80 @@
+"""What the story may claim: effects only where intervals are clear, numbers of prompts and suffixes beside them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from reports import build
+from reports.charts_more import figures
+from reports.data import RunData, read_run
+from reports.text import headline
+from tests.fake_run import make_fake_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> RunData:
+    return read_run(make_fake_run(tmp_path_factory.mktemp("evidence") / "run", n_prompts=12))
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> RunData:
+    return read_run(make_fake_run(tmp_path_factory.mktemp("evidence") / "pool", n_prompts=12, n_adversarial=8))
+
+
+def said(data: RunData) -> str:
+    return re.sub(r"[\u00a0\u202f]", " ", " ".join(headline(data)))
+
+
+def changed(data: RunData, name: str, **columns: Any) -> RunData:
+    rows = [{**row, **columns} for row in data.table(name)]
+    return replace(data, tables=data.tables | {name: rows})
+
+
+def test_causal_replies_name_their_prompts_and_the_interval_they_start_from(data: RunData) -> None:
+    text = said(data)
+    assert "In the causal tests, 32 report prompts, 41 % (CI 31–47 %) are refused with the suffix; " in text
+    assert "giving the projection back brings that to 93 % (CI 83–" in text
+    assert "these prompts" not in text
+
+
+def test_an_effect_is_claimed_only_where_intervals_lie_apart(data: RunData) -> None:
+    text = said(changed(data, "causal", refused_lo=0.1, refused_hi=0.99))
+    assert "brings that to" not in text
+    assert "giving the projection back: 93 % (CI 10–99 %), no clear change" in text
+    bare = [{k: v for k, v in row.items() if k not in ("refused_lo", "refused_hi")} for row in data.table("causal")]
+    assert "giving the projection back: 93 %, no clear change" in said(
+        replace(data, tables=data.tables | {"causal": bare})
+    )
+
+
+def test_shares_of_a_fall_need_a_fall(data: RunData) -> None:
+    assert "Of the fall in projection" in said(data)
+    text = said(changed(data, "contrasts", lo=-0.2, hi=0.1))
+    assert "Of the fall in projection" not in text
+    assert "of what the top heads bring less from the instruction" in text, "that rests on its own table"
+
+
+def test_shares_of_what_the_heads_lose_need_a_clear_total(data: RunData) -> None:
+    wide = [{**row, "lo": row["value"] - 20, "hi": row["value"] + 20} for row in data.table("factors")]
+    assert "bring less" not in said(replace(data, tables=data.tables | {"factors": wide}))
+    assert "bring less" not in said(changed(data, "factors", hi=None))
+
+
+def test_a_pool_is_told_as_a_pool(data: RunData, pool: RunData) -> None:
+    text = said(pool)
+    assert "on 12 unseen instructions, over 8 suffixes;" in text
+    assert "(0 = harmless mean, 1 = harmful mean), over 8 suffixes" in text
+    assert "without a suffix and " in text and "with the 8 suffixes" in text
+    page = build.render(pool).decode("utf-8").replace("\u00a0", " ")
+    assert "What 8 suffixes do to" in page and "this suffix" not in page
+    assert "first of 8 suffixes: adversarial-0" in page and 'aria-label="the first suffix, as literal text"' in page
+    captions = {name: figure.caption.replace("\u00a0", " ") for name, figure in figures(pool).items()}
+    for name in ("circuit", "lens"):
+        assert captions[name].endswith("With the first of 8 suffixes."), name
+    assert "the first of 8 suffixes" in captions["heads"] and captions["loss"].endswith("The first of 8 attacks.")
+    alone = " ".join(figure.caption for figure in figures(data).values())
+    assert "first of" not in alone and "over" not in said(data).split(";")[0]
