@@ -10,6 +10,7 @@ from reports import theme
 from reports.charts import MAIN, OTHER_PROMPTS, PINNED, Figure, View, differences, finish, head_name
 from reports.data import Row, RunData
 from reports.evidence import adversarial_count
+from reports.numbers import plain
 
 MEASURES = {
     "contribution": "contribution",
@@ -22,7 +23,8 @@ GLYPH_FROM = 0.12
 """Heads below this share of the largest |contribution| carry no sign glyph."""
 
 
-PIN = " Click a head to pin it."
+PIN = "Click a head to pin it."
+LEVEL = 0.05  # of family-wise tests
 
 
 def head_grid(data: RunData, bounds: dict[str, float] | None = None) -> Figure | None:
@@ -45,8 +47,8 @@ def head_grid(data: RunData, bounds: dict[str, float] | None = None) -> Figure |
         "share of the write, not the effect of deleting the head. Attention: change of the share that chat[-1] gives a "
         "region. Effect of ablating: change of the projection when that head alone gives what it gives harmless "
         f"prompts on average{'' if pool < 2 else f', the first of {pool} suffixes'}. "
-        "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour."
-        f"{PIN}"
+        "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour. "
+        f"{_tested(data)}{_ranking(data)}{PIN}"
     )
     columns = (
         ("layer", "layer"),
@@ -58,6 +60,29 @@ def head_grid(data: RunData, bounds: dict[str, float] | None = None) -> Figure |
         ("rank", "rank"),
     )
     return Figure("heads", "Every head", caption, say, columns, tuple(views))
+
+
+def _tested(data: RunData) -> str:
+    """How many heads a pool's suffixes clearly change, family-wise."""
+    rows = [row for row in data.table("head_differences") if row["against"] == "none" and row["p"] is not None]
+    if not rows:
+        return ""
+    found = sum(row["p"] <= LEVEL for row in rows)
+    return (
+        f"{found} of {len(rows)} heads write something else with the suffixes than without (p ≤ 0.05 over all heads). "
+    )
+
+
+def _ranking(data: RunData) -> str:
+    """How far attribution patching agrees with the exact effects of ablating."""
+    for row in data.table("ranking"):
+        if (row["run"], row["measure"]) == ("none", "projection") and row["rank_correlation"] is not None:
+            return (
+                "Attribution patching beside the exact effects without a suffix: rank correlation "
+                f"{plain(row['rank_correlation'])}, {row['found']} of the {row['k']} largest among its first "
+                f"{row['k']}. "
+            )
+    return ""
 
 
 def grid_bounds(data: RunData) -> dict[str, float]:
@@ -83,6 +108,10 @@ def _maps(data: RunData) -> dict[str, dict[str, list[Row]]]:
             cells = _difference(by_arm, against, key, top) if key else []
             if cells:
                 maps[measure][name] = cells
+        tested = {(r["layer"], r["head"]): r for r in data.table("head_differences") if r["against"] == against}
+        for cell in maps["contribution"].get(name, []):
+            found = tested.get((cell["layer"], cell["head"]), {})
+            cell |= {column: found.get(column) for column in ("lo", "hi", "p")}
     for run in ("none", "adversarial"):
         own = [row for row in data.table("sweep") if row["run"] == run and row["projection_effect"] is not None]
         if own:

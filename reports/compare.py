@@ -97,11 +97,12 @@ def differences(first: RunData, second: RunData) -> list[tuple[str, str, str]]:
     for term in ("top heads", "other heads", "MLPs"):
         add(
             f"share of the fall, {term}", "carried",
-            lambda row: percent_ci(row["share"], row["share_lo"], row["share_hi"]), term=term,
+            lambda row: percent_ci(row["share"], row["share_lo"], row["share_hi"]), arm="adversarial", term=term,
         )  # fmt: skip
     for factor in ("query", "dilution"):
         add(
             f"share of the instruction's loss, {factor}", "factors",
-            lambda row: percent_ci(row["share"], row["share_lo"], row["share_hi"]), layer=-1, factor=factor,
+            lambda row: percent_ci(row["share"], row["share_lo"], row["share_hi"]),
+            arm="adversarial", layer=-1, factor=factor,
         )  # fmt: skip
     return rows

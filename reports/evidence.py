@@ -14,6 +14,20 @@ def find(rows: list[Row], **wanted: object) -> Row | None:
     return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
 
 
+CONTROL_WORDS = {
+    "random": "random text",
+    "shuffled": "its tokens shuffled",
+    "failed": "suffixes of attacks that failed",
+    "benign": "benign text",
+}
+
+
+def nearest(rows: list[Row], measure: str, ours: Row) -> Row | None:
+    """Return the control arm's row that comes nearest to the adversarial one: it makes the effect look smallest."""
+    known = [row for row in rows if row["arm"] in CONTROL_WORDS and row[measure] is not None]
+    return min(known, key=lambda row: abs(row[measure] - ours[measure]), default=None)
+
+
 def adversarial_count(data: RunData) -> int:
     """Return the number of adversarial suffixes the rates rest on; 0 where unknown."""
     row = find(data.table("refusal"), arm="adversarial", split="report")

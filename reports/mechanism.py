@@ -9,6 +9,7 @@ from reports.data import Row, RunData
 from reports.escape import visible
 from reports.evidence import clearly, projection_change, the_suffixes
 from reports.numbers import count, percent, percent_ci, plain
+from reports.theme import arm_order
 
 _WORDS = {"top": "top heads", "random": "random heads", "all": "all heads", "none": "the direction"}
 UNCHANGED = "nothing changed"
@@ -31,14 +32,11 @@ def described(row: Row) -> Row:
 
 def context(data: RunData) -> dict[str, Any]:
     """Return the template's rows: what carries the fall, why the instruction counts less, the tests with replies."""
-    summed = [row for row in data.table("factors") if row["layer"] == -1]
+    summed = [row for row in data.table("factors") if row["layer"] == -1 and (row["factor"] != "scale" or row["value"])]
     return {
-        "carried": [_share_row(row, row["term"]) for row in data.table("carried")],
-        "factors": [
-            _share_row(row, FACTOR_WORDS.get(row["factor"], str(row["factor"])))
-            for row in summed
-            if row["factor"] != "scale" or row["value"]
-        ],
+        "carried": _beside_controls(data.table("carried"), "term", {}),
+        "factors": _beside_controls(summed, "factor", FACTOR_WORDS),
+        "controls": _controls([*data.table("carried"), *summed]),
         "replied": [
             {
                 "what": described(row)["what"] if row["test"] != UNCHANGED else "left alone",
@@ -52,7 +50,26 @@ def context(data: RunData) -> dict[str, Any]:
     }
 
 
-def _share_row(row: Row, name: str) -> dict[str, str]:
+def _controls(rows: list[Row]) -> list[str]:
+    return arm_order({row["arm"] for row in rows} - {"adversarial"})
+
+
+def _beside_controls(rows: list[Row], key: str, words: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the adversarial arm's parts, each with the same part's value in every control arm."""
+    known = {(row["arm"], row[key]): row["value"] for row in rows}
+    arms = _controls(rows)
+    return [
+        _share_row(row, words.get(row[key], str(row[key])))
+        | {"others": [plain(known[arm, row[key]]) if (arm, row[key]) in known else "–" for arm in arms]}
+        for row in _attacked(rows)
+    ]
+
+
+def _attacked(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["arm"] == "adversarial"]
+
+
+def _share_row(row: Row, name: str) -> dict[str, Any]:
     share = "–"
     if row["share"] is not None:
         share = percent_ci(row["share"], row["share_lo"], row["share_hi"])
@@ -92,14 +109,16 @@ def _listed(parts: list[tuple[str, Row]], verb: str, preposition: str) -> str:
 
 def sentences(data: RunData) -> Iterator[str]:
     """Yield what the causal tests and the split of the fall say, where the tables are there."""
-    terms = _parts([row for row in data.table("carried") if row["term"] != "embedding"], "term", least=0.0)
-    factors = _parts([row for row in data.table("factors") if row["layer"] == -1], "factor", least=0.1)
+    carried = _attacked(data.table("carried"))
+    summed = [row for row in _attacked(data.table("factors")) if row["layer"] == -1]
+    terms = _parts([row for row in carried if row["term"] != "embedding"], "term", least=0.0)
+    factors = _parts(summed, "factor", least=0.1)
     clauses = []
     # shares of a rise, or of what may be none, would read as shares of a fall
-    if terms and projection_change(data, "none") < 0 and sum(row["value"] for row in data.table("carried")) > 0:
+    if terms and projection_change(data, "none") < 0 and sum(row["value"] for row in carried) > 0:
         clauses.append(f"Of the fall in projection {_listed(terms, 'is written', 'by')}")
     # the parts' upper bounds added up: more careful than an interval of their sum, which the table lacks
-    upper = [row["hi"] for row in data.table("factors") if row["layer"] == -1]
+    upper = [row["hi"] for row in summed]
     if factors and None not in upper and sum(upper) < 0:
         clauses.append(f"of what the top heads bring less from the instruction {_listed(factors, 'comes', 'from')}")
     if clauses:

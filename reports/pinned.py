@@ -40,7 +40,7 @@ def pinned_heads(data: RunData) -> dict[str, Any]:
     for row in data.table("top_heads"):
         of(row["layer"], row["head"])["rank"] = row["rank"]
     for row in data.table("factors"):
-        if row["layer"] != -1 and row["value"]:
+        if row["arm"] == "adversarial" and row["layer"] != -1 and row["value"]:
             of(row["layer"], row["head"])["factors"].append(
                 [FACTOR_WORDS.get(row["factor"], visible(row["factor"])), row["value"], row["share"]]
             )

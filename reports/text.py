@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from reports import mechanism
 from reports.data import Row, RunData
 from reports.escape import visible
-from reports.evidence import adversarial_count, clearly, find, over, projection_change, refusal_change, the_suffixes
+from reports.evidence import (
+    CONTROL_WORDS,
+    adversarial_count,
+    clearly,
+    find,
+    nearest,
+    over,
+    projection_change,
+    refusal_change,
+    the_suffixes,
+)
 from reports.numbers import NBSP, count, percent, percent_ci, plain, plain_ci
 
 FEW_SUFFIXES = 8
@@ -36,10 +46,10 @@ def headline(data: RunData) -> list[str]:
 
 def _refusals(data: RunData) -> Iterator[str]:
     rows = [row for row in data.table("refusal") if row["split"] == "report" and row["refusal_rate"] is not None]
-    none, ours, junk = (find(rows, arm=arm) for arm in ("none", "adversarial", "random"))
+    none, ours = (find(rows, arm=arm) for arm in ("none", "adversarial"))
     if not none or not ours:
         return
-    number = adversarial_count(data)
+    number, control = adversarial_count(data), nearest(rows, "refusal_rate", ours)
     before, after = (percent_ci(row["refusal_rate"], row["refusal_lo"], row["refusal_hi"]) for row in (none, ours))
     prompts = count(int(ours["n_prompts"]), f"{_seen(data)}instruction")
     sign = refusal_change(data, "none")
@@ -51,9 +61,10 @@ def _refusals(data: RunData) -> Iterator[str]:
             f"The refusal phrase rate is {before} without and {after} with {the_suffixes(number)} on {prompts}: "
             "the interval does not tell a change"
         )
-    if junk:
-        apart = refusal_change(data, "random")
-        text += f"; random text of the same length: {percent(junk['refusal_rate'])}"
+    if control:
+        apart = refusal_change(data, control["arm"])
+        text += f"; {CONTROL_WORDS[control['arm']]}, of the controls of the same length the nearest, "
+        text += percent(control["refusal_rate"])
         text += "" if apart or not sign else f" (not clearly different from {the_suffixes(number)})"
     yield text + "."
 
@@ -73,7 +84,7 @@ def _projection(data: RunData) -> Iterator[str]:
         return
     rows = data.table("profile")
     at = {"measure": "normalised", "layer": direction.layer}
-    none, ours, junk = (find(rows, arm=arm, **at) for arm in ("none", "adversarial", "random"))
+    none, ours = (find(rows, arm=arm, **at) for arm in ("none", "adversarial"))
     if not none or not ours or none["mean"] is None or ours["mean"] is None:
         return
     sign = projection_change(data, "none")
@@ -87,8 +98,8 @@ def _projection(data: RunData) -> Iterator[str]:
         text = (
             f"{where} the interval does not tell a change of the normalised projection: {before} and {after} ({scale})"
         )
-    if junk and junk["mean"] is not None:
-        text += f"; random text: {plain(junk['mean'])}"
+    if control := nearest([row for row in rows if find([row], **at)], "mean", ours):
+        text += f"; {CONTROL_WORDS[control['arm']]}: {plain(control['mean'])}"
     yield text + "."
 
 

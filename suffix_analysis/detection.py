@@ -35,8 +35,8 @@ NEAR, FEWEST = 2, 8  # tokens between the two prompts of a pair; pairs that are 
 class Fitted:
     """What is learnt before anything is measured: directions, detectors, and the readings that thresholds come from.
 
-    ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` those without, harmless ones and
-    their look-alikes apart.
+    ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` those without, harmless ones
+    and their look-alikes apart.
     """
 
     harmfulness: Harmfulness

@@ -22,12 +22,24 @@ def shares(name: str, parts: dict[str, float], extra: dict[str, Any]) -> list[di
 
 
 def carried() -> list[dict[str, Any]]:
-    return shares("term", {"top heads": 0.58, "other heads": 0.17, "MLPs": 0.25, "embedding": 0.0}, {})
+    parts = {"top heads": 0.58, "other heads": 0.17, "MLPs": 0.25, "embedding": 0.0}
+    return [row for arm in ("adversarial", "random") for row in in_arm(arm, shares("term", parts, {"arm": arm}))]
+
+
+def in_arm(arm: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, of a quarter of the size where the arm is a control."""
+    size = 1 if arm == "adversarial" else 0.25
+    return [row | {key: size * row[key] for key in ("value", "lo", "hi")} for row in rows]
 
 
 def factors(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
     parts = {"query": 0.62, "dilution": 0.31, "chat keys": 0.04, "displacement": 0.03, "scale": 0.0}
-    found = [row for head in [*top, (-1, -1)] for row in shares("factor", parts, {"layer": head[0], "head": head[1]})]
+    found = [
+        row
+        for arm in ("adversarial", "random")
+        for layer, head in [*top, (-1, -1)]
+        for row in in_arm(arm, shares("factor", parts, {"arm": arm, "layer": layer, "head": head}))
+    ]
     return [row | {"value": -row["value"], "lo": -row["hi"], "hi": -row["lo"]} for row in found]
 
 

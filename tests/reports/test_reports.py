@@ -105,7 +105,7 @@ def test_headline_tells_what_the_data_hold(fake: Path) -> None:
     assert (
         "The refusal phrase rate fell from 96 % (CI 92–100 %) to 41 % (CI 32–49 %) on 130 unseen instructions" in text
     )
-    assert "random text of the same length: 95 %." in text
+    assert "its tokens shuffled, of the controls of the same length the nearest, " in text
     assert "At layer 17" in text and "0 = harmless mean, 1 = harmful mean" in text
     assert "The 8 heads" in text and "chosen on the select split, shown on the report split" in text
     assert "ablating the direction takes refusals of harmful instructions from 96 % to 0.8 %" in text
@@ -146,7 +146,7 @@ def test_overlapping_intervals_take_the_fall_away_where_no_contrast_is_stored(ru
 def test_the_control_that_does_as_well_is_named(run: Path) -> None:
     rewrite(
         run / "findings" / "contrasts.parquet",
-        lambda row: {**row, "lo": -0.2, "hi": 0.1} if row["against"] == "random" else row,
+        lambda row: {**row, "lo": -0.2, "hi": 0.1} if row["against"] != "none" else row,
     )
     assert "(not clearly different from the suffix)" in plain_text(headline(read_run(run)))
 
