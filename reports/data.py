@@ -284,6 +284,6 @@ def _read_table(path: Path, name: str) -> list[Row] | None:
         table = pq.read_table(path)
         rows: list[Row] = table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(f"'{path}': ")[-1][:120] if str(error) else type(error).__name__
         raise ReportError(f"{path} is not a readable parquet file ({reason}): repeat the analyze stage.") from None
     return usable_rows(name, rows, table.column_names, str(path))

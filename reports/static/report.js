@@ -15,7 +15,7 @@
   const nice = (value) => (typeof value === "number" ? String(+value.toPrecision(4)).replace("-", "−")
     : typeof value === "boolean" ? (value ? "yes" : "no") : value ?? "–");
   const percent = (value) => (value == null ? "–" : `${nice(Math.round(1000 * value) / 10)} %`);
-  const bounded = (value, words) => (Array.isArray(value) ? `${words(value[0])} (${words(value[1]).replace(" %", "")} to ${words(value[2])})` : words(value));
+  const bounded = (value, words) => (Array.isArray(value) ? el("span", words(value[0]), el("small.quiet", `${words(value[1]).replace(" %", "")} to ${words(value[2])}`)) : words(value));
   const options = (select, pairs) => select.replaceChildren(...pairs.map(([value, words]) => Object.assign(el("option", words), { value })));
   const table = (heads, rows) => Object.assign(el("div.scroll", el("table",
     el("thead", el("tr", ...heads.map((words, i) => el(i ? "th.num" : "th", words)))),

@@ -104,10 +104,8 @@ def test_replies_are_folded_found_and_filtered(browser: sync_api.Browser, report
     page.fill("#find", "")
     page.select_option("#which", "kept")
     page.click("#more")
-    badges = page.locator("#reply-table tbody tr:has(td[title=none])")
-    for row in badges.all()[:20]:
-        told = [row.locator(f"td[title={arm}]").inner_text() for arm in ("none", "adversarial")]
-        assert told == ["■ refusal", "■ refusal"], "refused without the suffix as well as with it"
+    cell = "[...document.querySelectorAll('#reply-table td[title=none]')].map(cell => cell.innerText)"
+    assert set(page.evaluate(cell)) == {"■ refusal"}, "refused without the suffix, not only with it"
     seen.quiet()
 
 

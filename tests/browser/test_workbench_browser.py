@@ -183,6 +183,9 @@ def test_two_runs_stand_side_by_side_under_one_control(
     rows = pq.read_table(runs[1] / "findings" / "circuit.parquet").to_pylist()
     rows = [row for row in rows if row["arm"] == "none"]
     pq.write_table(pa.Table.from_pylist(rows), runs[1] / "findings" / "circuit.parquet")
+    rates = pq.read_table(runs[0] / "findings" / "refusal.parquet").to_pylist()
+    rates = [{**row, "arm": "well-known" if row["arm"] == "benign" else row["arm"]} for row in rates]
+    pq.write_table(pa.Table.from_pylist(rates), runs[0] / "findings" / "refusal.parquet")
     page, seen = open_page(browser, build_comparison(*runs))
     assert page.locator("figure .plot svg").count() == page.locator("figure").count() == 14
     assert "steps.jsonl" in page.locator(".note", has_text="Missing from this run").inner_text()
@@ -191,6 +194,8 @@ def test_two_runs_stand_side_by_side_under_one_control(
     shown = [page.locator(f"#fig-{name} .switch").inner_text() for name in ("heads-a", "heads-b", "circuit-a")]
     assert shown == ["contribution: adversarial − none", "contribution: adversarial − none", "adversarial − none"]
     assert page.locator("#fig-circuit-b .switch").inner_text() == "No circuit for this arm (adversarial − none)."
+    page.locator("#fig-refusal-a summary").click()
+    page.locator("#fig-refusal-a td", has_text="well-known").wait_for()  # a hyphen, not a minus sign
     page.set_viewport_size({"width": 390, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     seen.quiet()

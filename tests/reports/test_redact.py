@@ -50,7 +50,7 @@ def test_checks_and_notes_lose_suffixes_too() -> None:
 
 
 def test_a_suffix_that_is_part_of_another_or_of_a_stand_in_spoils_nothing() -> None:
-    texts = ("abc", "abc def", "redacted", "characters", "def")
+    texts = ("abc", "abc def", "sha256", "characters", "def")
     suffixes = tuple(Suffix(id=text, arm="random", text=text, n_tokens=1) for text in texts)
     data = replace(bare(), suffixes=suffixes, config="# abc def and abc\n")
     assert redact(data).config == f"# {stand_in('abc def')} and {stand_in('abc')}\n"
@@ -61,7 +61,7 @@ def test_what_is_redacted_does_not_depend_on_the_hash_seed() -> None:
         "from reports.redact import redact; from reports.data import RunData; from reports.schema import *\n"
         "s = tuple(Suffix(id=t, arm='random', text=t, n_tokens=1) for t in (' a\\tb', 'a\\tb', 'b c', ' b c '))\n"
         "m = Summary(schema_version=1, model='m', n_layers=1, n_heads=1, d_model=1)\n"
-        "print(redact(RunData(name='r', config='a\\tb c \\\\tb b c', summary=m, prompts=(), suffixes=s)).config)"
+        "print(redact(RunData(name='r', config='x a\\tb y b c z', summary=m, prompts=(), suffixes=s)).config)"
     )
     found = {
         subprocess.run(
