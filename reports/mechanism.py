@@ -148,7 +148,9 @@ def _refused(row: Row) -> str:
 
 
 def _outcome(words: str, row: Row, before: Row) -> str:
-    """An effect where the interval lies apart from the one without an intervention; else only what was measured."""
-    if clearly(row, before, ("refused_lo", "refused_hi")):
+    """An effect where the paired change's interval leaves 0 out (or, without it, where the two intervals lie apart)."""
+    lo, hi = row.get("refused_change_lo"), row.get("refused_change_hi")
+    apart = clearly(row, before, ("refused_lo", "refused_hi")) != 0
+    if apart if lo is None or hi is None else not lo <= 0 <= hi:
         return f"{words} brings that to {_refused(row)}"
     return f"{words}: {_refused(row)}, no clear change"

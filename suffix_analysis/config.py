@@ -134,7 +134,6 @@ class StudyConfig:
 class DemoConfig(StudyConfig):
     """The demo's settings: a study with fewer controls and tests, for two cores and a quarter of an hour."""
 
-    stop_below: float = 0.3
     n_controls: int = 3
     n_traced: int = 48
     n_traced_controls: int = 2

@@ -16,9 +16,10 @@ from suffix_analysis.causal import Head, Outcome
 from suffix_analysis.causal_tests import Test
 from suffix_analysis.factors import FACTORS
 from suffix_analysis.prompts import Prompt
-from suffix_analysis.stats import interval, rate_interval, ratio_interval, sign_flip_max_t
+from suffix_analysis.stats import interval, rate_change, rate_interval, ratio_interval, sign_flip_max_t
 
 TERMS = ("top heads", "other heads", "MLPs", "embedding")
+BASES = {"attacked": 0, "none": 1}  # the places of the tests that change nothing (see causal_tests.tests)
 RANKED = 8  # heads that attribution patching ranks first, held against the exact sweep
 
 
@@ -129,6 +130,9 @@ def causal_row(cells: Cells, number: int, test: Test) -> dict[str, Any]:
         both = interval(refused, rate=True)
         rate = (both.estimate, both.lo, both.hi)
     row |= dict(zip(("refused", "refused_lo", "refused_hi"), rate, strict=True))
+    base = cells.get(f"replies {BASES[test.on]}")
+    change = (None, None, None) if refused is None or base is None else rate_change(refused, base)
+    row |= dict(zip(("refused_change", "refused_change_lo", "refused_change_hi"), change, strict=True))
     return row | {"n_prompts": len(after), "n_suffixes": n_suffixes}
 
 

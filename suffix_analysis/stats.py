@@ -157,6 +157,22 @@ def contrast(
     )
 
 
+def rate_change(
+    after: Float[ndarray, "prompt suffix"], before: Float[ndarray, "prompt suffix"]
+) -> tuple[float, float, float]:
+    """The change of a rate over the same prompts and suffixes, with its 95 % interval; paired cell by cell.
+
+    Where every cell changes alike a bootstrap has no width; the exact interval's over prompts is taken.
+    """
+    change = after - before
+    found = interval(change)
+    lo, hi = found.lo, found.hi
+    if (change == change[0, 0]).all():
+        _, _, width = rate_interval(np.zeros(len(change)))
+        lo, hi = found.estimate - width, found.estimate + width
+    return found.estimate, max(-1.0, lo), min(1.0, hi)
+
+
 def ratio_interval(
     part: Float[ndarray, "prompt suffix"], whole: Float[ndarray, "prompt suffix"], seed: int = 0
 ) -> tuple[float | None, float | None, float | None]:

@@ -51,6 +51,13 @@ def test_an_effect_is_claimed_only_where_intervals_lie_apart(data: RunData) -> N
     )
 
 
+def test_a_paired_change_decides_where_the_table_has_it(data: RunData) -> None:
+    overlapping = changed(data, "causal", refused_lo=0.1, refused_hi=0.99, refused_change_lo=0.2, refused_change_hi=0.8)
+    assert "giving the projection back brings that to" in said(overlapping)
+    none = changed(data, "causal", refused_change_lo=-0.1, refused_change_hi=0.2)
+    assert "brings that to" not in said(none)
+
+
 def test_shares_of_a_fall_need_a_fall(data: RunData) -> None:
     assert "Of the fall in projection" in said(data)
     text = said(changed(data, "contrasts", lo=-0.2, hi=0.1))

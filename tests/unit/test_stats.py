@@ -11,6 +11,7 @@ from suffix_analysis.stats import (
     in_words,
     interval,
     interval_table,
+    rate_change,
     rate_interval,
     ratio_interval,
     sign_flip_max_t,
@@ -143,3 +144,12 @@ def test_an_effect_that_is_the_same_everywhere_is_found() -> None:
     found = sign_flip_max_t(maps)
     assert found.p[0] == 1 and found.t[0] == 0
     assert found.p[1] < 0.01 and found.p[2] < 0.01 and found.t[1] < 0 < found.t[2]
+
+
+def test_a_change_of_rates_is_paired_and_has_width_where_all_change_alike() -> None:
+    before = np.array([[0.0], [0.0], [0.0], [0.0], [1.0], [0.0], [0.0], [0.0]])
+    after = np.ones((8, 1))
+    change, lo, hi = rate_change(after, before)
+    assert change == pytest.approx(7 / 8) and 0 < lo < change < hi <= 1
+    assert rate_change(after, after) == (0.0, pytest.approx(-0.369, abs=1e-3), pytest.approx(0.369, abs=1e-3))
+    assert rate_change(after, np.zeros((8, 1)))[:2] == (1.0, pytest.approx(0.631, abs=1e-3))
