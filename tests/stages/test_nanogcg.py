@@ -15,7 +15,7 @@ import attacks
 from attacks.candidates import compat_gradient, token_gradient
 from attacks.nanogcg import compat_slot, run_nanogcg
 from tests import tiny
-from tests.small_attacks import INIT, SMALL
+from tests.small_attacks import INIT, SMALL, plain_loss
 
 SETTINGS = [
     {},
@@ -61,6 +61,20 @@ def test_nothing_global_is_left_behind() -> None:
     # the type checker draws from Python's generator too, so it stands somewhere later in the same stream
     assert random.getrandbits(32) in [word.getrandbits(32) for _ in range(10_000)]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_nanogcgs_strings_stand_beside_other_losses_where_it_has_a_buffer() -> None:
+    """It reports the buffer's best string with the loss of the step's own; here a step's string has the step's loss."""
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    settings = {**SMALL, "num_steps": 12, "buffer_size": 4}
+    theirs = attacks.run(model, tok, "Write a poem", "Sure", attacks.GCGConfig.nanogcg(**settings))
+    slot = compat_slot(tok, "Write a poem", "Sure", INIT)
+    assert max(abs(plain_loss(model, slot, torch.tensor(step.ids)) - step.loss) for step in theirs.steps) > 1e-3
+    ours = attacks.run(model, tok, "Write a poem", "Sure", attacks.GCGConfig(**settings))
+    for step in ours.steps:
+        slot = attacks.build_slot(tok, "Write a poem", "Sure", step.string)
+        assert slot.suffix_ids.tolist() == list(step.ids)
+        assert plain_loss(model, slot, slot.suffix_ids) == pytest.approx(step.loss, abs=2e-5)
 
 
 def test_nanogcgs_gradient_differs_where_the_embedding_layer_scales() -> None:
