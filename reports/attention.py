@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from reports.charts import head_name
@@ -19,9 +20,11 @@ TOKEN_CHARS = 24
 
 def circuitsvis_bundle() -> str:
     """Return the JavaScript of CircuitsVis from its installed wheel; its Python, which loads torch, is not imported."""
+    found = find_spec("circuitsvis")  # importlib.resources would import it before Python 3.12
+    folders = [] if found is None else list(found.submodule_search_locations or [])
     try:
-        return (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    except (ModuleNotFoundError, FileNotFoundError):
+        return (Path(*folders[:1]) / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
+    except FileNotFoundError:
         raise ReportError(
             "The circuitsvis package is not installed whole: run `pip install circuitsvis==1.43.3`."
         ) from None

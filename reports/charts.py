@@ -57,7 +57,8 @@ def finish(chart: Any, rows: list[Row], height: int, description: str, *, lines:
     if lines:
         axis = {"labelAlign": "left", "labelPadding": -2, "labelOffset": 9 - step // 2}
         done = done.properties(usermeta={"above": {"height": step * lines, "axis": axis}})
-    spec: Spec = done.configure_view(stroke=None).to_dict()
+    # unchecked: checking every spec against Vega-Lite's schema takes longer than making them (a test does it)
+    spec: Spec = done.configure_view(stroke=None).to_dict(validate=False)
     spec.pop("$schema", None)
     spec.pop("config", None)
     spec["datasets"] = {"main": [{k: v for k, v in row.items() if k not in _UNUSED} for row in rows]}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import altair as alt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reports import ReportError, build_report
+from reports.charts_more import figures
 from reports.compare import build_comparison
 from reports.data import RunData, read_run
 from reports.export import circuit_graphs, save_figures
@@ -205,3 +207,11 @@ def test_notebook_findings_may_hold_nan(fake: Path) -> None:
     found.tables["profile"][0]["mean"] = float("nan")
     page = html.unescape(findings_html(found))
     assert "nan" not in page.split('aria-label="Findings"')[1].split("</section>")[0]
+
+
+def test_every_spec_is_valid_vega_lite(fake: Path) -> None:
+    for name, figure in figures(read_run(fake)).items():
+        for view in figure.views:
+            assert alt.Chart.from_dict(view.spec, validate=True) is not None, (name, view.label)
+    with pytest.raises(Exception, match="wide"):
+        alt.Chart.from_dict({**view.spec, "width": "wide"}, validate=True)
