@@ -77,7 +77,8 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
     assert {"replies", "refusal", "contrasts", "interventions", "intervention_replies", "cost", "separation", "cascade",
             "stability", "two_directions", "candidates", "profile", "heads", "top_heads", "shift",
             "dominance", "carried", "factors", "causal", "sweep", "ranking", "head_differences", "circuit",
-            "lens", "logits", "patterns", "checks", "summary"} == {p.stem for p in (finished / "findings").iterdir()}  # fmt: skip
+            "lens", "logits", "patterns", "checks", "summary",
+            } == {p.stem for p in (finished / "findings").iterdir()}  # fmt: skip
     assert runs.status(finished)["state"] == "done"
     assert [row["step"] for row in runs.read_jsonl(finished / "steps.jsonl")] == [1, 2, 3, 4]
 
