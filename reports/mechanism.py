@@ -7,7 +7,7 @@ from typing import Any
 
 from reports.data import Row, RunData
 from reports.escape import visible
-from reports.evidence import clearly, projection_change, the_suffixes
+from reports.evidence import CONTROL_WORDS, clearly, projection_change, the_suffixes
 from reports.numbers import count, percent, percent_ci, plain
 from reports.theme import arm_order
 
@@ -107,6 +107,23 @@ def _listed(parts: list[tuple[str, Row]], verb: str, preposition: str) -> str:
     return told[0] if len(told) == 1 else ", ".join(told[:-1]) + " and " + told[-1]
 
 
+def _as_much_elsewhere(data: RunData, parts: list[tuple[str, Row]]) -> str:
+    """Return which of the parts a control of the same length has as well: those are not this suffix's doing."""
+    by_control: dict[str, list[str]] = {}
+    for name, row in parts:
+        if row["lo"] is None or row["hi"] is None or row["lo"] <= 0 <= row["hi"]:
+            continue
+        least = min(abs(row["lo"]), abs(row["hi"])) * (1 if row["value"] > 0 else -1)
+        for other in data.table("factors"):
+            same = (other["layer"], other["factor"]) == (-1, row["factor"]) and other["arm"] in CONTROL_WORDS
+            if same and other["value"] / least >= 1:
+                by_control.setdefault(CONTROL_WORDS[other["arm"]], []).append(name)
+    if not by_control:
+        return ""
+    control, names = max(by_control.items(), key=lambda item: len(item[1]))
+    return f" ({control}, as long, has as much from {' and '.join(names)})"
+
+
 def sentences(data: RunData) -> Iterator[str]:
     """Yield what the causal tests and the split of the fall say, where the tables are there."""
     carried = _attacked(data.table("carried"))
@@ -120,7 +137,10 @@ def sentences(data: RunData) -> Iterator[str]:
     # the parts' upper bounds added up: more careful than an interval of their sum, which the table lacks
     upper = [row["hi"] for row in summed]
     if factors and None not in upper and sum(upper) < 0:
-        clauses.append(f"of what the top heads bring less from the instruction {_listed(factors, 'comes', 'from')}")
+        clauses.append(
+            f"of what the top heads bring less from the instruction {_listed(factors, 'comes', 'from')}"
+            f"{_as_much_elsewhere(data, factors)}"
+        )
     if clauses:
         yield "; ".join(clauses) + "."
     rows = [row for row in data.table("causal") if row["on"] == "attacked" and row.get("refused") is not None]

@@ -58,6 +58,16 @@ def test_a_paired_change_decides_where_the_table_has_it(data: RunData) -> None:
     assert "brings that to" not in said(none)
 
 
+def test_parts_that_a_control_has_too_are_not_the_suffixs_own(data: RunData) -> None:
+    assert "as long, has as much" not in said(data), "the invented control has a quarter of everything"
+    rows = [
+        {**row, "value": -9.9} if (row["arm"], row["factor"]) == ("random", "query") else row
+        for row in data.table("factors")
+    ]
+    text = said(replace(data, tables=data.tables | {"factors": rows}))
+    assert "(random text, as long, has as much from a changed query)" in text
+
+
 def test_shares_of_a_fall_need_a_fall(data: RunData) -> None:
     assert "Of the fall in projection" in said(data)
     text = said(changed(data, "contrasts", lo=-0.2, hi=0.1))
