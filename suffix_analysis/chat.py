@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor
 from suffix_analysis.errors import UserError
 
 REGIONS = ("bos", "system", "instruction", "suffix", "chat")
-_MARK = "\ue000\ue001\ue000"  # private-use characters: no template treats them specially
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,17 @@ class Chat:
 
 def _around(tokenizer: Any, system: str | None) -> tuple[str, str]:
     """The rendered template before and after the user's text."""
+    # private-use characters, which no template treats specially; more of them where the system prompt holds some
+    mark = next(m for n in itertools.count(1) if (m := "\ue000" + n * "\ue001" + "\ue000") not in (system or ""))
     try:
-        text = tokenizer.apply_chat_template(_turns(_MARK, system), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(_turns(mark, system), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise whatever they like, e.g. for system turns they do not take
         raise UserError(f"The chat template refuses the conversation: {error}") from error
-    if text.count(_MARK) != 1:
+    if text.count(mark) != 1:
         raise UserError(
-            f"The chat template shows the user's text {text.count(_MARK)} times; it must show it exactly once."
+            f"The chat template shows the user's text {text.count(mark)} times; it must show it exactly once."
         )
-    before, after = text.split(_MARK)
+    before, after = text.split(mark)
     return before, after
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from suffix_analysis.chat import REGIONS, render_chat, survives_decoding
@@ -17,6 +17,7 @@ WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=
 
 
 @settings(max_examples=150, deadline=None)
+@example(instruction="0", suffix="", system="\ue000\ue001\ue000")  # what once marked the user's place
 @given(instruction=WORDS, suffix=st.just("") | WORDS, system=st.none() | WORDS)
 def test_regions_partition_and_ids_are_the_templates_own(instruction: str, suffix: str, system: str | None) -> None:
     tok = tiny.tokenizer()
