@@ -63,8 +63,7 @@ class GCG:
             raise AttackError("nanoGCG knows one conversation at a time; leave compat mode for a universal suffix.")
         lead = " " if config.add_space_before_target else ""
         self.slots: list[Slot] = [
-            build(tokenizer, talk, aim and lead + aim, inits[0])
-            for talk, aim in zip(conversations, targets, strict=True)
+            build(tokenizer, talk, lead + aim, inits[0]) for talk, aim in zip(conversations, targets, strict=True)
         ]
         check_slots(self.slots, model, config)
         self.model = model
@@ -76,8 +75,8 @@ class GCG:
             allow_non_ascii=config.allow_non_ascii,
             compat=config.compat,
         )
-        allowed = model.get_input_embeddings().weight.shape[0] - len(self.forbidden)
-        allowed += len(self.forbidden) * config.compat  # nanoGCG's top-k may reach into them
+        # nanoGCG's top-k may reach into the forbidden ones
+        allowed = model.get_input_embeddings().weight.shape[0] - (0 if config.compat else len(self.forbidden))
         if config.topk > allowed:
             raise AttackError(f"topk is {config.topk}, but only {allowed} tokens are allowed; lower topk.")
         self.step, self.stopped = 0, False
@@ -141,9 +140,10 @@ class GCG:
         ids = torch.tensor(self.buffer[0][1])
         gradient = self._gradient(ids)
         plan = at_step(self.config, self.step)
-        candidates, rejected = draw(ids, gradient, self.forbidden, plan, self.generator, self._keep())
+        keep = self._keep()
+        candidates, rejected = draw(ids, gradient, self.forbidden, plan, self.generator, keep)
         first = self.step % self.search.active if self.config.halving else None
-        won = rescored_best(self.search, self.exact, candidates, ids, first, self._keep())
+        won = rescored_best(self.search, self.exact, candidates, ids, first, keep)
         rejected += won.n_refused
         loss, chosen = float(won.per_goal.mean()), tuple(won.ids.tolist())
         if self.config.buffer_size == 0 or loss < self.buffer[-1][0]:

@@ -21,13 +21,11 @@ TOKEN_CHARS = 24
 def circuitsvis_bundle() -> str:
     """Return the JavaScript of CircuitsVis from its installed wheel; its Python, which loads torch, is not imported."""
     found = find_spec("circuitsvis")  # importlib.resources would import it before Python 3.12
-    folders = [] if found is None else list(found.submodule_search_locations or [])
-    try:
-        return (Path(*folders[:1]) / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ReportError(
-            "The circuitsvis package is not installed whole: run `pip install circuitsvis==1.43.3`."
-        ) from None
+    for folder in found.submodule_search_locations or () if found else ():
+        script = Path(folder) / "dist" / "cdn" / "iife.js"
+        if script.is_file():
+            return script.read_text(encoding="utf-8")
+    raise ReportError("The circuitsvis package is not installed whole: run `pip install circuitsvis==1.43.3`.")
 
 
 def prompt_views(data: RunData, max_prompts: int) -> list[dict[str, Any]]:

@@ -154,9 +154,8 @@ def _nodes(edges: list[Row]) -> list[Row]:
     for node in found.values():
         if node["kind"] == "head":
             rows.setdefault((node["node"] != node["label"], node["y"]), []).append(node)
-    for (
-        row
-    ) in rows.values():  # heads of one layer: the first one's label to the left, the others' in turn above and under
+    # heads of one layer: the first one's label to the left, the others' in turn under and above
+    for row in rows.values():
         for i, node in enumerate(sorted(row, key=lambda node: node["x"])):
             node["side"] = ("under", "above")[i % 2] if i else "left"
     return list(found.values())

@@ -33,10 +33,11 @@ def described(row: Row) -> Row:
 def context(data: RunData) -> dict[str, Any]:
     """Return the template's rows: what carries the fall, why the instruction counts less, the tests with replies."""
     summed = [row for row in data.table("factors") if row["layer"] == -1 and (row["factor"] != "scale" or row["value"])]
+    controls = arm_order({row["arm"] for row in (*data.table("carried"), *summed)} - {"adversarial"})
     return {
-        "carried": _beside_controls(data.table("carried"), "term", {}),
-        "factors": _beside_controls(summed, "factor", FACTOR_WORDS),
-        "controls": _controls([*data.table("carried"), *summed]),
+        "carried": _beside(controls, data.table("carried"), "term", {}),
+        "factors": _beside(controls, summed, "factor", FACTOR_WORDS),
+        "controls": controls,
         "replied": [
             {
                 "what": described(row)["what"] if row["test"] != UNCHANGED else "left alone",
@@ -50,17 +51,12 @@ def context(data: RunData) -> dict[str, Any]:
     }
 
 
-def _controls(rows: list[Row]) -> list[str]:
-    return arm_order({row["arm"] for row in rows} - {"adversarial"})
-
-
-def _beside_controls(rows: list[Row], key: str, words: dict[str, str]) -> list[dict[str, Any]]:
+def _beside(controls: list[str], rows: list[Row], key: str, words: dict[str, str]) -> list[dict[str, Any]]:
     """Return the adversarial arm's parts, each with the same part's value in every control arm."""
     known = {(row["arm"], row[key]): row["value"] for row in rows}
-    arms = _controls(rows)
     return [
         _share_row(row, words.get(row[key], str(row[key])))
-        | {"others": [plain(known[arm, row[key]]) if (arm, row[key]) in known else "–" for arm in arms]}
+        | {"others": [plain(known[arm, row[key]]) if (arm, row[key]) in known else "–" for arm in controls]}
         for row in _attacked(rows)
     ]
 

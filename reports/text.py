@@ -98,7 +98,8 @@ def _projection(data: RunData) -> Iterator[str]:
         text = (
             f"{where} the interval does not tell a change of the normalised projection: {before} and {after} ({scale})"
         )
-    if control := nearest([row for row in rows if find([row], **at)], "mean", ours):
+    here = [row for row in rows if row["measure"] == "normalised" and row["layer"] == direction.layer]
+    if control := nearest(here, "mean", ours):
         text += f"; {CONTROL_WORDS[control['arm']]}: {plain(control['mean'])}"
     yield text + "."
 

@@ -146,13 +146,14 @@ def compared(arms: Sequence[ArmTraces]) -> tuple[list[Pair], list[str]]:
     by_name = {arm.arm: arm for arm in arms}
     names: list[tuple[str, str]] = [(name, "none") for name in SUFFIX_ARMS]
     names += [("adversarial", name) for name in SUFFIX_ARMS[1:]] + [("harmless+adversarial", "harmless")]
-    pairs = [(by_name[a], by_name[b]) for a, b in names if a in by_name and b in by_name]
-    unequal = []
-    for a, b in pairs:
+    pairs, unequal = [], []
+    for a, b in [(by_name[a], by_name[b]) for a, b in names if a in by_name and b in by_name]:
         lengths = [float(arm.cells(lambda t: t.n_tokens[:, REGIONS.index("suffix")]).mean()) for arm in (a, b)]
         if b.suffixes and abs(lengths[0] - lengths[1]) > LENGTHS_APART:
             unequal.append(f"{a.arm} and {b.arm}: {lengths[0]:.1f} and {lengths[1]:.1f} tokens")
-    return [(a, b) for a, b in pairs if not any(text.startswith(f"{a.arm} and {b.arm}:") for text in unequal)], unequal
+        else:
+            pairs.append((a, b))
+    return pairs, unequal
 
 
 def projection_contrasts(pairs: Sequence[Pair], direction: Direction) -> list[dict[str, Any]]:
@@ -195,7 +196,7 @@ def head_differences(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
             continue
         cells = [arm.cells(lambda t: t.head_contribution) for arm in (a, b)]
         mean, lo, hi = contrast_table(cells[0], cells[1])
-        several = all(len(arm.suffixes) >= MIN_SUFFIXES for arm in (a, b) if arm is a or arm.suffixes)
+        several = all(len(arm.suffixes) >= MIN_SUFFIXES for arm in (a, b) if arm.suffixes)
         p = None
         if several and len(cells[0]) > 1:
             p = sign_flip_max_t(cells[0].mean(axis=1) - cells[1].mean(axis=1)).p

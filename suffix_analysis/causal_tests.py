@@ -18,6 +18,7 @@ from suffix_analysis.replay import Hook, Prepared
 DOSES = (0.25, 0.5, 0.75, 1.0)
 SIZES = (1, 2, 4)
 MEAN, RESAMPLED, PATCHED = "mean-ablated", "resample-ablated", "patched from the run without suffix"
+UNCHANGED = "nothing changed"
 ATTENTION = "attention as with a shuffled suffix"
 
 
@@ -93,8 +94,8 @@ def tests(
     others = [some for some in others if some]  # a set of no heads changes nothing and controls nothing
     every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     made = [
-        Test("nothing changed", "none", "attacked", lambda runs: [], replies=True),
-        Test("nothing changed", "none", "none", lambda runs: [], replies=True, once=True),
+        Test(UNCHANGED, "none", "attacked", lambda runs: [], replies=True),
+        Test(UNCHANGED, "none", "none", lambda runs: [], replies=True, once=True),
     ]
     for i, (label, heads) in enumerate([("top", top), *(("random", some) for some in others), ("all", every)]):
         # replies take the longest, so of random heads the first set only

@@ -6,7 +6,6 @@ so memory does not grow with their number.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from suffix_analysis import causal
 from suffix_analysis.causal import Head, Readout
-from suffix_analysis.causal_tests import PATCHED, Reference, Runs, random_heads, tests
+from suffix_analysis.causal_tests import PATCHED, UNCHANGED, Reference, Runs, random_heads, tests
 from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
 from suffix_analysis.directions import Direction
 from suffix_analysis.factors import FACTORS, split_change
@@ -92,35 +91,38 @@ def measure_mechanism(
     reference = reference_of(model, harmless)
     plan = tests(readout, top, others, reference, model.n_layers, model.n_heads, seed)
     parts, cells = groups(report), Cells()
-    arms: dict[str, list[Paths]] = {"none": [], **{s.arm: [] for s in (*suffixes, *controls)}}
-    numbers = _numbers(controls)
+    bases: dict[str, int] = {test.on: i for i, test in enumerate(plan) if test.name == UNCHANGED}
+    firsts: dict[str, Suffix] = {}
+    for suffix in (*suffixes, *controls):
+        firsts.setdefault(suffix.arm, suffix)
+    arms: dict[str, list[Paths]] = {name: [] for name in ("none", *firsts)}
     errors: dict[str, list[float]] = {"replays": [], "states": [], "factors": []}
     for done, group in enumerate(parts, 1):
         plain = prepare(model, [model.chat(p.text) for p in group])
         arms["none"].append(find_paths(plain, readout.unit, top, readout.layer))
-        beside: dict[str, Prepared] = {}  # the first control of each arm
+        shuffled: Prepared | None = None  # the first of them
 
-        def split(run: Prepared, arm: str, number: int, plain: Prepared = plain) -> None:
-            found = split_change(plain, run, readout.unit)
+        def split(run: Prepared, suffix: Suffix, number: int, plain: Prepared = plain) -> None:
+            found, arm = split_change(plain, run, readout.unit), suffix.arm
             errors["factors"].append(found.error)
             cells.add(f"terms {arm}", _terms(run, readout, top), number)
             cells.add(f"factors {arm}", torch.stack([_of(found.parts[f], top) for f in FACTORS], dim=1), number)
-            if not number:
+            if suffix is firsts[arm]:
                 arms[arm].append(find_paths(run, readout.unit, top, readout.layer))
 
-        for suffix, number in zip(controls, numbers, strict=True):
+        for number, suffix in enumerate(controls):
             run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
-            split(run, suffix.arm, number)
-            beside.setdefault(suffix.arm, run)
+            split(run, suffix, number)
+            if suffix.arm == "shuffled" and shuffled is None:
+                shuffled = run
         cells.add("terms none", _terms(plain, readout, top))
         cells.add_outcome("none", causal.base(plain, readout))
         for number, suffix in enumerate(suffixes):
             run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
-            shuffled = beside.get("shuffled")
             # attention rows fit only where the control is token by token as long as the attacked run
             fits = shuffled is not None and torch.equal(shuffled.mask, run.mask)
             runs = Runs(plain, run, shuffled if fits else None)
-            split(run, "adversarial", number)
+            split(run, suffix, number)
             errors["states"].append(state_error(plain, run))
             cells.add_outcome("attacked", causal.base(run, readout), number)
             for i, test in enumerate(plan):
@@ -129,8 +131,8 @@ def measure_mechanism(
                 this, hooks = run if test.on == "attacked" else plain, test.hooks(runs)
                 cells.add_outcome(f"test {i}", causal.measure(this, hooks, readout), number)
                 if test.replies:
-                    texts = reply(this, hooks, reply_tokens)
-                    cells.add(f"replies {i}", torch.tensor([float(is_refusal(text)) for text in texts]), number)
+                    told = reply(this, hooks, reply_tokens)
+                    cells.add(f"replies {i}", torch.tensor([float(is_refusal(text)) for text in told]), number)
             if number == 0:
                 errors["replays"] += [replay_error(plain), replay_error(run)]
                 for name, one in (("none", plain), ("adversarial", run)):
@@ -140,19 +142,19 @@ def measure_mechanism(
         if on_step is not None:
             on_step(done, len(parts))
     tested = [
-        causal_row(cells, i, test)
+        causal_row(cells, i, test, bases)
         for i, test in enumerate(plan)
         if cells.complete(f"test {i} score", report, 1 if test.once else len(suffixes))
     ]
-    every = next(row for row in tested if row["test"] == PATCHED and row["heads"] == "all" and row["on"] == "attacked")
+    every = next(row for row in tested if row["test"] == PATCHED and row["heads"] == "all")
     misses = [paths.error for parts in arms.values() for paths in parts]
-    firsts = {"none": "", **{s.arm: s.text for s in reversed([*suffixes, *controls])}}
-    lens, errors["logits"] = measure_lens(model, report, firsts, direction.refusal_tokens, top)
+    texts = {"none": "", **{arm: suffix.text for arm, suffix in firsts.items()}}
+    lens, errors["logits"] = measure_lens(model, report, texts, direction.refusal_tokens, top)
     return {
         "checks": check_rows(**errors, paths=misses, patched_all=every["projection_recovered"]),
         **lens,
-        "carried": [row for arm in arms if arm != "none" for row in carried_rows(cells, arm)],
-        "factors": [row for arm in arms if arm != "none" for row in factor_rows(cells, top, arm)],
+        "carried": [row for arm in firsts for row in carried_rows(cells, arm)],
+        "factors": [row for arm in firsts for row in factor_rows(cells, top, arm)],
         "causal": tested,
         "circuit": edge_rows(
             {name: joined(parts) for name, parts in arms.items()}, _edges(model, select, suffixes[0], readout, top)
@@ -160,16 +162,6 @@ def measure_mechanism(
         "sweep": [row for name in ("none", "adversarial") for row in sweep_rows(cells, name)],
         "ranking": [row for name in ("none", "adversarial") for row in ranking_rows(cells, name, seed)],
     }
-
-
-def _numbers(suffixes: Sequence[Suffix]) -> list[int]:
-    """Each suffix's place within its arm."""
-    seen: Counter[str] = Counter()
-    found = []
-    for suffix in suffixes:
-        found.append(seen[suffix.arm])
-        seen[suffix.arm] += 1
-    return found
 
 
 def _edges(

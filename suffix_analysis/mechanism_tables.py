@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from suffix_analysis.prompts import Prompt
 from suffix_analysis.stats import interval, rate_change, rate_interval, ratio_interval, sign_flip_max_t
 
 TERMS = ("top heads", "other heads", "MLPs", "embedding")
-BASES = {"attacked": 0, "none": 1}  # the places of the tests that change nothing (see causal_tests.tests)
 RANKED = 8  # heads that attribution patching ranks first, held against the exact sweep
 
 
@@ -100,8 +99,11 @@ def factor_rows(cells: Cells, top: Sequence[Head], arm: str) -> list[dict[str, A
     return rows
 
 
-def causal_row(cells: Cells, number: int, test: Test) -> dict[str, Any]:
-    """One test: what became of the score and the projection, and how much of the way to the other run that is."""
+def causal_row(cells: Cells, number: int, test: Test, bases: Mapping[str, int]) -> dict[str, Any]:
+    """One test: what became of the score and the projection, and how much of the way to the other run that is.
+
+    ``bases`` are the numbers of the tests that change nothing, by the run they stand on.
+    """
     row: dict[str, Any] = {
         "test": test.name,
         "heads": test.heads,
@@ -130,7 +132,7 @@ def causal_row(cells: Cells, number: int, test: Test) -> dict[str, Any]:
         both = interval(refused, rate=True)
         rate = (both.estimate, both.lo, both.hi)
     row |= dict(zip(("refused", "refused_lo", "refused_hi"), rate, strict=True))
-    base = cells.get(f"replies {BASES[test.on]}")
+    base = cells.get(f"replies {bases[test.on]}")
     change = (None, None, None) if refused is None or base is None else rate_change(refused, base)
     row |= dict(zip(("refused_change", "refused_change_lo", "refused_change_hi"), change, strict=True))
     return row | {"n_prompts": len(after), "n_suffixes": n_suffixes}
