@@ -17,57 +17,54 @@ import attacks
 
 app = cyclopts.App(help=__doc__)
 
-MERGE = {"merge": 8}
+MERGE = {"merge": 8}  # 16 takes the same steps at width 32: combinations of that many never won
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"merge": 0},
     "merge 8": MERGE,
-    "merge 16": {"merge": 16},
-    "merge 8, even positions": MERGE | {"even_positions": True},
     "merge 8, momentum 0.4": MERGE | {"momentum": 0.4},
     "merge 8, n_replace 3 to 1": MERGE | {"n_replace_start": 3},
-    "merge 8, topk 64": MERGE | {"topk": 64},
+    "merge 8, even positions": MERGE | {"even_positions": True},
     "merge 8, patience 5": MERGE | {"patience": 5},
     "merge 8, width 48 to 27": MERGE
     | {"search_width_start": 48, "search_width": 27},  # as many in all as 32 throughout
-    "merge 8, width 64": MERGE | {"search_width": 64, "num_steps": 40},  # about as much work
 }
-
-
-HEADER = "variant,instruction,seed,width,step,seconds,best_loss,tflop"
+KEY = ["variant", "instruction", "seed", "width"]
+HEADER = [*KEY, "step", "seconds", "best_loss", "tflop"]
 
 
 @app.default
 def search(
     n: int = 6,
-    seeds: int = 2,
+    seed: list[int] | None = None,
     steps: int = 60,
     width: int = 32,
-    variants: list[str] | None = None,
     out: str = "benchmarks/gcg_search.csv",
 ) -> None:
-    """Loss against time and work of the search's variants: ``n`` instructions × ``seeds`` × ``steps``, table and CSV.
+    """Loss against time and work of the search's variants: ``n`` instructions × seeds × ``steps``, table and CSV.
 
     Every attack is read where it has done as much work (FLOP) as the plain search of that instruction and seed did in
     all. Wins count the attacks in which a variant is then below the plain search; the interval is over instructions ×
-    seeds. Attacks that the CSV holds already are not run again. Seconds are worth something only where nothing else
-    ran; losses and FLOP do not depend on that.
+    seeds. An attack is written to the CSV when it ends, and what the CSV holds is not run again, so two processes may
+    share the work, each with its own ``--seed``. Seconds are worth something only where nothing else ran; losses and
+    FLOP do not depend on that.
     """
     hf, tokenizer = model_in(torch.float32)
     path = Path(out)
-    done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=HEADER.split(","))
-    for seed, (i, text) in itertools.product(range(seeds), enumerate(instructions(n))):
-        for name in variants or VARIANTS:  # all of them before the next pair, so that what there is can be compared
-            plan = {"num_steps": steps, "search_width": width, **SETTINGS, "seed": seed} | VARIANTS[name]
-            here = (done.variant == name) & (done.instruction == i) & (done.seed == seed) & (done.width == width)
-            if done.step[here].max() == plan["num_steps"]:
+    if not path.exists():
+        path.write_text(",".join(HEADER) + "\n")
+    held = set(pd.read_csv(path)[KEY].itertuples(index=False, name=None))
+    for (i, text), number in itertools.product(enumerate(instructions(n)), [0, 1] if seed is None else seed):
+        for name, changes in VARIANTS.items():  # all before the next pair, so that what there is can be compared
+            if (name, i, number, width) in held:
                 continue
+            plan = {"num_steps": steps, "search_width": width, **SETTINGS, "seed": number} | changes
             rows, spent, work = [], 0.0, 0.0
             for step in attacks.GCG(hf, tokenizer, text, TARGET, attacks.GCGConfig(**plan)).steps():
                 spent, work = spent + step.seconds, work + step.flops / 1e12
-                rows.append([name, i, seed, width, step.step, round(spent, 2), round(step.best_loss, 4), work])
-            done = pd.concat([done[~here], pd.DataFrame(rows, columns=done.columns)])
-            done.to_csv(path, index=False, float_format="%.4f")
-            print(f"  instruction {i}, seed {seed}: {name} {step.best_loss:.3f}, {spent:.0f} s", flush=True)
+                rows.append([name, i, number, width, step.step, round(spent, 2), round(step.best_loss, 4), work])
+            pd.DataFrame(rows).to_csv(path, mode="a", header=False, index=False, float_format="%.4f")
+            print(f"  instruction {i}, seed {number}: {name} {step.best_loss:.3f}, {spent:.0f} s", flush=True)
+    done = pd.read_csv(path)
     summary(done[done.width == width])
 
 
