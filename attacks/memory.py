@@ -53,15 +53,31 @@ def candidate_bytes(model: Any, n_run: int, n_total: int, n_target: int) -> int:
 
     Logits and their softmax in float32, keys and values of all tokens, and one block's activations.
     """
-    config = model.config.get_text_config()
-    vocab = model.get_output_embeddings().weight.shape[0]
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config, size = model.config, model.dtype.itemsize
+    logits = 2 * 4 * n_target * model.get_output_embeddings().weight.shape[0]
+    return logits + n_total * cached_bytes(config, size) + n_run * run_bytes(config, size)
+
+
+def cached_bytes(config: Any, itemsize: int) -> int:
+    """What the keys and values of one token take in all blocks."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    d_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * itemsize * int(heads * d_head * text.num_hidden_layers)
+
+
+def run_bytes(config: Any, itemsize: int) -> int:
+    """What one token's activations in one block take while a forward runs."""
+    text = config.get_text_config()
+    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return itemsize * int(6 * text.hidden_size + 3 * wide)
+
+
+def most_tokens(model: Any, most: int) -> int:
+    """Tokens that run and are cached at once: what half of the free memory holds, at most ``most``, at least 1."""
     size = model.dtype.itemsize
-    logits = 2 * 4 * n_target * vocab
-    cache = 2 * size * n_total * heads * d_head * config.num_hidden_layers
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return logits + cache + size * n_run * (6 * config.hidden_size + 3 * wide)
+    each = cached_bytes(model.config, size) + run_bytes(model.config, size)
+    return max(1, min(most, int(SHARE * free_bytes(model.device)) // each))
 
 
 def most_candidates(model: Any, n_run: int, n_total: int, n_target: int, free: int) -> int:

@@ -103,7 +103,7 @@ def _rows(intervention: str, found: Any, base: dict[tuple[str, str], Samples]) -
             stderr = values.get(f"{metric}_stderr,{filtering}")
             each = {
                 sample["doc_id"]: float(sample[metric])
-                for sample in found["samples"][task]
+                for sample in found["samples"].get(task, [])  # a group has none of its own
                 if isinstance(sample.get(metric), int | float) and sample.get("filter", filtering) == filtering
             }
             first = base.setdefault((task, key), each)
@@ -118,7 +118,7 @@ def _rows(intervention: str, found: Any, base: dict[tuple[str, str], Samples]) -
                     "metric": metric,
                     "filter": filtering,
                     "intervention": intervention,
-                    "n": int(found["n-samples"][task]["effective"]),
+                    "n": _questions(found, task),
                     "value": float(value),
                     "stderr": stderr if isinstance(stderr, float) else None,
                     "change": change,
@@ -128,3 +128,10 @@ def _rows(intervention: str, found: Any, base: dict[tuple[str, str], Samples]) -
                 }
             )
     return rows
+
+
+def _questions(found: Any, task: str) -> int:
+    """Questions of a task, or of all tasks of a group."""
+    if task in found["n-samples"]:
+        return int(found["n-samples"][task]["effective"])
+    return sum(_questions(found, part) for part in found["group_subtasks"][task])

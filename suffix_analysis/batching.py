@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-TOKEN_BUDGET = 4096
+from attacks.memory import most_tokens
+
+TOKEN_BUDGET = 4096  # tokens of a batch at most; fewer where memory is short
 REPLY_BUDGET = 16384  # the same, while replies are made
 BATCH_COST = 128  # one batch more costs about as much as so many tokens (measured on the embedded model, two cores)
 
@@ -116,7 +118,7 @@ def prefix_batches(
     most = _most_shared.get()
     n_prefix = n_prefix if most is None else min(n_prefix, most)
     rests = [row[n_prefix:] for row in rows]
-    budget = REPLY_BUDGET if new_tokens else TOKEN_BUDGET
+    budget = most_tokens(hf, REPLY_BUDGET if new_tokens else TOKEN_BUDGET)
     made = []
     lengths, cost = [len(rest) for rest in rests], BATCH_COST * (1 + new_tokens)
     for group in batches(lengths, budget, shared=n_prefix + new_tokens, batch_cost=cost):

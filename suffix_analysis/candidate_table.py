@@ -19,6 +19,7 @@ from suffix_analysis.models import Model
 from suffix_analysis.refusal import kl_divergence, refusal_score
 
 MARGIN = 0.5  # nats of refusal score by which a quick precision is allowed to be wrong
+COLUMNS = ("position", "layer", "refusal_score", "steering_score", "kl_div_score")
 ZERO = 1e-6  # a candidate shorter than this share of the mean residual norm is "zero" and is never normalised
 
 
@@ -92,8 +93,12 @@ def select(
         (position, layer)
 
     Raises:
-        UserError: no candidate passes; the nearest and what it missed are named.
+        UserError: no candidate passes (the nearest and what it missed are named), or a column is missing.
     """
+    for row in rows:
+        lacking = [name for name in COLUMNS if name not in row]
+        if lacking:
+            raise UserError(f"A row of the candidate table has no {', '.join(lacking)}; it needs {', '.join(COLUMNS)}.")
     rules = {"kl_threshold": kl_threshold, "induce_threshold": induce_threshold, "layer_share": layer_share}
     told = [(row, status(row, n_layers=n_layers, **rules)) for row in rows if row.get("status") != "zero"]
     kept = [row for row, why in told if why == "kept"]
@@ -115,7 +120,7 @@ def select(
             f"{row['layer']}: {why} ({', '.join(f'{name} {value:.3f}' for name, value in scores.items())}; allowed: "
             f"KL ≤ {kl_threshold}, induce ≥ {induce_threshold})."
         )
-    best = min(kept, key=lambda row: row["refusal_score"])
+    best = min(kept, key=lambda row: (row["refusal_score"], row["position"], row["layer"]))
     return int(best["position"]), int(best["layer"])
 
 
@@ -154,6 +159,7 @@ def score_candidates(
             found[position, layer] = {
                 "position": position, "layer": layer, "norm": norm, "refusal_score": math.nan,
                 "steering_score": math.nan, "kl_div_score": math.nan, "status": "" if use else "zero",
+                "dtype": str(model.hf.dtype).removeprefix("torch."),
             }  # fmt: skip
         if usable.any() and layer < late:
             places = list(compress(positions, usable.tolist()))
@@ -184,7 +190,11 @@ def rescore_leaders(
     tokens: Sequence[int],
     config: DirectionConfig,
 ) -> list[dict[str, Any]]:
-    """Score the leaders again in the model's own precision, until the chosen one has been scored so."""
+    """Score in the model's own precision every row that could decide.
+
+    Those are, of the rows that pass the rules loosely, the ``rescore`` best, and all others that the quick precision
+    puts within ``MARGIN`` of the row that is then chosen; all of them where none of these passes.
+    """
     exact: dict[tuple[int, int], dict[str, Any]] = {}
     # thresholds are widened a little, so that rounding in the search cannot keep a good candidate out
     loose = {"kl_threshold": 1.5 * config.kl_threshold, "induce_threshold": config.induce_threshold - MARGIN}
@@ -195,13 +205,17 @@ def rescore_leaders(
         and status(row, n_layers=model.n_layers, layer_share=config.layer_share, **loose) == "kept"
     ]
     near.sort(key=lambda row: row["refusal_score"])
-    pairs = [(row["position"], row["layer"]) for row in near[: config.rescore]]
-    while True:
-        if pairs:
-            for row in score_candidates(model, candidates, scale, harmful, harmless, tokens, config, only=pairs):
-                exact[row["position"], row["layer"]] = row
-        merged = [exact.get((row["position"], row["layer"]), row) for row in rows]
-        choice = select(merged, model.n_layers, **config.rules)
-        if choice in exact:
-            return merged
-        pairs = [choice]
+    waiting = near
+    while waiting:
+        pairs = [(row["position"], row["layer"]) for row in waiting[: max(1, config.rescore)]]
+        for row in score_candidates(model, candidates, scale, harmful, harmless, tokens, config, only=pairs):
+            exact[row["position"], row["layer"]] = row
+        left = [row for row in near if (row["position"], row["layer"]) not in exact]
+        try:
+            choice = select([*exact.values()], model.n_layers, **config.rules)
+        except UserError:
+            waiting = left
+        else:
+            best = exact[choice]["refusal_score"]
+            waiting = [row for row in left if row["refusal_score"] <= best + MARGIN]
+    return [exact.get((row["position"], row["layer"]), row) for row in rows]

@@ -103,8 +103,8 @@ def direction(
         name: read_table(out / "findings" / f"{name}.parquet") for name in ("stability", "cascade", "two_directions")
     }
     result = {
-        "position": found.position, "layer": found.layer, "norm": float(found.vector.norm()), "interventions": rows,
-        "cost": cost, **more,
+        "position": found.position, "layer": found.layer, "norm": float(found.vector.norm()), "n": found.n,
+        "candidates": found.scores, "interventions": rows, "cost": cost, **more,
     }  # fmt: skip
     _print_result(result, as_json, lambda: direction_lines(result))
 
@@ -228,7 +228,7 @@ def models(name: str | None = None, *, as_json: AsJson = False) -> None:
     size = size_of(name)
     told = [
         f"{name}: {size.architecture}, {size.n_parameters / 1e6:.0f} million parameters",
-        f"weights: float32 {size.float32:.2f} GiB, bfloat16 {size.bfloat16:.2f} GiB",
+        f"weights: float32 {size.float32:.2f} GiB, bfloat16 {size.bfloat16:.2f}, 4 bits {size.four_bit:.2f}",
         verdict(size),
     ]
     _print_result(asdict(size) | {"verdict": told[-1]}, as_json, lambda: told)

@@ -131,25 +131,53 @@ def adaptive_line(row: dict[str, Any]) -> str:
     )
 
 
+CONTROL_NAMES = ("random", "orthogonal")  # how the names of control directions begin
+
+
 def direction_lines(result: dict[str, Any]) -> list[str]:
     """What `suffix-analysis direction` found, from its tables."""
-    lines = [f"position {result['position']}, layer {result['layer']}, norm {result['norm']:.3f}"]
+    counts = result["n"]
+    lines = [
+        f"position {result['position']}, layer {result['layer']}, norm {result['norm']:.3f}; prompts used: "
+        + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    ]
+    others = sorted(
+        (row for row in result["candidates"] if row["status"] == "kept"), key=lambda row: row["refusal_score"]
+    )
+    if others:
+        lines.append(
+            "next best: "
+            + "; ".join(
+                f"position {row['position']}, layer {row['layer']} (bypass {row['refusal_score']:.2f})"
+                for row in others[:3]
+            )
+        )
     lines += [intervention_line(row) for row in result["interventions"]]
     lines += [
         f"cross-entropy on {row['material']} ({row['n_tokens']} tokens): {row['none']:.3f} nats, with the direction "
-        f"ablated {row['change']:+.3f}"
+        f"ablated {row['change']:+.3f}" + ("" if row["lo"] is None else f" [{row['lo']:+.3f}, {row['hi']:+.3f}]")
         for row in result["cost"]
     ]
     cosine, rank = result["stability"]
     lines += [
         f"split-half cosine {cosine['value']:.3f} [{cosine['lo']:.3f}, {cosine['hi']:.3f}]",
-        f"directions that separate held-out prompts, one after the other: {rank['value']:.0f} "
-        f"(AUROC {', '.join(format(row['auroc'], '.2f') for row in result['cascade'])})",
+        f"effective rank of what separates harmful from harmless {rank['value']:.2f} [{rank['lo']:.2f}, "
+        f"{rank['hi']:.2f}]",
+        "held-out AUROC of directions taken out one after the other: "
+        + ", ".join(format(row["auroc"], ".2f") for row in result["cascade"]),
     ]
+    controls = [row for row in result["two_directions"] if row["direction"].startswith(CONTROL_NAMES)]
     lines += [
-        f"{row['direction']:11} cosine with refusal {row['cosine_with_refusal']:+.2f}; mean refusal score: harmful "
-        f"{row['harmful']:+.1f}, ablated {row['harmful_ablated']:+.1f}; harmless {row['harmless']:+.1f}, added "
-        f"{row['harmless_added']:+.1f}"
+        f"{row['direction']:11} cosine {row['cosine_with_refusal']:+.2f}; refusal score of harmful prompts when "
+        f"ablated {row['ablated_change']:+.1f} [{row['ablated_lo']:+.1f}, {row['ablated_hi']:+.1f}], of harmless ones "
+        f"when added {row['added_change']:+.1f} [{row['added_lo']:+.1f}, {row['added_hi']:+.1f}]"
         for row in result["two_directions"]
+        if row not in controls
     ]
+    if controls:
+        most = {what: max(abs(row[f"{what}_change"]) for row in controls) for what in ("ablated", "added")}
+        lines.append(
+            f"{len(controls)} random and orthogonal directions of the same length change it by at most "
+            f"{most['ablated']:.1f} and {most['added']:.1f}"
+        )
     return lines

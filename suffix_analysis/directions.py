@@ -17,7 +17,7 @@ from suffix_analysis.chat import Chat
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import block_inputs
 from suffix_analysis.models import Model
-from suffix_analysis.prompts import Prompt, to_prompts
+from suffix_analysis.prompts import Prompt, same_words, to_prompts
 from suffix_analysis.refusal import discover_refusal_tokens, scores_of
 
 __all__ = ["Direction", "DirectionConfig", "chat_means", "find_direction", "select", "split_prompts"]
@@ -77,12 +77,13 @@ def split_prompts(prompts: Sequence[Prompt], config: DirectionConfig) -> tuple[l
     """Prompts for extraction and for selection, disjoint.
 
     Prompts that carry splits fit and select keep them; others are shuffled with the seed and cut. With fewer than
-    ``n_fit + n_select`` of them, four fifths are used for extraction.
+    ``n_fit + n_select`` of them, four fifths are used for extraction. Those of the report split are never used.
 
     Raises:
-        UserError: fewer than 10 prompts.
+        UserError: fewer than 10 prompts, fewer than 8 for extraction or 2 for selection, or one that is in both.
     """
     rng = random.Random(config.seed)
+    prompts = [p for p in prompts if p.split != "report"]
     fit = [p for p in prompts if p.split == "fit"]
     chosen = [p for p in prompts if p.split == "select"]
     if not (fit and chosen):
@@ -94,15 +95,16 @@ def split_prompts(prompts: Sequence[Prompt], config: DirectionConfig) -> tuple[l
         rng.shuffle(fit)
         rng.shuffle(chosen)
     fit, chosen = fit[: config.n_fit], chosen[: config.n_select]
-    both = {p.text for p in fit} & {p.text for p in chosen}
+    fitted = {same_words(p.text) for p in fit}
+    both = [p.text for p in chosen if same_words(p.text) in fitted]
     if both:
         raise UserError(
             f"{len(both)} prompts are in both the fit and the select part, e.g. {min(both)!r}; give each of them once."
         )
     if len(fit) < 8 or len(chosen) < 2:
         raise UserError(
-            f"{len(prompts)} prompts are too few for a direction: {len(fit)} for extraction and {len(chosen)} for "
-            "selection; give at least 10 of each kind (the paper uses 128 + 32)."
+            f"{len(prompts)} prompts beside the report split's are too few for a direction: {len(fit)} for extraction "
+            f"(at least 8) and {len(chosen)} for selection (at least 2); the paper uses 128 + 32 of each kind."
         )
     return fit, chosen
 
@@ -119,8 +121,8 @@ def find_direction(
 ) -> Direction:
     """Extract candidate directions, score them and choose one by the paper's rule.
 
-    All candidates are scored in a fast precision; the ``rescore`` best and every row that decides are
-    scored again in the model's own.
+    All candidates are scored in a fast precision; the ``rescore`` best and every row that could decide are
+    scored again in the model's own (see :func:`suffix_analysis.candidate_table.rescore_leaders`).
 
     Args:
         model: a chat model that refuses.
@@ -136,7 +138,8 @@ def find_direction(
     """
     config = config or DirectionConfig()
     bad, good = to_prompts(harmful), to_prompts(harmless)
-    overlap = {p.text for p in bad} & {p.text for p in good}
+    answered = {same_words(p.text) for p in good}
+    overlap = [p.text for p in bad if same_words(p.text) in answered]
     if overlap:
         raise UserError(f"{len(overlap)} prompts are both harmful and harmless, e.g. {min(overlap)!r}; remove them.")
     (fit_bad, sel_bad), (fit_good, sel_good) = split_prompts(bad, config), split_prompts(good, config)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attacks.caches import cache_argument, fresh, prefix_cache
+from attacks.memory import most_tokens
 from attacks.precision import contiguous_head
 from suffix_analysis.batching import (
     REPLY_BUDGET,
@@ -88,11 +89,11 @@ def _times(batch: Batch, count: int) -> Batch:
     return Batch(batch.members, {name: x.repeat(count, 1) for name, x in batch.arguments.items()})
 
 
-def _at_once(n_prefix: int, groups: Sequence[Batch]) -> int:
+def _at_once(hf: Any, n_prefix: int, groups: Sequence[Batch]) -> int:
     """Vectors that run together: few, long forwards are cheaper than many short ones, as far as memory allows."""
     run = max(batch.arguments["input_ids"].numel() for batch in groups)
     held = max(len(batch.members) * n_prefix for batch in groups)
-    return max(1, min(TOKEN_BUDGET // run, REPLY_BUDGET // (run + held)))
+    return max(1, min(TOKEN_BUDGET // run, most_tokens(hf, REPLY_BUDGET) // (run + held)))
 
 
 def _logits_of_each(
@@ -108,7 +109,7 @@ def _logits_of_each(
     ``around`` stands about the forward of a batch (by number) for so many vectors, but not about the prefix's.
     """
     out = []
-    for some in vectors.split(_at_once(len(prefix_ids), groups)):
+    for some in vectors.split(_at_once(model.hf, len(prefix_ids), groups)):
         with change(some):
             prefix = prefix_cache(model.hf, prefix_ids, rows=len(some))
         parts = []
@@ -173,10 +174,14 @@ def skipped(model: Model, layer: int, state: Tensor) -> Iterator[None]:
     """Blocks below ``layer`` do nothing while the context lasts; block ``layer`` gets ``state``."""
     # the bridge passes attributes on to what it wraps, so that is what has to be changed and put back
     blocks = [block.original_component for block in model.bridge.blocks][:layer]
+    placed = [vars(block).get("forward") for block in blocks]  # accelerate's, where it spread the model
     try:
         for block in blocks:
             block.forward = lambda *args, **kwargs: state
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, own in zip(blocks, placed, strict=True):
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = own

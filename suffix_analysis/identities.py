@@ -72,14 +72,15 @@ def check_identities(model: Model) -> tuple[Identity, ...]:
     return tuple(Identity(*row) for row in found)
 
 
-def first_blocks(model: Model, n_blocks: int = 2) -> Model:
-    """A copy of the model's first blocks: small, and what wraps it does not wrap the model.
+def first_blocks(model: Model) -> Model:
+    """A copy of the model's first blocks, every kind of block among them: what wraps it does not wrap the model.
 
+    Blocks are of one kind if they have the same modules, shapes and entry in the configuration's ``layer_types``.
     Weights that are not in memory (offloaded ones) are random in the copy.
     """
     config = copy.deepcopy(model.hf.config)
     text = config.get_text_config()
-    text.num_hidden_layers = min(n_blocks, text.num_hidden_layers)
+    text.num_hidden_layers = _enough_blocks(model.hf)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     with torch.random.fork_rng(devices=[]):
@@ -90,8 +91,22 @@ def first_blocks(model: Model, n_blocks: int = 2) -> Model:
     return Model(model.name, small.eval(), model.tokenizer, model.system, model.path)
 
 
+def _enough_blocks(hf: torch.nn.Module) -> int:
+    """How many of the first blocks hold every kind; at least two, where there are as many."""
+    text = hf.config.get_text_config()  # type: ignore[operator, union-attr]
+    n_blocks = int(text.num_hidden_layers)
+    lists = (part for part in hf.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == n_blocks)
+    types = getattr(text, "layer_types", None) or [""] * n_blocks
+    seen: dict[object, int] = {}
+    for index, block in enumerate(next(lists, [])):
+        parts = tuple((name, type(part).__name__) for name, part in block.named_modules())
+        shapes = tuple((name, tuple(x.shape)) for name, x in block.named_parameters())
+        seen.setdefault((types[index], parts, shapes), index)
+    return min(n_blocks, 1 + max([1, *seen.values()]))
+
+
 def require_identities(model: Model) -> None:
-    """Refuse a model on whose first blocks an identity fails.
+    """Refuse a model on whose first blocks (every kind of block among them) an identity fails.
 
     Raises:
         UserError: names the identity and its error, or says why the check could not run.

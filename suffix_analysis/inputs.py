@@ -15,7 +15,7 @@ from suffix_analysis.chat import survives_decoding
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model, load_model
-from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, prompts_of
+from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, prompts_of, same_words
 from suffix_analysis.records import SUFFIX_ARMS, Suffix
 
 
@@ -46,7 +46,7 @@ def study_prompts(config: StudyConfig) -> list[Prompt]:
 
     Raises:
         UserError: a file cannot be read, a split comes out empty, only some prompts have one, or a text is of both
-            kinds.
+            kinds or in two splits.
     """
     prompts: list[Prompt] = []
     for kind, source in (("harmful", config.harmful), ("harmless", config.harmless)):
@@ -68,20 +68,23 @@ def study_prompts(config: StudyConfig) -> list[Prompt]:
 
 
 def _once(found: Sequence[Prompt], before: Sequence[Prompt]) -> list[Prompt]:
-    """Every text once, so that none stands in two splits.
+    """Every text once.
 
     Raises:
-        UserError: a text is of both kinds.
+        UserError: a text is of both kinds, or stands in two splits.
     """
-    other = {_words(p.text) for p in before}
-    both = [p.text for p in found if _words(p.text) in other]
+    other = {same_words(p.text) for p in before}
+    both = [p.text for p in found if same_words(p.text) in other]
     if both:
         raise UserError(f"{len(both)} prompts are both harmful and harmless, e.g. {both[0]!r}; remove them.")
-    return list({_words(p.text): p for p in reversed(found)}.values())[::-1]
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    once = {same_words(p.text): p for p in reversed(found)}
+    split = [p for p in found if once[same_words(p.text)].split != p.split]
+    if split:
+        raise UserError(
+            f"{len(split)} {split[0].kind} prompts stand in two splits, e.g. {split[0].text!r} in "
+            f"{once[same_words(split[0].text)].split} and {split[0].split}; give each of them once."
+        )
+    return list(once.values())[::-1]
 
 
 def _with_splits(prompts: list[Prompt], seed: int, source: str) -> list[Prompt]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -102,3 +103,15 @@ def set_projection(model: Model, vector: Float[Tensor, " d_model"], levels: Floa
     hooks = [(name, put(level)) for name, level in zip(names, levels.tolist(), strict=True)]
     with ablate(model, vector), model.bridge.hooks(fwd_hooks=hooks):
         yield
+
+
+def random_directions(vector: Float[Tensor, " d_model"], count: int, seed: int) -> list[Float[Tensor, " d_model"]]:
+    """Random directions orthogonal to ``vector`` and as long: what any direction of that length would do."""
+    generator = torch.Generator().manual_seed(seed)
+    unit = vector / vector.norm()
+    made = []
+    for _ in range(count):
+        noise = torch.randn(len(vector), generator=generator).to(vector)
+        noise = noise - (noise @ unit) * unit
+        made.append(noise / noise.norm() * vector.norm())
+    return made

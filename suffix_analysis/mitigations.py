@@ -26,9 +26,10 @@ from suffix_analysis.detection import Fitted, halves
 from suffix_analysis.detectors import perplexities
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
+from suffix_analysis.interventions import random_directions
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
-from suffix_analysis.paper_table import cross_entropy, random_directions, reply_pairs
+from suffix_analysis.paper_table import cross_entropy, reply_pairs
 from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import opens_refusal

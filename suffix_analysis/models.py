@@ -178,6 +178,7 @@ def load_model(
         hf, tokenizer, path = _load_hf(name, dtype, device, four_bit)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"The tokenizer of {name!r} has no chat template; use an instruction-tuned model.")
+    tokenizer.chat_template = without_thinking(tokenizer.chat_template)
     if adapter is not None:
         hf = _with_adapter(hf, adapter)
     if not is_spread(device) and not stays_put(hf):
@@ -188,6 +189,17 @@ def load_model(
 
         require_identities(model)
     return model
+
+
+def without_thinking(template: Any) -> Any:
+    """A chat template that asks for the reply itself, where it can also ask for a reasoning block before it.
+
+    Otherwise chat[-1] would stand before the reasoning, and no refusal could be read there (the paper's figures are
+    those of models that answer at once). Templates that know no ``enable_thinking`` stay as they are.
+    """
+    if isinstance(template, str) and "enable_thinking" in template:
+        return "{% set enable_thinking = false %}" + template
+    return template
 
 
 def _with_adapter(hf: Any, adapter: str) -> Any:
@@ -208,8 +220,8 @@ def _with_adapter(hf: Any, adapter: str) -> Any:
         raise UserError(f"The adapter {adapter!r} does not go onto this model: {first_line(error)}") from error
 
 
-def source_of(name: str) -> tuple[str, dict[str, Any]]:
-    """Where transformers finds ``name``, with the keywords that it needs beside.
+def source_of(name: str, weights: bool = True) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds ``name``, with the keywords that it needs beside; ``weights``: whether it must have any.
 
     Raises:
         UserError: no such folder or file, no weights in it, and not a hub id.
@@ -224,7 +236,7 @@ def source_of(name: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"{name!r} is a file but not a .gguf one; give a model folder, a GGUF file or a hub id.")
         return str(local.parent), {"gguf_file": local.name}
     if local.is_dir():
-        if not any(local.glob("*.safetensors")):
+        if weights and not any(local.glob("*.safetensors")):
             raise UserError(f"The folder {name!r} holds no *.safetensors weights; point to a saved model.")
         return str(local.resolve()), {}
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -70,7 +70,7 @@ def orthogonalised(model: Model, vector: Float[Tensor, " d_model"]) -> Iterator[
 def _without(weight: Tensor, unit: Tensor, writes_rows: bool) -> Tensor:
     """The weight with the direction taken out of its output side: rows (embeddings, Conv1D) or columns (Linear)."""
     high = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    r = unit.to(high.dtype)
+    r = unit.to(high)
     if high.dim() == 1:
         out = high - (high @ r) * r
     elif writes_rows:

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy import ndarray
+from scipy import stats
 from torch import Tensor
 
 from attacks.caches import prefix_cache
 from suffix_analysis.batching import prefix_batches
 from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
 from suffix_analysis.forward import run_batch
 from suffix_analysis.generate import generate
-from suffix_analysis.interventions import ablate, add, set_projection
+from suffix_analysis.interventions import ablate, add, random_directions, set_projection
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
@@ -39,18 +42,6 @@ class Plan:
     context: Callable[[], Context]
     alpha: float | None = None
     control: int | None = None
-
-
-def random_directions(vector: Float[Tensor, " d_model"], count: int, seed: int) -> list[Float[Tensor, " d_model"]]:
-    """Random directions orthogonal to ``vector`` and as long: what any direction of that length would do."""
-    generator = torch.Generator().manual_seed(seed)
-    unit = vector / vector.norm()
-    made = []
-    for _ in range(count):
-        noise = torch.randn(len(vector), generator=generator).to(vector)
-        noise = noise - (noise @ unit) * unit
-        made.append(noise / noise.norm() * vector.norm())
-    return made
 
 
 def plans(model: Model, direction: Direction, alpha: float, n_controls: int, seed: int) -> list[Plan]:
@@ -148,9 +139,11 @@ def measure_interventions(
 
 
 @torch.no_grad()
-def cross_entropy(hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean cross-entropy (nats per token) of the second part of each pair after the first; no part may be empty."""
-    total, count = 0.0, 0
+def nats_of_each(
+    hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> Float[ndarray, "pair nats_and_tokens"]:
+    """Nats of the second part of each pair after the first, and how many tokens that is; no part may be empty."""
+    found = np.zeros((len(pairs), 2))
     whole = [torch.cat(pair) for pair in pairs]
     n_longest = max(len(part) for _, part in pairs)
     n_prefix, groups = prefix_batches(hf, tokenizer, whole, leave=n_longest + 1)
@@ -161,9 +154,15 @@ def cross_entropy(hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]
         for row, i in enumerate(batch.members):
             part = pairs[i][1]
             scores = logits[row, -len(part) - 1 : -1].float()
-            total += float(torch.nn.functional.cross_entropy(scores, part.to(scores.device), reduction="sum"))
-            count += len(part)
-    return total / count
+            nats = torch.nn.functional.cross_entropy(scores, part.to(scores.device), reduction="sum")
+            found[i] = float(nats), len(part)
+    return found
+
+
+def cross_entropy(hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Mean cross-entropy (nats per token) of the second part of each pair after the first; no part may be empty."""
+    nats, tokens = nats_of_each(hf, tokenizer, pairs).sum(axis=0)
+    return float(nats / tokens)
 
 
 def reply_pairs(
@@ -177,9 +176,24 @@ def reply_pairs(
 
 
 def text_pairs(model: Model, text: str) -> list[tuple[Tensor, Tensor]]:
-    """A text in windows: every token but each window's first is predicted from those before it in the window."""
-    ids = torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids)
-    return [(window[:1], window[1:]) for window in ids.split(WINDOW) if len(window) > 1]
+    """A text in windows: every token but each window's first is predicted from those before it in the window.
+
+    Where the model's conversations begin with a BOS token, so does every window, and all of its tokens are predicted.
+
+    Raises:
+        UserError: the text has fewer than two tokens.
+    """
+    ids = torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
+    chat = model.chat("x")
+    begin = chat.ids[chat.regions["bos"]]
+    pairs = [
+        (torch.cat([begin, window])[:1], torch.cat([begin, window])[1:])
+        for window in ids.split(WINDOW)
+        if len(begin) + len(window) > 1
+    ]
+    if not pairs:
+        raise UserError(f"The text to measure the cost on has {len(ids)} tokens; give a longer one.")
+    return pairs
 
 
 def measure_cost(
@@ -191,7 +205,8 @@ def measure_cost(
 ) -> list[dict[str, Any]]:
     """Cross-entropy (nats per token) with and without ablation: on harmless replies and on a text of the user's.
 
-    ``plain`` holds the model's replies by prompt id, where they are there already.
+    The change comes with its 95 % interval over replies (or windows of the text). ``plain`` holds the model's replies
+    by prompt id, where they are there already.
     """
     harmless = [p for p in prompts if p.kind == "harmless" and p.split == "report"]
     material = {"the model's own replies to harmless prompts": reply_pairs(model, harmless, plain)}
@@ -201,11 +216,20 @@ def measure_cost(
     for name, pairs in material.items():
         if not pairs:
             continue
-        before = cross_entropy(model.hf, model.tokenizer, pairs)
+        before = nats_of_each(model.hf, model.tokenizer, pairs)
         with ablate(model, direction.vector):
-            ablated = cross_entropy(model.hf, model.tokenizer, pairs)
-        n_tokens = sum(len(part) for _, part in pairs)
-        rows.append(
-            {"material": name, "n_tokens": n_tokens, "none": before, "ablated": ablated, "change": ablated - before}
-        )
+            after = nats_of_each(model.hf, model.tokenizer, pairs)
+        (nats, n_tokens), ablated = before.sum(axis=0).tolist(), float(after[:, 0].sum())
+        row: dict[str, Any] = {
+            "material": name, "n_tokens": int(n_tokens), "none": nats / n_tokens,
+            "ablated": ablated / n_tokens, "change": (ablated - nats) / n_tokens, "lo": None, "hi": None,
+        }  # fmt: skip
+        if len(pairs) > 1:
+            found = stats.bootstrap(
+                (after[:, 0] - before[:, 0], before[:, 1]),
+                lambda nats, tokens, axis: nats.sum(axis=axis) / tokens.sum(axis=axis),
+                n_resamples=2000, paired=True, method="percentile", rng=0,
+            )  # fmt: skip
+            row |= {"lo": float(found.confidence_interval.low), "hi": float(found.confidence_interval.high)}
+        rows.append(row)
     return rows

@@ -36,13 +36,13 @@ def loading_arguments(name: str, dtype: torch.dtype, device: Device, four_bit: b
         # computing in float32 would need dequantised copies four times as large
         compute = torch.bfloat16 if dtype == torch.float32 else dtype
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+    from suffix_analysis.sizes import require_fit
+
+    require_fit(name, dtype, device, four_bit)
     if is_spread(device):
         scratch = tempfile.TemporaryDirectory(prefix="suffix-analysis-offload-")
         _SCRATCH.append(scratch)  # removed when the process ends
         return arguments | {"device_map": device, "offload_folder": scratch.name}
-    from suffix_analysis.sizes import require_fit
-
-    require_fit(name, dtype, device, four_bit)
     return arguments | ({"device_map": {"": device or default_device()}} if four_bit else {})
 
 

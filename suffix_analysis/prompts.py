@@ -170,6 +170,11 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
     return prompts
 
 
+def same_words(text: str) -> str:
+    """A text's words without their case and spacing: prompts that agree in these are one prompt."""
+    return " ".join(text.split()).casefold()
+
+
 def to_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
     """Prompts from prompts or plain strings (numbered)."""
     items = list(prompts)

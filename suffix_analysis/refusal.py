@@ -11,7 +11,7 @@ from torch import Tensor
 
 from suffix_analysis.chat import Chat
 from suffix_analysis.errors import UserError
-from suffix_analysis.forward import last_logits
+from suffix_analysis.forward import block_inputs, last_logits
 from suffix_analysis.generate import answers
 from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
@@ -48,6 +48,7 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
     for chats, is_harmful in ((harmful, True), (harmless, False)):
         rows = [chat.ids for chat in chats]
         replies, first = answers(model.hf, model.tokenizer, rows, REPLY_TOKENS)
+        require_finite(model, rows, first)
         for token, reply in zip(first.argmax(dim=-1).tolist(), replies, strict=True):
             if is_harmful and is_refusal(reply):
                 opens_refusal[token] += 1
@@ -73,8 +74,37 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
 
 
 def scores_of(model: Model, rows: Sequence[Int[Tensor, " _"]], token_ids: Sequence[int]) -> Float[Tensor, " prompt"]:
-    """Refusal score at chat[-1] of tokenised prompts."""
-    return refusal_score(last_logits(model.hf, model.tokenizer, rows), token_ids)
+    """Refusal score at chat[-1] of tokenised prompts.
+
+    Raises:
+        UserError: a logit is not finite (the layer from which on the residual stream is not either is named).
+    """
+    logits = last_logits(model.hf, model.tokenizer, rows)
+    require_finite(model, rows, logits)
+    return refusal_score(logits, token_ids)
+
+
+def require_finite(model: Model, rows: Sequence[Int[Tensor, " _"]], logits: Float[Tensor, "prompt vocab"]) -> None:
+    """Refuse logits that are not finite.
+
+    Raises:
+        UserError: says in how many prompts, and the layer from which on the residual stream is not finite.
+    """
+    wrong = (~torch.isfinite(logits).all(dim=-1)).nonzero().flatten().tolist()
+    if not wrong:
+        return
+    broken: list[int] = []
+
+    def look(layer: int, group: list[int], states: Tensor) -> None:
+        if not torch.isfinite(states).all():
+            broken.append(layer)
+
+    block_inputs(model, [rows[wrong[0]]], 1, look)
+    place = f"the residual stream from layer {min(broken)} on" if broken else "the model's head"
+    raise UserError(
+        f"{len(wrong)} of {len(rows)} prompts have logits that are not finite in {model.hf.dtype}, because of {place}; "
+        "load in float32, or check the weights."
+    )
 
 
 def opens_refusal(model: Model, rows: Sequence[Int[Tensor, " _"]], token_ids: Sequence[int]) -> Bool[Tensor, " prompt"]:

@@ -218,13 +218,14 @@ class Study:
             alpha=config.alpha, seed=config.seed, plain=plain,
             on_line=lambda done, total: self.narrator.progress(done, total, "interventions"),
         )  # fmt: skip
-        held_out = replace(settings, n_select=len(prompts))  # all that the choice could have used
-        sets = [[self.model.chat(p.text) for p in part] for kind in kinds for part in split_prompts(kind, held_out)]
+        fit = [split_prompts(kind, settings)[0] for kind in kinds]
+        unseen = [prompts_of(self.prompts(), kind, "report", None) for kind in ("harmful", "harmless")]
+        sets = [[self.model.chat(p.text) for p in part] for part in (*fit, *unseen)]
         tables = {
             "interventions": table,
             "intervention_replies": answers,
             "cost": measure_cost(self.fast, direction, self.prompts(), study_text(config), plain),
-            **measure_oneness(self.fast, direction, (sets[0], sets[2]), (sets[1], sets[3]), config.seed),
+            **measure_oneness(self.fast, direction, (sets[0], sets[1]), (sets[2], sets[3]), config.alpha, config.seed),
             "candidates": rows,
         }
         for name, found in tables.items():

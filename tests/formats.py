@@ -26,7 +26,9 @@ def _chatml(default: str | None, reply: str = "") -> Format:
         else f"{{% if messages[0]['role'] != 'system' %}}<|im_start|>system\n{default}<|im_end|>\n{{% endif %}}"
     )
     turn = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    whole = first + LOOP + turn + END + REPLY + f"<|im_start|>assistant\n{reply}" + "{% endif %}"
+    # thinking is on where nobody turns it off, as in the published templates
+    quiet = f"{{% if enable_thinking is defined and not enable_thinking %}}{reply}{{% endif %}}" if reply else ""
+    whole = first + LOOP + turn + END + REPLY + f"<|im_start|>assistant\n{quiet}" + "{% endif %}"
     return Format(whole, ("<|im_start|>", "<|im_end|>"), "<|im_end|>")
 
 

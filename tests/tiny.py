@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from suffix_analysis.models import Model
+from suffix_analysis.models import Model, without_thinking
 from suffix_analysis.prompts import load_prompts
 from tests.formats import FORMATS, Format
 
@@ -50,7 +50,7 @@ def tokenizer(format_name: str | None = None) -> PreTrainedTokenizerFast:
     )
     tok.train_from_iterator([p.text for p in load_prompts("embedded")], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token=chat.eos, bos_token=chat.bos)
-    fast.chat_template = chat.template
+    fast.chat_template = without_thinking(chat.template)
     return fast
 
 

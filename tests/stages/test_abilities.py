@@ -89,3 +89,17 @@ def test_a_model_that_cannot_be_orthogonalised_says_so(folder: Path) -> None:
 def test_an_unknown_task_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match="no task 'six_facts'"):
         measure_abilities(tiny.model("llama"), torch.ones(32), ["six_facts"], folder=folder)
+
+
+def test_a_group_has_its_tasks_questions_and_no_change_of_its_own(folder: Path) -> None:
+    """As `mmlu` is one."""
+    task = (folder / "five_facts.yaml").read_text()
+    (folder / "more_facts.yaml").write_text(task.replace("task: five_facts", "task: more_facts"))
+    (folder / "group.yaml").write_text(
+        "group: facts\ntask: [five_facts, more_facts]\naggregate_metric_list:\n  - metric: acc\n    aggregation: mean\n"
+        "    weight_by_size: true\n"
+    )
+    rows = measure_abilities(tiny.model("llama"), torch.ones(32), ["facts"], folder=folder, limit=3)
+    group = [row for row in rows if row["task"] == "facts"]
+    assert [row["n"] for row in group] == [6, 6, 6] and all(row["change"] is None for row in group)
+    assert {row["task"] for row in rows} == {"facts", "five_facts", "more_facts"}

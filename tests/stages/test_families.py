@@ -16,7 +16,7 @@ from suffix_analysis.directions import DirectionConfig, find_direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.families import FAMILIES, Family, support_table
 from suffix_analysis.generate import generate
-from suffix_analysis.identities import check_identities, require_identities
+from suffix_analysis.identities import check_identities, first_blocks, require_identities
 from suffix_analysis.interventions import ablate
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
@@ -152,3 +152,11 @@ def test_an_unknown_architecture_that_fails_an_identity_is_refused(monkeypatch: 
 def test_an_architecture_that_the_bridge_does_not_know_is_refused_with_a_sentence() -> None:
     with pytest.raises(UserError, match=r"\(persimmon\) is not known here"):
         require_identities(tiny.model("persimmon"))
+
+
+def test_the_check_looks_at_every_kind_of_block() -> None:
+    """Gemma 2's second block attends to everything, Qwen 2's third here has other weights than the first two."""
+    assert first_blocks(tiny.model("llama")).n_layers == 2
+    odd = tiny.hf_model("qwen2", num_hidden_layers=4)
+    odd.model.layers[2].mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    assert first_blocks(Model("odd", odd, tiny.tokenizer(), None)).n_layers == 3

@@ -11,12 +11,14 @@ import torch
 import transformers
 
 from attacks.caches import prefix_cache
+from suffix_analysis import candidate_table
 from suffix_analysis.candidate_table import MARGIN
-from suffix_analysis.directions import DirectionConfig, chat_means, find_direction
+from suffix_analysis.directions import DirectionConfig, chat_means, find_direction, select, split_prompts
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import PART, answers, generate
 from suffix_analysis.interventions import ablate
+from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import opens_refusal
 from tests import tiny
@@ -105,6 +107,55 @@ def test_find_direction_names_what_is_wrong() -> None:
         find_direction(model, many, [f"Make cake number {i}" for i in range(20)])
 
 
+@pytest.mark.parametrize("settings", [{}, {"keep_by_score": False}])
+@pytest.mark.parametrize("tokens", [None, [5]])
+def test_activations_that_are_not_finite_are_named_with_their_layer(
+    settings: dict[str, Any], tokens: list[int] | None
+) -> None:
+    hf = tiny.hf_model("llama")
+    with torch.no_grad():
+        hf.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    model = Model("broken", hf, tiny.tokenizer(), None)
+    texts = [[f"{word} thing number {i}" for i in range(12)] for word in ("Do", "Make")]
+    with pytest.raises(UserError, match=r"not finite (in .* from layer 2 on|at layer 2)"):
+        find_direction(model, *texts, DirectionConfig(**settings), refusal_tokens=tokens)
+
+
+def test_report_prompts_never_take_part() -> None:
+    prompts = [Prompt(str(i), f"Cut number {i}", "harmful", "fit" if i < 60 else "report") for i in range(120)]
+    fit, chosen = split_prompts(prompts, DirectionConfig())
+    assert {p.split for p in [*fit, *chosen]} == {"fit"} and len(fit) + len(chosen) == 60
+    with pytest.raises(UserError, match="0 prompts beside the report split's are too few"):
+        split_prompts(prompts[60:], DirectionConfig())
+
+
+def test_every_row_that_could_decide_is_scored_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight leaders fail in the model's own precision, and a ninth misses the limit narrowly in the quick one only."""
+
+    def row(position: int, bypass: float, kl: float) -> dict[str, Any]:
+        return {"position": position, "layer": 1, "refusal_score": bypass, "steering_score": 1.0, "kl_div_score": kl,
+                "status": "", "dtype": "bfloat16"}  # fmt: skip
+
+    quick = [*(row(-i, -20.0 - i, 0.09) for i in range(4, 12)), row(-2, -9.0, 0.104), row(-3, 3.0, 0.05)]
+    truth = {-2: row(-2, -9.0, 0.09), -3: row(-3, 3.0, 0.05)} | {-i: row(-i, -20.0 - i, 0.2) for i in range(4, 12)}
+    asked: list[int] = []
+
+    def scores(*args: Any, only: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        asked.extend(position for position, _ in only)
+        return [truth[position] for position, _ in only]
+
+    monkeypatch.setattr(candidate_table, "score_candidates", scores)
+    model, config, nothing = tiny.model("llama"), DirectionConfig(layer_share=1.0), torch.zeros(1)
+
+    def chosen(rows: list[dict[str, Any]]) -> tuple[int, int]:
+        found = candidate_table.rescore_leaders(model, nothing, 1.0, rows, [], [], [], config)
+        return select(found, model.n_layers, layer_share=1.0)
+
+    assert chosen(quick) == (-2, 1)
+    assert chosen(quick[:-1]) == (-2, 1), "also where no other row passes"
+    assert len(asked) == 10 + 9
+
+
 def test_candidates_that_are_too_late_can_be_left_unscored() -> None:
     model = tiny.model("llama")
     texts = [[f"{word} thing number {i}" for i in range(12)] for word in ("Do", "Make")]
@@ -118,7 +169,8 @@ def test_candidates_that_are_too_late_can_be_left_unscored() -> None:
     late = [row for row in quick.scores if row["layer"] >= int(0.7 * model.n_layers)]
     assert late and all(row["status"] == "too late" and math.isnan(row["refusal_score"]) for row in late)
     early = [row for row in quick.scores if row not in late]
-    assert early == [row for row in whole.scores if row["layer"] < int(0.7 * model.n_layers)]
+    full = [row for row in whole.scores if row["layer"] < int(0.7 * model.n_layers)]
+    assert [row | {"dtype": None} for row in early] == [row | {"dtype": None} for row in full]
 
 
 def test_candidates_that_do_not_induce_can_be_left_without_their_other_scores() -> None:

@@ -7,15 +7,21 @@ import pytest
 import torch
 
 from suffix_analysis.directions import Direction
+from suffix_analysis.interventions import ablate, add
 from suffix_analysis.oneness import (
+    CONTROLS,
+    SHRINKAGE,
     cascade,
     effective_rank,
+    effects,
     fitted,
     measure_oneness,
     projected,
     separation,
     split_half,
+    whitened,
 )
+from suffix_analysis.refusal import scores_of
 from suffix_analysis.stats import auroc, auroc_interval
 from tests import tiny
 
@@ -39,24 +45,60 @@ def test_auroc_is_its_definition() -> None:
     assert lo <= value <= hi
 
 
-def test_one_separating_direction_is_counted_as_one_and_none_as_none() -> None:
-    one = cascade(clouds(5.0, 300, 0), clouds(5.0, 300, 1))
-    assert one[0]["auroc"] > 0.99
-    assert effective_rank(one) == 1
-    assert effective_rank(cascade(clouds(0.0, 300, 2), clouds(0.0, 300, 3))) == 0
+def planted(
+    steps: list[float], dims: int, n: int, *, decay: float = 0.0, seed: int = 0
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Fit and held-out sets in which harmful prompts of topic k are moved by ``steps[k]`` along axis k.
 
+    ``decay``: the variance of the j-th axis falls as j to the power of −decay (turned, so that no axis is special).
+    """
+    rng = torch.Generator().manual_seed(seed)
+    spread = (torch.arange(dims) + 1.0) ** (-decay / 2)
+    turned = torch.linalg.qr(torch.randn(dims, dims, generator=rng)).Q
+    axes = torch.linalg.qr(torch.randn(dims, max(1, len(steps)), generator=rng)).Q.T
 
-def test_copies_of_the_difference_are_counted_each() -> None:
-    """Three noisy copies of one hidden label: taking one out leaves the others."""
-    rng = torch.Generator().manual_seed(4)
-
-    def make(label: float, n: int) -> torch.Tensor:
-        x = torch.randn(n, 12, generator=rng)
-        x[:, :3] = 0.2 * x[:, :3] + 3 * label + torch.randn(n, 3, generator=rng)
+    def cloud(moved: bool) -> torch.Tensor:
+        x = (torch.randn(n, dims, generator=rng) * spread) @ turned
+        for k, step in enumerate(steps if moved else []):
+            x[k :: len(steps)] += step * axes[k]
         return x
 
-    rows = cascade((make(1, 400), make(0, 400)), (make(1, 400), make(0, 400)), count=4)
-    assert 1 <= effective_rank(rows) <= 3
+    return (cloud(True), cloud(False)), (cloud(True), cloud(False))
+
+
+@pytest.mark.parametrize(
+    ("dims", "n", "decay", "step"),
+    [(24, 300, 0, 5), (64, 128, 0, 6), (64, 128, 1, 4), (576, 128, 0, 15), (576, 128, 1, 6)],
+)
+def test_one_planted_direction_has_effective_rank_one(dims: int, n: int, decay: float, step: float) -> None:
+    """Also where features are correlated or there are more of them than prompts: there a cascade counts up to seven."""
+    found = effective_rank(*planted([step], dims, n, decay=decay))
+    assert found["lo"] <= found["value"] <= found["hi"]
+    assert found["value"] == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("n_topics", [2, 3])
+def test_topics_that_move_along_directions_of_their_own_are_counted(n_topics: int) -> None:
+    assert effective_rank(*planted([12.0] * n_topics, 64, 300))["value"] == pytest.approx(n_topics, rel=0.2)
+
+
+def test_no_difference_has_no_rank() -> None:
+    values = [effective_rank(*planted([], 64, 128, seed=seed))["value"] for seed in range(10)]
+    assert np.mean([value == 0 for value in values]) >= 0.5 and max(values) < 4
+
+
+def test_the_woodbury_form_is_the_same_inverse() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 12, generator=rng, dtype=torch.float64) for n in (8, 3))
+    covariance = x.T @ x / 8
+    shrunk = covariance + SHRINKAGE * covariance.trace() / 12 * torch.eye(12)
+    assert torch.allclose(whitened(x, y), torch.linalg.solve(shrunk, y.T).T)
+
+
+def test_a_cascade_begins_with_what_separates() -> None:
+    one = cascade(clouds(5.0, 300, 0), clouds(5.0, 300, 1))
+    assert one[0]["auroc"] > 0.99 and one[1]["auroc"] < 0.75
+    assert cascade(clouds(0.0, 300, 2), clouds(0.0, 300, 3))[0]["lo"] < 0.5
 
 
 def test_split_halves_agree_where_there_is_a_direction_and_not_where_there_is_none() -> None:
@@ -89,7 +131,28 @@ def test_all_tables_are_made(family: str) -> None:
     direction = Direction(vector, -1, 1, [], zeros, zeros, (5,), {})
     found = measure_oneness(model, direction, (sets[0][:2], sets[1][:2]), (sets[0][2:], sets[1][2:]))
     assert set(found) == {"separation", "cascade", "stability", "two_directions"}
-    harmfulness, refusal = found["two_directions"]
-    assert refusal["cosine_with_refusal"] == pytest.approx(1)
+    chosen, refusal, harmfulness, *controls = found["two_directions"]
+    assert [row["direction"] for row in (chosen, refusal, harmfulness)] == ["chosen", "refusal", "harmfulness"]
+    assert chosen["cosine_with_refusal"] == pytest.approx(1)
     assert -1 <= harmfulness["cosine_with_refusal"] < 1
-    assert refusal["harmful"] == harmfulness["harmful"] != refusal["harmful_ablated"]
+    assert chosen["harmful"] == harmfulness["harmful"] != chosen["harmful_ablated"]
+    for row in found["two_directions"]:
+        assert row["ablated_change"] == pytest.approx(row["harmful_ablated"] - row["harmful"], abs=1e-4)
+        assert row["added_lo"] <= row["added_change"] <= row["added_hi"]
+    assert len(controls) == 2 * CONTROLS
+    assert all(abs(row["cosine_with_refusal"]) < 1e-5 for row in controls if row["direction"].startswith("orthogonal"))
+
+
+def test_effects_are_those_of_directions_of_the_refusal_directions_length() -> None:
+    model = tiny.model("llama")
+    bad, good = ([model.chat(text) for text in texts] for texts in (HARMFUL, HARMLESS))
+    zeros = torch.zeros(model.n_layers + 1, model.d_model)
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    direction = Direction(vector, -1, 1, [], zeros, zeros, (5,), {})
+    (row,) = effects(model, direction, {"longer": 7 * vector}, (bad, good), alpha=0.5)
+    with ablate(model, vector):
+        wanted = scores_of(model, [chat.ids for chat in bad], (5,)).mean()
+    assert row["harmful_ablated"] == pytest.approx(float(wanted), abs=1e-4)
+    with add(model, vector, 1, 0.5):
+        wanted = scores_of(model, [chat.ids for chat in good], (5,)).mean()
+    assert row["harmless_added"] == pytest.approx(float(wanted), abs=1e-4)

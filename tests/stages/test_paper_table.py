@@ -7,13 +7,12 @@ import torch
 
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
-from suffix_analysis.interventions import ablate
+from suffix_analysis.interventions import ablate, random_directions
 from suffix_analysis.models import Model
 from suffix_analysis.paper_table import (
     cross_entropy,
     measure_cost,
     measure_interventions,
-    random_directions,
     text_pairs,
 )
 from suffix_analysis.prompts import Prompt

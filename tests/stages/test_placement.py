@@ -17,7 +17,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Console
 from suffix_analysis.directions import find_direction
 from suffix_analysis.errors import UserError
-from suffix_analysis.forward import last_logits
+from suffix_analysis.forward import added_logits, last_logits
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate
 from suffix_analysis.models import Model, load_model
@@ -127,3 +127,16 @@ def test_a_cache_that_would_slide_is_not_cropped() -> None:
     model = tiny.hf_model("gemma2", sliding_window=16)
     cache = prefix_cache(model, torch.arange(5, 17))
     assert croppable(cache) and croppable(cache, 3) and not croppable(cache, 4)
+
+
+def test_blocks_that_were_skipped_keep_what_accelerate_put_on_them(tmp_path: Path) -> None:
+    """On several GPUs its own forward moves a block's inputs to the block's device."""
+    tiny.hf_model("llama").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), device=SPLIT)
+    blocks = [block.original_component for block in model.bridge.blocks]
+    before = [vars(block).get("forward") for block in blocks]
+    assert any(before)
+    rows = [model.chat(text).ids for text in TEXTS]
+    added_logits(model, rows)(torch.ones(1, model.d_model), 2)
+    assert [vars(block).get("forward") for block in blocks] == before

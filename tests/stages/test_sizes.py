@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from suffix_analysis.batching import REPLY_BUDGET
 from suffix_analysis.cli import app
 from suffix_analysis.errors import UserError
+from suffix_analysis.models import load_model
 from suffix_analysis.sizes import GIB, size_of, verdict
 from tests import tiny
 
@@ -28,9 +30,38 @@ def test_the_verdict_names_the_best_precision_that_fits(tmp_path: Path) -> None:
     assert "fits in float32" in verdict(size)
     large = replace(size, needed_float32=430.0, needed_bfloat16=90.0)
     assert "fits in bfloat16: about 90.0 GiB of 100.0 GiB" in verdict(large)
-    assert verdict(replace(large, free_gpu=80.0)) == (
-        "It does not fit: even in bfloat16 it needs about 90.0 GiB; 80.0 GiB of GPU memory are free."
-    )
+    large = replace(large, free_gpu=80.0, free_gpus=80.0, free_disk=1000.0, needed_four_bit=30.0)
+    told = "It does not fit as it is: in bfloat16 it needs about 90.0 GiB, and 80.0 GiB of GPU memory are free; "
+    assert verdict(large) == told + "with --four-bit it needs about 30.0."
+    large = replace(large, needed_four_bit=85.0)
+    assert verdict(large) == told + "--device auto spreads it over 180.0 GiB of GPU memory and memory."
+    assert verdict(replace(large, free_ram=5.0)) == told + "--device auto puts what is left on disk, which is slow."
+    assert verdict(replace(large, free_ram=5.0, free_disk=1.0)).endswith("take a smaller model or a larger machine.")
+
+
+def test_a_configuration_without_weights_is_enough(tmp_path: Path) -> None:
+    tiny.hf_model("llama").config.save_pretrained(tmp_path)
+    assert size_of(str(tmp_path)).n_parameters == sum(p.numel() for p in tiny.hf_model("llama").parameters())
+
+
+def test_four_bits_leave_embedding_and_head_and_a_study_holds_its_largest_batch(tmp_path: Path) -> None:
+    hf = tiny.hf_model("llama", tie_word_embeddings=False)
+    hf.save_pretrained(tmp_path)
+    size, config = size_of(str(tmp_path)), hf.config
+    outer = 2 * config.vocab_size * config.hidden_size
+    assert size.four_bit * GIB == pytest.approx(2 * outer + 0.5625 * (size.n_parameters - outer))
+    keys = 2 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    assert (size.needed_bfloat16 - size.bfloat16 - 2) * GIB >= REPLY_BUDGET * keys
+
+
+def test_what_is_larger_than_all_memories_and_the_disk_is_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.hf_model("llama").save_pretrained(tmp_path)
+    size = replace(size_of(str(tmp_path)), free_ram=0.0, free_disk=0.0)
+    monkeypatch.setattr("suffix_analysis.sizes.size_of", lambda name: size)
+    with pytest.raises(UserError, match="GPU memory, memory and disk together"):
+        load_model(str(tmp_path), device="auto")
 
 
 def test_the_command_prints_the_table_or_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

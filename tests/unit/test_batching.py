@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from attacks import memory
 from suffix_analysis.batching import batches, prefix_batches
+from tests import tiny
 
 
 def cost(groups: list[list[int]], lengths: list[int], each: int) -> int:
@@ -42,9 +44,17 @@ def test_the_budget_counts_padding_and_what_is_shared() -> None:
 
 def test_prompts_longer_than_the_sliding_window_keep_their_prefix() -> None:
     """Padding between prefix and rest would push the prefix out of the window."""
-    config = SimpleNamespace(sliding_window=12)
-    hf = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), device="cpu")
-    tokenizer = SimpleNamespace(pad_token_id=0)
+    hf, tokenizer = tiny.hf_model("mistral", sliding_window=12), SimpleNamespace(pad_token_id=0)
     rows = [torch.arange(10), torch.cat([torch.arange(8), torch.tensor([20])])]
     assert prefix_batches(hf, tokenizer, rows)[0] == 8
     assert prefix_batches(hf, tokenizer, rows, new_tokens=3)[0] == 0
+
+
+def test_batches_are_smaller_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tiny.hf_model("llama")
+    each = memory.cached_bytes(hf.config, 4) + memory.run_bytes(hf.config, 4)
+    assert memory.cached_bytes(hf.config, 4) == 3 * 2 * 4 * 2 * 8  # blocks, keys and values, bytes, heads, d_head
+    rows = [torch.arange(10) + 50 * i for i in range(6)]
+    assert len(prefix_batches(hf, tiny.tokenizer(), rows)[1]) == 1
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 20 * each)
+    assert [len(batch.members) for batch in prefix_batches(hf, tiny.tokenizer(), rows)[1]] == [2, 2, 2]

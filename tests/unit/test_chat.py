@@ -9,8 +9,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from attacks.slot import build_slot
 from suffix_analysis.chat import REGIONS, render_chat, survives_decoding
 from suffix_analysis.errors import UserError
+from suffix_analysis.models import without_thinking
 from tests import tiny
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30).filter(lambda t: t.strip() != "")
@@ -81,3 +83,18 @@ def test_bad_input_names_the_mend() -> None:
     tok.chat_template = "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="2 times"):
         render_chat(tok, "Hello")
+
+
+def test_a_template_that_can_think_is_told_not_to() -> None:
+    """As the published templates of Qwen3 and SmolLM3 say it: with thinking off an empty block is opened and closed."""
+    tok = copy.deepcopy(tiny.tokenizer())
+    plain = tok.chat_template
+    assert without_thinking(plain) == plain and without_thinking(None) is None
+    tok.chat_template = plain + (
+        "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+        "<think>\n\n</think>\n\n{% endif %}"
+    )
+    assert render_chat(tok, "Sing").text.endswith("<|reply|>\n")
+    tok.chat_template = without_thinking(tok.chat_template)
+    assert render_chat(tok, "Sing").text.endswith("<|reply|>\n<think>\n\n</think>\n\n")
+    assert build_slot(tok, "Sing {optim_str}", "Sure", "x").after_text.endswith("</think>\n\n")

@@ -57,3 +57,14 @@ def test_no_candidate_names_the_nearest() -> None:
 def test_order_of_rows_does_not_matter(order: list[int]) -> None:
     rows = [row(-1 - i, i, -float(i)) for i in range(6)]
     assert select([rows[i] for i in order], n_layers=100) == (-6, 5)
+
+
+def test_ties_go_to_the_authors_first_whatever_the_order() -> None:
+    """They go through positions, then layers, and sort by the score alone."""
+    rows = [row(-1, 3, -5.0), row(-2, 5, -5.0), row(-2, 2, -5.0)]
+    assert select(rows, n_layers=10) == select(rows[::-1], n_layers=10) == (-2, 2)
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(UserError, match="no kl_div_score; it needs position, layer"):
+        select([{k: v for k, v in row(-1, 3, -5.0).items() if k != "kl_div_score"}], n_layers=10)

@@ -180,6 +180,9 @@ def test_no_text_stands_in_two_splits_or_kinds(tmp_path: Path) -> None:
     some = [{**row, "split": "report"} if i < 3 else row for i, row in enumerate(bad)]
     with pytest.raises(UserError, match=r"3 of 20 prompts in .* have a split"):
         study_prompts(files(tmp_path, some, good))
+    parts = [{"text": f"Break number {i}", "split": "fit" if i < 5 else "report"} for i in range(10)]
+    with pytest.raises(UserError, match=r"1 harmful prompts stand in two splits, .* 'break  number 1' in fit and rep"):
+        study_prompts(files(tmp_path, [*parts, {"text": "break  number 1", "split": "report"}], good))
 
 
 def test_words_of_other_peoples_columns_are_not_ours(tmp_path: Path) -> None:
