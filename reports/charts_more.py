@@ -29,6 +29,7 @@ from reports.charts_heads import head_grid
 from reports.charts_lens import logit_lens
 from reports.data import Row, RunData
 from reports.defences import trade_off
+from reports.direction import compliance, not_available
 
 MAX_POINTS = 500
 
@@ -94,7 +95,8 @@ def interventions(data: RunData) -> Figure | None:
     caption = (
         "No suffix: the refusal direction left alone, ablated at every layer, taken out of the weights "
         "(orthogonalised), added at its own layer, or with its projection set to the mean of the other kind of prompts "
-        "at every layer; and a random direction of the same length as a control."
+        "at every layer; and a random direction of the same length as a control. "
+        + " ".join(filter(None, (compliance(data), not_available(data))))
     )
     columns = (
         ("kind", "prompts"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reports import defences, mechanism, text, theme
+from reports import defences, direction, mechanism, text, theme
 from reports.attention import prompt_views
 from reports.charts import Figure, head_name, position_label
 from reports.data import Row, RunData, missing_lines
@@ -159,6 +159,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
         ],
         "mechanism": mechanism.context(data),
         "defences": defences.context(data),
+        "direction": direction.context(data),
         "abilities": [_ability_row(row) for row in data.table("abilities")],
         "runners": runners_up(data),
         "config": clip(visible(data.config, newlines=True), 20_000),

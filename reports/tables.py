@@ -11,7 +11,7 @@ from reports.schema import CIRCUIT_ENDS, COLUMNS, KEYS, Pattern
 
 _TEXT = {
     "arm", "split", "kind", "measure", "against", "intervention", "region", "verdict", "reply", "token", "status",
-    "term", "factor", "task", "metric", "test", "heads", "on", "run", "detector", "defence",
+    "term", "factor", "direction", "material", "task", "metric", "test", "heads", "on", "run", "detector", "defence",
 }  # fmt: skip
 _FREE = {"prompt_id", "suffix_id", "refused"}
 _WHOLE = {

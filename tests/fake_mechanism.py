@@ -152,3 +152,31 @@ def circuit(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
     edge("mlp → direction", 5.0, source_layer=12, position=-1)
     edge("embedding → head", 0.2, position=-1, target_layer=top[0][0], target_head=top[0][1])
     return rows
+
+
+def direction_tables(prompts: list[dict[str, Any]], bad: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """What the direction stage writes beside interventions and candidates."""
+    names = ["chosen", "refusal", "harmfulness", *(f"random {i}" for i in range(1, 5))]
+    effects = [(-9.1, 8.7), (-9.0, 8.5), (-2.0, 0.4), *((0.1 * i, -0.2 * i) for i in range(4))]
+    return {
+        "stability": [
+            {"measure": "split-half cosine", "value": 0.97, "lo": 0.95, "hi": 0.98},
+            {"measure": "effective rank", "value": 1.12, "lo": 1.05, "hi": 1.31},
+        ],
+        "cascade": [{"rank": float(k + 1), "auroc": 1 - 0.06 * k, "lo": 0.5, "hi": 1.0} for k in range(8)],
+        "two_directions": [
+            {"direction": name, "cosine_with_refusal": 1 / (i + 1), "harmful": 5.0, "harmful_ablated": 5.0 + ablated,
+             "harmless": -6.0, "harmless_added": -6.0 + added, "ablated_change": ablated, "ablated_lo": ablated - 0.5,
+             "ablated_hi": ablated + 0.5, "added_change": added, "added_lo": added - 0.5, "added_hi": added + 0.5}
+            for i, (name, (ablated, added)) in enumerate(zip(names, effects, strict=True))
+        ],
+        "cost": [{"material": "the model's own replies to harmless prompts", "n_tokens": 1500, "none": 0.4,
+                  "ablated": 0.42, "change": 0.02, "lo": 0.01, "hi": 0.03}],
+        "intervention_replies": [
+            {"intervention": name, "kind": kind, "control": None, "prompt_id": p["id"], "refused": name == "none",
+             "verdict": "refused" if name == "none" else "complied",
+             "reply": bad[i % len(bad)] or f"Here is reply {i}."}
+            for kind, name in (("harmful", "none"), ("harmful", "ablated"), ("harmless", "none"), ("harmless", "added"))
+            for i, p in enumerate(p for p in prompts if p["split"] == "report" and p["kind"] == kind)
+        ],
+    }  # fmt: skip

@@ -27,7 +27,18 @@ from tests.fake_findings import (
     rate_row,
     shift,
 )
-from tests.fake_mechanism import carried, causal, circuit, detectors, factors, lens, logits, mitigations, sweep
+from tests.fake_mechanism import (
+    carried,
+    causal,
+    circuit,
+    detectors,
+    direction_tables,
+    factors,
+    lens,
+    logits,
+    mitigations,
+    sweep,
+)
 
 HOSTILE = [
     "</script><script>alert('x')</script>",
@@ -232,6 +243,8 @@ def _findings(
     _table(out / "factors.parquet", factors(top))
     _table(out / "causal.parquet", causal())
     _table(out / "lens.parquet", lens())
+    for name, rows in direction_tables(prompts, bad).items():
+        _table(out / f"{name}.parquet", rows)
     _table(out / "detectors.parquet", detectors())
     _table(out / "mitigations.parquet", mitigations())
     _table(out / "logits.parquet", logits())
