@@ -99,5 +99,9 @@ def compliance(data: RunData) -> str:
         for row in data.table("interventions")
         if row.get("complied_rate") is not None and row.get("control") is None and row["split"] == "report"
     ]
-    told = ", ".join(f"{row['kind']} {visible(row['intervention'])} {percent(row['complied_rate'])}" for row in rows)
+    told = ", ".join(
+        f"{row['kind']} {'left alone' if row['intervention'] == 'none' else visible(row['intervention'])} "
+        f"{percent(row['complied_rate'])}"
+        for row in rows
+    )
     return f"Answered by the rule-based verdict: {told}." if told else ""

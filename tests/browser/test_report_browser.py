@@ -27,11 +27,21 @@ def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: P
     seen.quiet()
 
 
+# a fixed piece of work, and the milliseconds it takes where the page is drawn in 1.1 s (benchmarks/README.md)
+PACE = """() => { const started = performance.now(), rows = [];
+  for (let i = 0; i < 200000; i++) rows.push({ key: `k${(i * 7919) % 1000}`, value: Math.sin(i) });
+  rows.sort((a, b) => a.value - b.value); JSON.parse(JSON.stringify(rows)); return performance.now() - started; }"""
+USUAL_PACE = 500
+
+
 def test_it_is_drawn_within_a_second_and_a_half(browser: sync_api.Browser, report: Path) -> None:
+    """On the machine that the figure was asked for; a slower or busier one gets as much more as it needs for ``PACE``."""
     loads = []
+    pace = []
     for _ in range(3):
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         page = context.new_page()
+        pace.append(page.evaluate(PACE))
         session = context.new_cdp_session(page)
         session.send("Performance.enable", {"timeDomain": "threadTicks"})
         page.goto(report.as_uri())
@@ -43,7 +53,9 @@ def test_it_is_drawn_within_a_second_and_a_half(browser: sync_api.Browser, repor
         if loads[-1][0] <= 1500:
             return
     # the processors were busy with something else in all three: then what counts is the page's own work
-    assert min(own for _, own in loads) <= 1500, f"milliseconds until drawn, of those the page's own: {loads}"
+    bound = 1500 * max(1, min(pace) / USUAL_PACE)
+    told = f"milliseconds until drawn, of those the page's own: {loads}; bound {bound:.0f}"
+    assert min(own for _, own in loads) <= bound, told
 
 
 def test_theme_follows_the_system_and_switches(browser: sync_api.Browser, report: Path) -> None:
