@@ -35,7 +35,7 @@ USUAL_PACE = 500
 
 
 def test_it_is_drawn_within_a_second_and_a_half(browser: sync_api.Browser, report: Path) -> None:
-    """On the machine that the figure was asked for; a slower or busier one gets as much more as it needs for ``PACE``."""
+    """On the machine that the figure was asked for; a slower one gets as much more as it takes for ``PACE``."""
     loads = []
     pace = []
     for _ in range(3):
