@@ -17,7 +17,7 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.families import FAMILIES, Family, support_table
 from suffix_analysis.generate import generate
 from suffix_analysis.identities import check_identities, first_blocks, require_identities
-from suffix_analysis.interventions import ablate
+from suffix_analysis.interventions import ablate, add, set_projection
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
 from suffix_analysis.prompts import Prompt, load_prompts
@@ -115,6 +115,25 @@ def test_identities(case: Family) -> None:
             with pytest.raises(NotAvailable), orthogonalised(model, vector):
                 pass
         assert torch.equal(model.hf(input_ids=ids).logits, plain)
+
+
+def test_nothing_is_left_behind_by_an_exception(case: Family) -> None:
+    model = make(case)
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    ids = model.chat("Pick a lock").ids[None]
+    assert model.bridge is not None
+    with torch.no_grad():
+        plain = model.hf(input_ids=ids).logits
+        level = torch.zeros(model.n_layers + 1)
+        for context in (ablate(model, vector), add(model, vector, 1), set_projection(model, vector, level)):
+            with pytest.raises(RuntimeError, match="on purpose"), context:
+                assert not torch.equal(model.hf(input_ids=ids).logits, plain)
+                raise RuntimeError("on purpose")
+            assert torch.equal(model.hf(input_ids=ids).logits, plain)
+        if case.orthogonalises:
+            with pytest.raises(RuntimeError, match="on purpose"), orthogonalised(model, vector):
+                raise RuntimeError("on purpose")
+            assert torch.equal(model.hf(input_ids=ids).logits, plain)
 
 
 def test_the_readme_shows_the_table() -> None:

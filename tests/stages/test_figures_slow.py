@@ -53,6 +53,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_the_direction_is_necessary_and_sufficient_and_costs_little(demo: Path) -> None:
+    rows = read_table(demo / "findings" / "interventions.parquet")
+    rate = {(row["intervention"], row["kind"]): row["refusal_rate"] for row in rows if row["control"] is None}
+    (cost,) = [row for row in read_table(demo / "findings" / "cost.parquet") if row["material"].startswith("the model")]
+    print(rate, cost)
+    assert rate["ablated", "harmful"] <= 0.02
+    assert rate["added", "harmless"] >= 0.95
+    assert cost["change"] <= 0.03
+    effects = read_table(demo / "findings" / "two_directions.parquet")
+    chosen, controls = effects[0], [row for row in effects if row["direction"].startswith(("random", "orthogonal"))]
+    for change in ("ablated_change", "added_change"):
+        assert all(abs(row[change]) < 0.2 * abs(chosen[change]) for row in controls), (change, controls)
+
+
 def test_the_demos_suffix_stops_refusals_and_random_text_does_not(demo: Path) -> None:
     rate = {row["arm"]: row["refusal_rate"] for row in read_table(demo / "findings" / "refusal.parquet")}
     print(rate)
