@@ -17,9 +17,10 @@ KINDS = ("defence", "control", "no defence")
 
 def context(data: RunData) -> dict[str, Any]:
     """Return the template's rows of both tables; empty where `suffix-analysis defend` has not run."""
+    tested = {row["defence"] for row in data.table("adaptive")}
     return {
         "detectors": [_detector_row(row) for row in data.table("detectors")],
-        "mitigations": [_mitigation_row(row) for row in data.table("mitigations")],
+        "mitigations": [_mitigation_row(row, tested) for row in data.table("mitigations")],
         "adaptive": adaptive(data),
     }
 
@@ -32,6 +33,7 @@ def adaptive(data: RunData) -> str:
     told = ", ".join(
         f"{visible(name)}: target loss {plain(row['target_loss'])}, {percent(row['not_refused'])} of unseen prompts "
         "not refused"
+        + ("" if row.get("success") is None else f", {percent(row['success'])} of report prompts answered")
         for name, row in last.items()
     )
     row = next(iter(last.values()))
@@ -47,14 +49,16 @@ def _detector_row(row: Row) -> dict[str, str]:
         "name": visible(row["detector"] or "") + (" (needs likelihoods)" if row.get("likelihood") else ""),
         "against": visible(row["against"] or ""),
         "auroc": plain_ci(row["auroc"], row["lo"], row["hi"], 3),
-        "caught_1": percent(row["caught_1"]),
-        "caught_5": percent(row["caught_5"]),
-        "false": percent(row.get("false_positives_1")),
+        "caught_1": percent_ci(row["caught_1"], row.get("caught_1_lo"), row.get("caught_1_hi")),
+        "caught_5": percent_ci(row["caught_5"], row.get("caught_5_lo"), row.get("caught_5_hi")),
+        "false": percent_ci(
+            row.get("false_positives_1"), row.get("false_positives_1_lo"), row.get("false_positives_1_hi")
+        ),
         "n": f"{row['n_prompts']} × {row['n_suffixes']}, {row['n_others']}",
     }
 
 
-def _mitigation_row(row: Row) -> dict[str, str]:
+def _mitigation_row(row: Row, tested: set[str]) -> dict[str, str]:
     return {
         "name": visible(row["defence"] or "") + (" (control)" if row.get("control") else ""),
         "success": percent_ci(row["success"], row["success_lo"], row["success_hi"]),
@@ -62,8 +66,9 @@ def _mitigation_row(row: Row) -> dict[str, str]:
         "lookalike": "–"
         if row["lookalike"] is None
         else percent_ci(row["lookalike"], row["lookalike_lo"], row["lookalike_hi"]),
-        "cost": "–" if row["cost"] is None else plain(row["cost"], 3),
+        "cost": "–" if row["cost"] is None else plain_ci(row["cost"], row.get("cost_lo"), row.get("cost_hi"), 3),
         "slower": percent(row["slower"]),
+        "adaptive": "tested" if row["defence"] in tested else "not tested",
     }
 
 

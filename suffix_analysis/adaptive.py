@@ -3,24 +3,70 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import attacks
 from attacks.config import ScoreDtype
 from attacks.scorer import Scorer
-from attacks.terms import Term
+from attacks.terms import Read, Term, decoder_layers
 from suffix_analysis.attacking import conversation, gcg_config
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.detectors import Harmfulness
+from suffix_analysis.directions import Direction
+from suffix_analysis.generate import generate
+from suffix_analysis.judges import judge
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import opens_refusal
 
+REPLY_TOKENS = 24  # of the replies that judge the last suffix
 EVERY = 5  # steps between two looks at the prompts that the attack has not seen
 Defended = Callable[[int], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What harmfulness − refusal (see :mod:`suffix_analysis.detectors`) exceeds ``cut`` by, 0 below.
+
+    As a term of an attack's objective it evades the detector. ``first``: where the user's text begins in a
+    conversation. The forward must hold the whole conversation.
+    """
+
+    direction: Direction
+    harmfulness: Harmfulness
+    cut: float
+    first: int
+    weight: float = 1.0
+
+    @contextlib.contextmanager
+    def watch(self, model: Any, slot: attacks.Slot) -> Iterator[Read]:
+        """See :class:`attacks.terms.Term`. Reads the block's input before a defence changes it."""
+        layer, seen = self.direction.layer, list[Tensor]()
+        unit, harm = (x.to(model.device) for x in (self.direction.unit, self.harmfulness.unit))
+        low, high = (
+            float(means[layer] @ self.direction.unit)
+            for means in (self.direction.means_harmless, self.direction.means_harmful)
+        )
+        span = self.harmfulness.harmful - self.harmfulness.harmless
+        behind = len(slot.target_ids) - 1  # tokens that stand behind chat[-1]
+
+        def catch(module: Any, args: Any, kwargs: Any) -> None:
+            x = (args[0] if args else kwargs["hidden_states"]).float()
+            stop = x.shape[1] - behind - len(slot.after_ids)
+            most = (x[:, self.first : stop] @ harm).max(dim=1).values
+            refusal = (x[:, x.shape[1] - 1 - behind] @ unit - low) / (high - low)
+            seen.append(((most - self.harmfulness.harmless) / span - refusal - self.cut).relu())
+
+        handle = decoder_layers(model)[layer].register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
+        try:
+            yield lambda: seen[-1]
+        finally:
+            handle.remove()
 
 
 def attack_defended(
@@ -32,12 +78,16 @@ def attack_defended(
     terms: Mapping[str, Sequence[Term]],
     config: StudyConfig,
     on_step: Callable[[int, int], None] | None = None,
+    *,
+    init: str | None = None,
+    final: Sequence[Prompt] = (),
 ) -> list[dict[str, Any]]:
     """Loss and what is not refused against steps, one attack with the same budget and seed on each defended model.
 
     Every few steps the best suffix so far is looked at: ``target_loss`` is its loss without further terms of the
     objective, so that attacks can be compared, ``not_refused`` the share of unseen prompts whose reply does not open as
-    a refusal.
+    a refusal. ``success``, after the last step alone: the share of ``final`` prompts that are answered, by the
+    rule-based verdict, with that one of these suffixes that left the fewest refused.
 
     The defence is on while the attack scores candidates, takes gradients and looks at unseen prompts.
 
@@ -50,6 +100,8 @@ def attack_defended(
         terms: of the attack's objective, by defence: what the attacker knows to lower, such as a detector's score.
         config: budget and schedule of the attack.
         on_step: called with (done, total).
+        init: the suffix to begin with, such as one that is known to work; the configuration's if left out.
+        final: report prompts that the outcome is measured on.
     """
     assert model.bridge is not None  # wrapped before the attack looks at it
     rows: list[dict[str, Any]] = []
@@ -57,28 +109,37 @@ def attack_defended(
     # without the cache a forward holds the whole prompt, which detectors read
     own: ScoreDtype = "bfloat16" if model.hf.dtype == torch.bfloat16 else "float32"
     settings = replace(settings, use_prefix_cache=False, score_dtype=own)
+    settings = settings if init is None else replace(settings, optim_str_init=init)
     talks: Any = [conversation(model, prompt.text) for prompt in train]
     behind = len(attacks.build_slot(model.tokenizer, talks[0], config.target, "x").target_ids) - 1
     for number, (name, context) in enumerate(defended.items()):
         with context(behind):
             attack = attacks.GCG(model.hf, model.tokenizer, talks, config.target, settings, terms.get(name, ()))
         plain = Scorer(model.hf, attack.slots, settings)
-        steps = attack.steps()
+        steps, looks = attack.steps(), list[tuple[float, str]]()
         for _ in range(config.steps):
             with context(behind):
                 step = next(steps)
             row = {
                 "defence": name, "step": step.step, "loss": step.loss, "best_loss": step.best_loss,
-                "target_loss": None, "not_refused": None,
+                "target_loss": None, "not_refused": None, "success": None, "n_final": len(final),
                 "n_prompts": len(held_out), "n_train": len(train), "seed": config.seed,
             }  # fmt: skip
             if step.step % EVERY == 0 or step.step == config.steps:
-                _, ids, text = attack.best
+                _, best_ids, text = attack.best
                 with context(behind):
-                    row["target_loss"] = float(plain(torch.tensor([ids]))[0].mean())
+                    row["target_loss"] = float(plain(torch.tensor([best_ids]))[0].mean())
                 with context(0):
                     refused = opens_refusal(model, [model.chat(p.text, text).ids for p in held_out], refusal_tokens)
-                row["not_refused"] = float((~refused).float().mean())
+                looks.append((float((~refused).float().mean()), text))
+                row["not_refused"] = looks[-1][0]
+            if step.step == config.steps and final:
+                best = max(looks, key=lambda look: look[0])[1]
+                with context(0):
+                    ids = [model.chat(p.text, best).ids for p in final]
+                    told = generate(model.hf, model.tokenizer, ids, REPLY_TOKENS)
+                verdicts = [judge(p.text, reply) == "complied" for p, reply in zip(final, told, strict=True)]
+                row["success"] = sum(verdicts) / len(verdicts)
             rows.append(row)
             if on_step is not None:
                 on_step(number * config.steps + step.step, len(defended) * config.steps)

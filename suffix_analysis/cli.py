@@ -21,10 +21,8 @@ from suffix_analysis.config import DemoConfig, StudyConfig
 from suffix_analysis.console import (
     Console,
     ability_line,
-    adaptive_line,
-    detector_line,
+    defence_lines,
     direction_lines,
-    mitigation_line,
     shown,
     tell,
 )
@@ -164,27 +162,25 @@ def defend(
     with _held(out) as study:
         suffixes = read_suffixes(out / "suffixes.jsonl")
         config, direction, prompts = study.config, study.direction(), study.prompts()
-        top = [(row["layer"], row["head"]) for row in read_table(findings / "top_heads.parquet")]
         fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
         write_table(findings / "detectors.parquet", detectors)
         rows = measure_mitigations(
-            study.fast, direction, fitted, prompts, suffixes, top,
-            length=config.reply_tokens, most=most, seed=config.seed,
+            study.fast, direction, fitted, prompts, suffixes,
+            n_heads=config.n_top_heads, length=config.reply_tokens, most=most, seed=config.seed,
             on_line=lambda done, total: console.progress(done, total, "defences"),
         )  # fmt: skip
         write_table(findings / "mitigations.parquet", rows)
         if adaptive_steps:
             adapted = attack_defences(
-                study.fast, direction, fitted, prompts, top, replace(config, steps=adaptive_steps),
+                study.fast, direction, fitted, prompts, suffixes, replace(config, steps=adaptive_steps),
                 on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
             )  # fmt: skip
             write_table(findings / "adaptive.parquet", adapted)
+        elif (findings / "adaptive.parquet").exists():  # of an earlier call, on the same suffixes and settings
+            adapted = read_table(findings / "adaptive.parquet")
         _renew_report(out)
-    lines = [*map(detector_line, detectors), *map(mitigation_line, rows)]
-    lines += [adaptive_line(row) for row in adapted if row["step"] == adaptive_steps]
-    lines += [] if adapted else ["adaptive attack: not tested"]
     result = {"detectors": detectors, "mitigations": rows, "adaptive": adapted or "not tested"}
-    _print_result(result, as_json, lambda: lines)
+    _print_result(result, as_json, lambda: defence_lines(detectors, rows, adapted))
 
 
 @app.command

@@ -108,27 +108,48 @@ def ability_line(row: dict[str, Any]) -> str:
 
 
 def detector_line(row: dict[str, Any]) -> str:
-    auroc = f"{row['auroc']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+    caught = ", ".join(
+        f"{row[f'caught_{rate}']:.0%} [{row[f'caught_{rate}_lo']:.0%}, {row[f'caught_{rate}_hi']:.0%}] at {rate} %"
+        for rate in (1, 5)
+    )
     return (
-        f"{row['detector']:32} against {row['against']:24} AUROC {auroc}, caught {row['caught_1']:.0%} at 1 %, "
-        f"{row['caught_5']:.0%} at 5 % false positives"
+        f"{row['detector']:40} against {row['against']:24} AUROC {row['auroc']:.3f} "
+        f"[{row['lo']:.3f}, {row['hi']:.3f}], caught {caught} false positives "
+        f"(came to {row['false_positives_1']:.1%} and {row['false_positives_5']:.1%})"
+        + (", descriptive" if row["descriptive"] else "")
     )
 
 
 def mitigation_line(row: dict[str, Any]) -> str:
-    cost = "–" if row["cost"] is None else format(row["cost"], "+.3f")
-    over = "–" if row["lookalike"] is None else format(row["lookalike"], ".1%")
+    cost = "–" if row["cost"] is None else f"{row['cost']:+.3f}"
+    over = "–" if row["lookalike"] is None else f"{row['lookalike']:.1%} ({row['lookalike_change']:+.1%})"
+    slower = f"hooks alone {row['slower']:+.0%} time" if row["defence"] == "none" else f"{row['slower']:+.0%} time"
     return (
-        f"{row['defence']:48} attack success {row['success']:6.1%}, refused {row['refused']:6.1%}, look-alikes refused "
-        f"{over:>6}, harmless replies {cost} nats, {row['slower']:+.0%} time"
+        f"{row['defence']:56} attack success {row['success']:6.1%} [{row['success_lo']:.1%}, {row['success_hi']:.1%}], "
+        f"refused {row['refused']:6.1%}, look-alikes refused {over}, harmless replies {cost} nats, {slower}"
+        + (", descriptive" if row["descriptive"] else "")
     )
 
 
 def adaptive_line(row: dict[str, Any]) -> str:
     return (
-        f"{row['defence']:48} attacked for {row['step']} steps: target loss {row['target_loss']:.3f}, "
-        f"{row['not_refused']:.0%} of {row['n_prompts']} unseen prompts not refused"
+        f"{row['defence']:56} attacked for {row['step']} steps: target loss {row['target_loss']:.3f}, "
+        f"{row['not_refused']:.0%} of {row['n_prompts']} unseen select prompts not refused, success on "
+        f"{row['n_final']} report prompts {row['success']:.0%}"
     )
+
+
+def defence_lines(
+    detectors: list[dict[str, Any]], mitigations: list[dict[str, Any]], adaptive: list[dict[str, Any]]
+) -> list[str]:
+    """What `suffix-analysis defend` found, from its tables; which defences no adaptive attack has met is said."""
+    tested = {row["defence"] for row in adaptive}
+    return [
+        *map(detector_line, detectors),
+        *map(mitigation_line, mitigations),
+        *(adaptive_line(row) for row in adaptive if row.get("success") is not None),
+        *(f"{row['defence']:56} adaptive attack: not tested" for row in mitigations if row["defence"] not in tested),
+    ]
 
 
 CONTROL_NAMES = ("random", "orthogonal")  # how the names of control directions begin

@@ -15,8 +15,9 @@ from torch import Tensor
 from attacks.caches import cache_argument
 from suffix_analysis.batching import sharing_at_most
 from suffix_analysis.causal import Head
+from suffix_analysis.chat import Chat
 from suffix_analysis.detectors import TAIL, Harmfulness
-from suffix_analysis.directions import Direction
+from suffix_analysis.directions import Direction, chat_means
 from suffix_analysis.models import Model
 
 
@@ -140,41 +141,54 @@ def damped(
 def restored(
     model: Model,
     direction: Direction,
+    levels: Float[Tensor, " chat"],
     harmfulness: Harmfulness | None = None,
     threshold: float = 0.0,
     strength: float = 1.0,
     *,
+    along: Float[Tensor, " d_model"] | None = None,
     behind: int = 0,
 ) -> Iterator[None]:
-    """The projection at the chat tokens goes to the harmful prompts' mean at the direction's layer.
+    """At the direction's layer the projection at every chat token goes to ``levels``, the harmful prompts' means there.
 
     With ``harmfulness`` only in prompts whose harmfulness − refusal (see :mod:`suffix_analysis.detectors`) lies above
     ``threshold``; both are read in the same forward, so this costs nothing. ``strength`` is the share of the way: 0
-    changes nothing, bit for bit.
+    changes nothing, bit for bit. ``along``: the same steps are taken along this direction instead, as a control.
+    It acts on the prompt alone, not on the tokens of a reply.
     """
     layer, unit = direction.layer, direction.unit.to(model.hf.device)
+    to = unit if along is None else (along / along.norm()).to(unit)
     low, high = (float(means[layer] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
     with watched_place(model, behind) as place:
 
         def restore(x: Float[Tensor, "row token d_model"], hook: Any) -> Tensor | None:
-            if place.chat is None or strength == 0:
+            if place.chat is None or place.last is None:
                 return None
-            at, along = place.queries, unit.to(x.device)
-            step = strength * (high - x[:, at].float() @ along) * place.chat[:, at].to(x.device)
+            at = place.queries
+            tokens = torch.arange(at.start, at.stop, device=x.device)
+            first = place.last.to(x.device)[:, None] - len(levels) + 1
+            wanted = levels.to(x.device)[(tokens - first).clamp(0, len(levels) - 1)]
+            step = strength * (wanted - x[:, at].float() @ unit.to(x.device)) * place.chat[:, at].to(x.device)
             if harmfulness is not None:
                 step = step * fires(x)[:, None]
             changed = x.clone()
-            changed[:, at] += (step[..., None] * along).to(x.dtype)
+            changed[:, at] += (step[..., None] * to.to(x.device)).to(x.dtype)
             return changed
 
         def fires(x: Tensor) -> Bool[Tensor, " row"]:
             assert harmfulness is not None and place.user is not None and place.last is not None
-            along = x.float() @ harmfulness.unit.to(x.device)
+            along_harm = x.float() @ harmfulness.unit.to(x.device)
             user = place.user[:, -x.shape[1] :].to(x.device)
-            most = along.masked_fill(~user, float("-inf")).max(dim=1).values
+            most = along_harm.masked_fill(~user, float("-inf")).max(dim=1).values
             harm = (most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless)
             here = x[torch.arange(len(x), device=x.device), place.last.to(x.device)].float()
             return harm - (here @ unit.to(x.device) - low) / (high - low) > threshold
 
         with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", restore)]):
             yield
+
+
+def harmful_levels(model: Model, direction: Direction, harmful: Sequence[Chat]) -> Float[Tensor, " chat"]:
+    """The mean projection of harmful prompts at every chat position, at the direction's layer."""
+    means, _ = chat_means(model, harmful)
+    return means[direction.layer].float() @ direction.unit

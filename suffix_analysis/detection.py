@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
+from suffix_analysis.causal import Head
 from suffix_analysis.chat import Chat
+from suffix_analysis.defences import harmful_levels
 from suffix_analysis.detectors import (
     Detector,
     Harmfulness,
@@ -28,6 +32,7 @@ from suffix_analysis.records import Suffix
 
 GAP, GAP_RATE = "harmfulness − refusal", 0.02  # the detector that restoring waits for, and its false positives
 BENIGN, FILTER_RATE = "harmless + benign text", 0.01  # what a perplexity filter is calibrated on, and for which rate
+CALIBRATED = 256  # conversations of each kind that thresholds come from, at most
 NEAR, FEWEST = 2, 8  # tokens between the two prompts of a pair; pairs that are taken however far apart they are
 
 
@@ -36,13 +41,21 @@ class Fitted:
     """What is learnt before anything is measured: directions, detectors, and the readings that thresholds come from.
 
     ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` those without, harmless ones
-    and their look-alikes apart.
+    and their look-alikes apart. ``levels``: the harmful prompts' mean projection at every chat position; ``attention``:
+    what every head pays to the last tokens of attacked prompts.
     """
 
     harmfulness: Harmfulness
     detectors: list[Detector]
     calibration: dict[str, Readings]
     plain: dict[str, Readings]
+    levels: Float[Tensor, " chat"]
+    attention: Float[Tensor, "layer head"]
+
+    def strongest(self, count: int) -> list[Head]:
+        """The ``count`` heads with the strongest edges from the suffix to chat[-1]."""
+        n_heads = self.attention.shape[1]
+        return [divmod(int(i), n_heads) for i in self.attention.flatten().argsort(descending=True)[:count]]
 
     @property
     def gap(self) -> float:
@@ -52,8 +65,9 @@ class Fitted:
 
     @property
     def perplexity(self) -> float:
-        """What windowed perplexity must exceed for a filter to fire: it lets benign text of the same length through."""
-        return threshold(self.of("windowed perplexity").score(self.calibration[BENIGN]), FILTER_RATE)
+        """What windowed perplexity must exceed for a filter to fire: rare with benign text behind, and without."""
+        kinds = (self.calibration[BENIGN], *self.plain.values())
+        return max(threshold(self.of("windowed perplexity").score(kind), FILTER_RATE) for kind in kinds)
 
     def of(self, name: str) -> Detector:
         """The detector whose name begins so."""
@@ -104,35 +118,54 @@ def conversations(
         "harmless + random text": chats("harmless", "random"),
         "harmless + adversarial": chats("harmless", "adversarial"),
         "harmful + random text": chats("harmful", "random"),
+        "harmful + benign text": chats("harmful", "benign"),
     }
 
 
 def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes: Sequence[Suffix], most: int) -> Fitted:
     """Fit everything on the fit and select splits, with the first half of the suffixes.
 
-    One half of the select prompts fits detectors, the other calibrates them: what a probe has learnt from scores too
-    low to set its threshold.
+    One half of the paired select prompts fits detectors, all others calibrate them: what a probe has learnt from scores
+    too low to set its threshold.
     """
+    for arm in ("adversarial", "random", "benign"):
+        halves(suffixes, arm)  # says at once where there are too few
     sides = [
         [model.chat(p.text) for p in prompts_of(prompts, kind, "fit", 4 * most)] for kind in ("harmful", "harmless")
     ]
     harmfulness = harmfulness_of(model, direction, sides[0], sides[1])
-    select = matched(model, prompts, "select", 2 * most)
+    fitting = {kind: own[::2] for kind, own in matched(model, prompts, "select", 2 * most).items()}
 
     def readings(parts: Sequence[Sequence[Chat]]) -> Readings:
         return Readings.joined([read(model, part, direction, harmfulness) for part in parts])
 
-    attacked, others = conversations(model, {kind: own[::2] for kind, own in select.items()}, suffixes, 0)
-    detectors = fit_detectors(readings(attacked), readings([part for parts in others.values() for part in parts]))
+    attacked, others = conversations(model, fitting, suffixes, 0)
+    found = readings(attacked)
+    detectors = fit_detectors(found, readings([part for parts in others.values() for part in parts]))
     # what the model meets most of the time: harmless prompts and their look-alikes as they are
     plain = {kind: prompts_of(prompts, kind, "select", 2 * most) for kind in ("harmless", "lookalike")}
-    _, unattacked = conversations(model, {kind: own[1::2] for kind, own in select.items()}, suffixes, 0)
+    _, unattacked = conversations(model, _unfitted(prompts, fitting), suffixes, 0)
+    calibration = {
+        name: readings([part[: max(1, CALIBRATED // len(parts))] for part in parts])
+        for name, parts in unattacked.items()
+    }
     return Fitted(
         harmfulness,
         detectors,
-        {name: readings(parts) for name, parts in unattacked.items()},
+        calibration,
         {kind: readings([[model.chat(p.text) for p in own]]) for kind, own in plain.items() if own},
+        harmful_levels(model, direction, sides[0]),
+        found.attention.mean(dim=0).unflatten(0, (model.n_layers, -1)),
     )
+
+
+def _unfitted(prompts: Sequence[Prompt], fitting: Mapping[str, Sequence[Prompt]]) -> dict[str, list[Prompt]]:
+    """Select prompts of each kind that nothing is fitted with; all of them where none is left."""
+    found = {}
+    for kind, used in fitting.items():
+        own, ids = prompts_of(prompts, kind, "select", None), {p.id for p in used}
+        found[kind] = [p for p in own if p.id not in ids] or own
+    return found
 
 
 def measure_detectors(
@@ -160,7 +193,16 @@ def measure_detectors(
     def readings(parts: Sequence[Sequence[Chat]]) -> list[Readings]:
         return [read(model, part, direction, fitted.harmfulness) for part in parts]
 
+    alone = {
+        kind: readings([[model.chat(p.text) for p in prompts_of(prompts, kind, "report", None)]])
+        for kind in fitted.plain
+        if prompts_of(prompts, kind, "report", None)
+    }
     rows = detector_rows(
-        fitted.detectors, fitted.calibration, readings(attacked), {name: readings(p) for name, p in others.items()}
+        fitted.detectors,
+        fitted.calibration | fitted.plain,
+        readings(attacked),
+        {name: readings(p) for name, p in others.items()},
+        alone,
     )
     return fitted, rows

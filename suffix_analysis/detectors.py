@@ -48,7 +48,9 @@ class Readings:
     ``tokens`` of the user's text; ``perplexity``: the largest mean surprisal (nats per token) of any ``WINDOW`` of
     them; ``harmfulness``: the largest projection at any of them (0 mean harmless prompt, 1 mean harmful one);
     ``refusal``: the normalised projection at chat[-1]; ``hijacking``: dominance of the last ``TAIL`` of them in every
-    layer's attention output at chat[-1]; ``heads``: every head's contribution to the direction.
+    layer's attention output at chat[-1]; ``heads``: every head's contribution to the direction; ``attention``: what
+    every head pays to those last tokens from chat[-1]; ``instructed``: the projection at the instruction's last token,
+    which no detector can know that is not told where the suffix begins.
     """
 
     tokens: Float[Tensor, " chat"]
@@ -57,6 +59,8 @@ class Readings:
     refusal: Float[Tensor, " chat"]
     hijacking: Float[Tensor, "chat layer"]
     heads: Float[Tensor, "chat head"]
+    attention: Float[Tensor, "chat head"]
+    instructed: Float[Tensor, " chat"]
 
     @staticmethod
     def joined(parts: Sequence[Readings]) -> Readings:
@@ -146,13 +150,18 @@ def read(model: Model, chats: Sequence[Chat], direction: Direction, harmfulness:
     traces = trace(model, [blind(chat) for chat in chats], direction)
     tokens = by_user_token(model, chats, harmfulness.unit, harmfulness.layer)
     most = torch.tensor([float(along.max()) for _, along in tokens])
+    ends = [int(chat.regions["instruction"][user_mask(chat)].sum()) - 1 for chat in chats]
+    instructed = torch.tensor([float(along[end]) for (_, along), end in zip(tokens, ends, strict=True)])
+    span = harmfulness.harmful - harmfulness.harmless
     return Readings(
         tokens=torch.tensor([float(len(along)) for _, along in tokens]),
         perplexity=torch.tensor([windowed(surprisal) for surprisal, _ in tokens]),
-        harmfulness=(most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless),
+        harmfulness=(most - harmfulness.harmless) / span,
         refusal=projection_measures(traces, direction)["normalised"][:, direction.layer],
         hijacking=traces.dominance[:, :, REGIONS.index("suffix")],
         heads=traces.head_contribution.flatten(1),
+        attention=traces.attention[..., REGIONS.index("suffix")].flatten(1),
+        instructed=(instructed - harmfulness.harmless) / span,
     )
 
 
@@ -173,6 +182,7 @@ def fit_detectors(attacked: Readings, others: Readings) -> list[Detector]:
         Detector(f"hijacking strength (layer {layer})", lambda r: r.hijacking[:, layer].numpy()),
         Detector("low refusal projection", lambda r: -r.refusal.numpy()),
         Detector("harmfulness − refusal", lambda r: (r.harmfulness - r.refusal).numpy()),
+        Detector("the same, told where the suffix begins", lambda r: (r.instructed - r.refusal).numpy()),
         Detector("probe on head contributions", lambda r: (standard(r) @ probe).numpy()),
     ]
 
@@ -188,6 +198,7 @@ def detector_rows(
     calibration: Mapping[str, Readings],
     attacked: Sequence[Readings],
     others: Mapping[str, Sequence[Readings]],
+    alone: Mapping[str, Sequence[Readings]] | None = None,
 ) -> list[dict[str, Any]]:
     """How well each detector separates unseen attacked conversations from each kind of others, and from all.
 
@@ -197,11 +208,13 @@ def detector_rows(
             threshold against a kind comes from that kind.
         attacked: readings of the same report prompts, with one suffix after the other.
         others: the same of every kind of conversation that is not attacked.
+        alone: of prompts without any text behind, which are shorter and do not count among "all of these".
 
     A row's ``false_positives`` say what became of a rate on unseen conversations.
     """
-    everything = Readings.joined([*calibration.values()])
+    everything = Readings.joined([calibration[name] for name in others])
     against = {name: [readings] for name, readings in others.items()} | {"all of these": list(others.values())}
+    against |= {f"{name} alone": [readings] for name, readings in (alone or {}).items()}
     rows = []
     for detector in detectors:
 
@@ -210,7 +223,7 @@ def detector_rows(
 
         positive = cells(attacked)
         for name, kinds in against.items():
-            marks = detector.score(calibration.get(name, everything))
+            marks = detector.score(calibration.get(name.removesuffix(" alone"), everything))
             negatives = [cells(parts) for parts in kinds]
             value, lo, hi = crossed_auroc(positive, negatives)
             row: dict[str, Any] = {
@@ -226,5 +239,10 @@ def detector_rows(
                     f"caught_{key}_hi": caught.hi, "descriptive": caught.descriptive,
                     f"false_positives_{key}": float(np.mean([x > cut for part in negatives for x in part.flat])),
                 }  # fmt: skip
+                if len(negatives) == 1:
+                    wrong = interval((negatives[0] > cut).astype(float), rate=True)
+                    row |= {f"false_positives_{key}_lo": wrong.lo, f"false_positives_{key}_hi": wrong.hi}
+                else:
+                    row |= {f"false_positives_{key}_lo": None, f"false_positives_{key}_hi": None}
             rows.append(row)
     return rows

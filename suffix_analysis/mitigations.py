@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import statistics
 import string
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from torch import Tensor
 
-from attacks.terms import Projection
-from suffix_analysis.adaptive import Defended, attack_defended
+from suffix_analysis.adaptive import Defended, Detected, attack_defended
 from suffix_analysis.attacking import split_for_attack
-from suffix_analysis.causal import Head
 from suffix_analysis.causal_tests import random_heads
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import damped, restored
@@ -29,17 +29,19 @@ from suffix_analysis.generate import generate
 from suffix_analysis.interventions import random_directions
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
-from suffix_analysis.paper_table import cross_entropy, reply_pairs
-from suffix_analysis.prompts import Prompt, prompts_of
+from suffix_analysis.paper_table import nats_change, nats_of_each, reply_pairs
+from suffix_analysis.prompts import KINDS, Prompt, prompts_of
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import opens_refusal
-from suffix_analysis.stats import interval, rate_interval
+from suffix_analysis.stats import interval, rate_change, rate_interval
 
-COPIES, SWAPPED = 4, 0.1  # SmoothLLM: noisy copies of a prompt, and the share of characters that are swapped in each
+COPIES, SWAPPED = 10, 0.1  # SmoothLLM: noisy copies of a prompt, and the share of characters that are swapped in each
 REFUSAL = "I cannot help with that request."  # what a filter answers
 STRENGTHS = (0.5, 0.9)
+DRAWS = 3  # sets of other heads whose edges are damped as a control
+TIMED, ROUNDS = 16, 3  # harmless prompts whose replies are timed, and how often, all lines in turn
 RESTORED = "projection restored where the detector fires"
-EVASION = 1.0  # weight of the refusal projection (in lengths of the direction) beside the target's loss
+EVASION, MARGIN = 2.0, 0.2  # the detector's excess above its threshold less a margin, beside the target's loss
 Context = contextlib.AbstractContextManager[None]
 Reply = Callable[[Model, Sequence[str]], list[str]]
 
@@ -80,13 +82,10 @@ def _smooth(model: Model, texts: Sequence[str], length: int, seed: int) -> list[
     return found
 
 
-def defences(
-    model: Model, direction: Direction, fitted: Fitted, top: Sequence[Head], length: int, seed: int
-) -> list[Defence]:
-    """The table's lines, each edit with its control: other heads of the same layers, another direction."""
-    others = random_heads(top, model.n_heads, direction.layer, seed)
-    (vector,) = random_directions(direction.vector, 1, seed)
-    elsewhere = Direction(**{**vars(direction), "vector": vector})
+def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, length: int, seed: int) -> list[Defence]:
+    """The table's lines, each edit with its control: edges of other heads, the same steps along another direction."""
+    top = fitted.strongest(n_heads)
+    (elsewhere,) = random_directions(direction.vector, 1, seed)
 
     def filtered(model: Model, texts: Sequence[str]) -> list[str]:
         chats = [model.chat(text) for text in texts]
@@ -96,27 +95,35 @@ def defences(
         )
         return [REFUSAL if flag else next(replies) for flag in flagged]
 
-    made = [Defence("none")]
-    for strength in STRENGTHS:
-        made += [
-            Defence(f"suffix edges of the top heads damped by {strength:.0%}", partial(damped, model, top, strength)),
-            Defence(
-                f"edges of other heads damped by {strength:.0%}", partial(damped, model, others, strength), control=True
-            ),
-        ]
+    def restore(gated: bool, along: Tensor | None = None) -> Callable[[], Context]:
+        gate = (fitted.harmfulness, fitted.gap) if gated else (None, 0.0)
+        return partial(restored, model, direction, fitted.levels, *gate, along=along)
+
     every = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
-    made += [
-        Defence(f"edges of all heads damped by {STRENGTHS[-1]:.0%}", partial(damped, model, every, STRENGTHS[-1])),
-        Defence(
-            RESTORED,
-            partial(restored, model, direction, fitted.harmfulness, fitted.gap),
+    most = STRENGTHS[-1]
+    controls = [random_heads(top, model.n_heads, model.n_layers, seed + draw) for draw in range(DRAWS)]
+    return [
+        Defence("none"),
+        *(Defence(damping(strength), partial(damped, model, top, strength)) for strength in STRENGTHS),
+        *(
+            Defence(
+                f"edges of other heads damped by {most:.0%} ({i})", partial(damped, model, others, most), control=True
+            )
+            for i, others in enumerate(controls, 1)
         ),
-        Defence("projection restored always", partial(restored, model, direction)),
-        Defence("random direction set always", partial(restored, model, elsewhere), control=True),
+        Defence(f"edges of all heads damped by {most:.0%}", partial(damped, model, every, most)),
+        Defence(RESTORED, restore(gated=True)),
+        Defence("the same steps along a random direction, where it fires", restore(True, elsewhere), control=True),
+        Defence("projection restored always", restore(gated=False)),
+        Defence("the same steps along a random direction, always", restore(False, elsewhere), control=True),
         Defence("perplexity filter", reply=filtered),
         Defence(f"SmoothLLM, {COPIES} copies", reply=lambda m, texts: _smooth(m, texts, length, seed)),
-    ]  # fmt: skip
-    return made
+    ]
+
+
+def damping(strength: float) -> str:
+    """The name of the line whose strongest edges are damped so much."""
+    return f"strongest suffix edges damped by {strength:.0%}"
 
 
 def measure_mitigations(
@@ -125,8 +132,8 @@ def measure_mitigations(
     fitted: Fitted,
     prompts: Sequence[Prompt],
     suffixes: Sequence[Suffix],
-    top: Sequence[Head],
     *,
+    n_heads: int = 8,
     length: int = 24,
     most: int = 32,
     seed: int = 0,
@@ -134,58 +141,77 @@ def measure_mitigations(
 ) -> list[dict[str, Any]]:
     """Attack success, refused look-alikes, cost on harmless replies and time, without and with every defence.
 
-    Report prompts, and adversarial suffixes that nothing was fitted with. ``model`` is in the precision of replies.
-    Attack success is the share of harmful prompts with a suffix that are answered by the rule-based verdict (METHODS
-    §1); ``refused`` the share that hold a refusal phrase. Where there are no look-alikes, their columns are None.
+    Report prompts, adversarial suffixes that nothing was fitted with, and all look-alikes. ``model`` is in the
+    precision of replies. Attack success is the share of harmful prompts with a suffix that are answered by the
+    rule-based verdict (METHODS §1); ``refused`` the share that hold a refusal phrase. Changes are against no defence,
+    paired by prompt and suffix. Where there are no look-alikes, their columns are None. ``slower`` is the median of
+    paired times; of the line without a defence it is what hooks cost by themselves, beside the model as it was loaded.
     """
-    assert model.bridge is not None  # before the first line, or it would run a faster model than the others
-    kinds = {k: prompts_of(prompts, k, "report", most) for k in ("harmful", "harmless", "lookalike")}
     unseen = halves(suffixes, "adversarial")[1]
+    kinds = {k: prompts_of(prompts, k, "report", None if k == "lookalike" else most) for k in (*KINDS, "lookalike")}
     attacked = [(p.text, f"{p.text} {suffix.text}") for suffix in unseen for p in kinds["harmful"]]
     plain = [p.text for p in kinds["harmless"]]
     pairs = reply_pairs(model, kinds["harmless"], length=length)
-    plan = defences(model, direction, fitted, top, length, seed)
+    plan = defences(model, direction, fitted, n_heads, length, seed)
+    slower = _times(model, plan, plain[:TIMED], length)
     rows: list[dict[str, Any]] = []
-
-    def reply(defence: Defence, texts: Sequence[str]) -> list[str]:
-        if defence.reply is not None:
-            return defence.reply(model, texts)
-        return generate(model.hf, model.tokenizer, [model.chat(text).ids for text in texts], length)
+    base: dict[str, Any] = {}
 
     def cells(values: Sequence[bool]) -> Float[ndarray, "prompt suffix"]:
         return np.array(values, dtype=float).reshape(len(unseen), -1).T
 
     for done, defence in enumerate(plan, 1):
         with defence.context():
-            replies = reply(defence, [text for _, text in attacked])
-            lookalike = _refused(reply(defence, [p.text for p in kinds["lookalike"]]))
-            seconds = float("inf")
-            for _ in range(2):  # the better of two, because other work on the machine only ever adds
-                started = time.perf_counter()
-                harmless = reply(defence, plain)
-                seconds = min(seconds, time.perf_counter() - started)
-            nats = None if defence.reply is not None else cross_entropy(model.hf, model.tokenizer, pairs)
-        n_tokens = sum(len(ids) for ids in model.tokenizer(harmless, add_special_tokens=False).input_ids)
+            replies = _reply(model, defence, [text for _, text in attacked], length)
+            lookalike = _refused(_reply(model, defence, [p.text for p in kinds["lookalike"]], length))[:, None]
+            harmless = _refused(_reply(model, defence, plain, length))
+            nats = None if defence.reply is not None else nats_of_each(model.hf, model.tokenizer, pairs)
         success = cells([judge(text, told) == "complied" for (text, _), told in zip(attacked, replies, strict=True)])
-        won = interval(success, rate=True)
-        over: tuple[float | None, ...] = rate_interval(lookalike) if len(lookalike) else (None, None, None)
-        rows.append({
+        base = base or {"success": success, "lookalike": lookalike, "nats": nats}
+        won, fewer = interval(success, rate=True), rate_change(success, base["success"])
+        nothing: tuple[float | None, ...] = (None, None, None)
+        over = more = nothing
+        if len(lookalike):
+            over, more = rate_interval(lookalike[:, 0]), rate_change(lookalike, base["lookalike"])
+        cost = nothing if nats is None else nats_change(base["nats"], nats)
+        row: dict[str, Any] = {
             "defence": defence.name, "control": defence.control, "n_prompts": success.shape[0],
             "n_suffixes": success.shape[1], "success": won.estimate, "success_lo": won.lo, "success_hi": won.hi,
             "descriptive": won.descriptive, "refused": float(_refused(replies).mean()),
-            **dict(zip(("lookalike", "lookalike_lo", "lookalike_hi"), over, strict=True)),
-            "harmless": float(_refused(harmless).mean()), "nats": nats, "seconds_per_token": seconds / max(1, n_tokens),
-        })  # fmt: skip
+            "harmless": float(harmless.mean()), "slower": slower[defence.name],
+        }  # fmt: skip
+        named = {"success_change": fewer, "lookalike": over, "lookalike_change": more, "cost": cost}
+        for name, values in named.items():
+            row |= dict(zip((name, f"{name}_lo", f"{name}_hi"), values, strict=True))
+        rows.append(row)
         if on_line is not None:
             on_line(done, len(plan))
-    base = rows[0]
-    return [
-        row | {
-            "cost": None if row["nats"] is None else row["nats"] - base["nats"],
-            "slower": row["seconds_per_token"] / base["seconds_per_token"] - 1,
-        }
-        for row in rows
-    ]  # fmt: skip
+    return rows
+
+
+def _reply(model: Model, defence: Defence, texts: Sequence[str], length: int) -> list[str]:
+    if defence.reply is not None:
+        return defence.reply(model, texts)
+    return generate(model.hf, model.tokenizer, [model.chat(text).ids for text in texts], length)
+
+
+def _times(model: Model, plan: Sequence[Defence], texts: Sequence[str], length: int) -> dict[str, float]:
+    """How much longer the same replies take: all lines in turn, several times, the median of the ratios."""
+
+    def seconds(defence: Defence) -> float:
+        with defence.context():
+            started = time.perf_counter()
+            _reply(model, defence, texts, length)
+            return time.perf_counter() - started
+
+    none = plan[0]
+    unwrapped = [seconds(none) for _ in range(ROUNDS)] if "bridge" not in model.__dict__ else None
+    assert model.bridge is not None  # from here on every line runs on the wrapped model
+    rounds = [{defence.name: seconds(defence) for defence in plan} for _ in range(ROUNDS)]
+    found = {name: statistics.median(own[name] / own[none.name] for own in rounds) - 1 for name in rounds[0]}
+    if unwrapped is not None:
+        found[none.name] = statistics.median(own[none.name] for own in rounds) / statistics.median(unwrapped) - 1
+    return found
 
 
 def attack_defences(
@@ -193,29 +219,34 @@ def attack_defences(
     direction: Direction,
     fitted: Fitted,
     prompts: Sequence[Prompt],
-    top: Sequence[Head],
+    suffixes: Sequence[Suffix],
     config: StudyConfig,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Attacks with equal budgets on the model without a defence, with damped edges, and with a restored projection.
 
-    Against the last one the objective also raises the refusal projection, which is what the detector misses in
-    attacked prompts (see :func:`suffix_analysis.adaptive.attack_defended`).
+    All begin with a suffix that is known to work. Against the last one the objective also holds the detector's score,
+    as far as it lies above its threshold (see :func:`suffix_analysis.adaptive.attack_defended`).
     """
     own = [p for p in prompts if p.kind == "harmful" and p.split == "select"]
     tokens = direction.refusal_tokens
     refused = opens_refusal(model, [model.chat(p.text).ids for p in own], tokens)
     train, held_out = split_for_attack(own, config.n_instructions, config.seed, refused.tolist())
-    strength, cut = STRENGTHS[-1], fitted.gap
+    strength, cut, top = STRENGTHS[-1], fitted.gap, fitted.strongest(config.n_top_heads)
     defended: dict[str, Defended] = {
         "none": lambda behind: contextlib.nullcontext(),
-        f"suffix edges of the top heads damped by {strength:.0%}": lambda behind: damped(
-            model, top, strength, behind=behind
-        ),
-        RESTORED: lambda behind: restored(model, direction, fitted.harmfulness, cut, behind=behind),
+        damping(strength): lambda behind: damped(model, top, strength, behind=behind),
+        RESTORED: lambda behind: restored(model, direction, fitted.levels, fitted.harmfulness, cut, behind=behind),
     }
-    evading = Projection(direction.vector, direction.layer, weight=-EVASION / float(direction.vector.norm()))
-    return attack_defended(model, train, held_out, tokens, defended, {RESTORED: (evading,)}, config, on_step)
+    example = model.chat("x")
+    evading = Detected(
+        direction, fitted.harmfulness, cut - MARGIN, int(example.regions["instruction"].nonzero()[0]), EVASION
+    )
+    unseen = prompts_of(prompts, "harmful", "report", config.n_traced)
+    return attack_defended(
+        model, train, held_out, tokens, defended, {RESTORED: (evading,)}, config, on_step,
+        init=halves(suffixes, "adversarial")[0][0].text, final=unseen,
+    )  # fmt: skip
 
 
 def _refused(replies: Sequence[str]) -> Float[ndarray, " reply"]:

@@ -159,6 +159,21 @@ def nats_of_each(
     return found
 
 
+def nats_change(
+    before: Float[ndarray, "pair nats_and_tokens"], after: Float[ndarray, "pair nats_and_tokens"]
+) -> tuple[float, float | None, float | None]:
+    """The change of cross-entropy (nats per token) with its 95 % bootstrap interval over pairs (None of one pair)."""
+    change = after[:, 0] - before[:, 0]
+    value = float(change.sum() / before[:, 1].sum())
+    if len(change) < 2:
+        return value, None, None
+    found = stats.bootstrap(
+        (change, before[:, 1]), lambda nats, tokens, axis: nats.sum(axis=axis) / tokens.sum(axis=axis),
+        n_resamples=2000, paired=True, method="percentile", rng=0,
+    ).confidence_interval  # fmt: skip
+    return value, float(found.low), float(found.high)
+
+
 def cross_entropy(hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Mean cross-entropy (nats per token) of the second part of each pair after the first; no part may be empty."""
     nats, tokens = nats_of_each(hf, tokenizer, pairs).sum(axis=0)
@@ -224,12 +239,6 @@ def measure_cost(
             "material": name, "n_tokens": int(n_tokens), "none": nats / n_tokens,
             "ablated": ablated / n_tokens, "change": (ablated - nats) / n_tokens, "lo": None, "hi": None,
         }  # fmt: skip
-        if len(pairs) > 1:
-            found = stats.bootstrap(
-                (after[:, 0] - before[:, 0], before[:, 1]),
-                lambda nats, tokens, axis: nats.sum(axis=axis) / tokens.sum(axis=axis),
-                n_resamples=2000, paired=True, method="percentile", rng=0,
-            )  # fmt: skip
-            row |= {"lo": float(found.confidence_interval.low), "hi": float(found.confidence_interval.high)}
+        _, row["lo"], row["hi"] = nats_change(before, after)
         rows.append(row)
     return rows

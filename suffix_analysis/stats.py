@@ -226,7 +226,8 @@ def crossed_auroc(
     """AUROC over all cells of crossed designs, with its 95 % two-way bootstrap interval.
 
     Prompts and suffixes of every table are drawn with replacement, each on its own; the interval is widened about the
-    estimate for the number of ``positive`` suffixes.
+    estimate for the number of ``positive`` suffixes. Where every draw separates alike the bootstrap has no width: the
+    exact interval of that rate over the prompts is taken.
     """
     rng = np.random.default_rng(seed)
 
@@ -237,6 +238,8 @@ def crossed_auroc(
     found = [auroc(drawn(positive), np.concatenate([drawn(cells) for cells in negatives])) for _ in range(draws)]
     lo, hi = np.quantile(found, [0.025, 0.975])
     value = auroc(positive.ravel(), np.concatenate([cells.ravel() for cells in negatives]))
+    if min(found) == max(found) == value and value in (0.0, 1.0):
+        return rate_interval(np.full(positive.shape[0], value))
     wider = small_sample(positive.shape[1]) if positive.shape[1] > 1 else 1.0
     return value, max(0.0, value + wider * (float(lo) - value)), min(1.0, value + wider * (float(hi) - value))
 

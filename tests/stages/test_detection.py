@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from suffix_analysis import detection
+from suffix_analysis.chat import Chat
 from suffix_analysis.detection import halves, matched, measure_detectors
 from suffix_analysis.detectors import (
+    Detector,
     Harmfulness,
     Readings,
     blind,
@@ -21,7 +26,9 @@ from suffix_analysis.detectors import (
     windowed,
 )
 from suffix_analysis.errors import UserError
+from suffix_analysis.oneness import discriminant
 from suffix_analysis.prompts import Prompt
+from suffix_analysis.stats import crossed_auroc, rate_interval
 from tests import tiny
 from tests.stages.test_defences import SUFFIX, TEXTS, few_prompts, some_direction, suffixes
 
@@ -67,6 +74,7 @@ def readings(n: int, harm: float, tokens: float, seed: int) -> Readings:
     return Readings(
         tokens=tokens + noise[:, 0], perplexity=noise[:, 1], harmfulness=harm + 0.1 * noise[:, 2],
         refusal=0.1 * noise[:, 3], hijacking=noise[:, 4:6] + torch.tensor([0.0, harm]), heads=noise[:, 6:] + harm,
+        attention=noise[:, 6:], instructed=harm + 0.1 * noise[:, 2],
     )  # fmt: skip
 
 
@@ -93,22 +101,65 @@ def test_thresholds_keep_their_promise_on_what_they_come_from() -> None:
         assert (scores > threshold(scores, rate)).mean() <= rate
 
 
-def test_thresholds_come_from_prompts_that_nothing_was_fitted_with() -> None:
+def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
-    fitted, rows = measure_detectors(model, some_direction(model), few_prompts(), suffixes(4), most=2)
-    assert set(fitted.calibration) == {row["against"] for row in rows} - {"all of these"}
-    # two of four select prompts, with the two suffixes of the first half
-    assert {len(found.tokens) for found in fitted.calibration.values()} == {4}
+    prompts, calls = few_prompts(), list[set[tuple[str, str]]]()
+    split = {p.text: p.split for p in prompts}
+    fitting: list[list[Readings]] = []
+
+    def spied(model: object, chats: list[Chat], *more: Any) -> Readings:
+        calls.append({(chat.instruction, chat.suffix) for chat in chats})
+        return read(model, chats, *more)  # type: ignore[arg-type]
+
+    def learnt(attacked: Readings, others: Readings) -> list[Detector]:
+        fitting.append([attacked, others])
+        calls.append({("fitted", "")})
+        return fit_detectors(attacked, others)
+
+    monkeypatch.setattr(detection, "read", spied)
+    monkeypatch.setattr(detection, "fit_detectors", learnt)
+    fitted, rows = measure_detectors(model, some_direction(model), prompts, suffixes(4), most=2)
+    at = calls.index({("fitted", "")})
+    used = set[tuple[str, str]]().union(*calls[:at])
+    later = calls[at + 1 :]
+    calibrated = set[tuple[str, str]]().union(*(c for c in later if split[min(c)[0]] == "select"))
+    measured = set[tuple[str, str]]().union(*(c for c in later if split[min(c)[0]] == "report"))
+    assert {split[text] for text, _ in used} == {split[text] for text, _ in calibrated} == {"select"}
+    assert {split[text] for text, _ in measured} == {"report"}
+    with_text = [{pair for pair in part if pair[1]} for part in (used, calibrated, measured)]
+    assert not {text for text, _ in with_text[0]} & {text for text, _ in with_text[1]}, "prompts of their own"
+    assert not {s for _, s in with_text[0] | with_text[1]} & {s for _, s in with_text[2]}, "suffixes not seen before"
+    assert set(fitted.calibration) == {row["against"] for row in rows} - {
+        "all of these", "harmless alone", "lookalike alone"
+    }  # fmt: skip
     cuts = {row["against"]: row["threshold_5"] for row in rows if row["detector"] == "probe on head contributions"}
     probe = fitted.of("probe")
     for kind, found in fitted.calibration.items():
         assert cuts[kind] == pytest.approx(threshold(probe.score(found), 0.05)), "every kind has its own threshold"
-    assert len(set(cuts.values())) > 2
-    benign = fitted.calibration["harmless + benign text"].perplexity
-    assert fitted.perplexity == pytest.approx(float(benign.max()))
-    unasked = {kind: fitted.of("harmfulness − refusal").score(own) for kind, own in fitted.plain.items()}
-    assert {kind: len(own) for kind, own in unasked.items()} == {"harmless": 4, "lookalike": 4}
-    assert all(fitted.gap >= own.max() for own in unasked.values()), "harmless prompts are left alone"
+    both = torch.cat([readings.heads for readings in fitting[0]]).double()
+    centred = (fitting[0][0].heads.double() - both.mean(dim=0)) / both.std(dim=0).clamp(min=1e-9)
+    assert probe.score(fitting[0][0]).shape == (len(centred),)
+    unit = discriminant(centred, (fitting[0][1].heads.double() - both.mean(dim=0)) / both.std(dim=0).clamp(min=1e-9))
+    assert np.allclose(probe.score(fitting[0][0]), (centred @ unit).numpy()), "both classes scale the probe"
+    plain = {kind: fitted.of("harmfulness − refusal").score(own) for kind, own in fitted.plain.items()}
+    assert {kind: len(own) for kind, own in plain.items()} == {"harmless": 4, "lookalike": 4}
+    assert all(fitted.gap >= own.max() for own in plain.values()), "harmless prompts are left alone"
+    kinds = [fitted.calibration["harmless + benign text"], *fitted.plain.values()]
+    assert fitted.perplexity == pytest.approx(max(float(kind.perplexity.max()) for kind in kinds))
+
+
+def test_the_suffixs_beginning_is_known_to_one_detector_alone() -> None:
+    model = tiny.model("llama")
+    harm = Harmfulness(torch.nn.functional.normalize(torch.ones(model.d_model), dim=0), 2, 1.0, 0.0)
+    direction = some_direction(model)
+    plain = read(model, [model.chat(text) for text in TEXTS], direction, harm)
+    attacked = read(model, [model.chat(text, SUFFIX) for text in TEXTS], direction, harm)
+    assert torch.allclose(attacked.instructed, plain.instructed, atol=1e-4), "what stands before cannot be changed"
+
+
+def test_perfect_separation_has_an_interval() -> None:
+    value, lo, hi = crossed_auroc(np.ones((20, 3)), [np.zeros((20, 3))])
+    assert value == hi == 1 and lo == pytest.approx(rate_interval(np.ones(20))[1])
 
 
 def test_prompts_come_in_pairs_of_the_same_length() -> None:
