@@ -137,8 +137,8 @@ def run_attack(
         state = read_json(checkpoint)
         attack.restore(state)
         # a step whose checkpoint was not written is run again, with the same draws
-        write_jsonl(steps_file, [row for row in read_jsonl(steps_file) if row["step"] <= state["step"]])
-        if attack.step and _reached(read_jsonl(steps_file), config):
+        write_jsonl(steps_file, [row for row in read_jsonl(steps_file, journal=True) if row["step"] <= state["step"]])
+        if attack.step and _reached(read_jsonl(steps_file, journal=True), config):
             return
     else:
         steps_file.unlink(missing_ok=True)
@@ -212,7 +212,7 @@ def one_attack(
         on_progress(progress)
     # a single attack is the adversarial arm whatever it reached; the numbers say what that is
     flip_below = config.flip_below if config.n_attacks > 1 else 1.0
-    suffix = best_suffix(read_jsonl(folder / "steps.jsonl"), train, own.seed, flip_below)
+    suffix = best_suffix(read_jsonl(folder / "steps.jsonl", journal=True), train, own.seed, flip_below)
     write_suffixes(done, [suffix])
     return suffix
 

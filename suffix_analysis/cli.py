@@ -21,12 +21,13 @@ from suffix_analysis.config import DemoConfig, StudyConfig
 from suffix_analysis.console import (
     Console,
     ability_line,
+    any_character,
     defence_lines,
     direction_lines,
     shown,
     tell,
 )
-from suffix_analysis.errors import UsageError, UserError
+from suffix_analysis.errors import UsageError, UserError, first_line
 from suffix_analysis.settings import sources
 
 if TYPE_CHECKING:
@@ -318,6 +319,7 @@ def main() -> None:
     """Run a command; a user's mistake is one sentence on stderr and an exit code, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    any_character()
     try:
         app.config = sources(sys.argv[1:])
         app(sys.argv[1:], exit_on_error=False, print_error=False)
@@ -333,12 +335,18 @@ def main() -> None:
     except KeyboardInterrupt:
         tell("suffix-analysis: interrupted; what was finished is kept, the same command goes on from there")
         sys.exit(130)
-    except ValueError as error:
+    except Exception as error:
         from attacks import AttackError
 
-        if not isinstance(error, AttackError):
+        if isinstance(error, AttackError):
+            tell(f"suffix-analysis: {error}")
+        elif os.environ.get("SUFFIX_ANALYSIS_DEBUG"):
             raise
-        tell(f"suffix-analysis: {error}")
+        else:
+            tell(
+                f"suffix-analysis: unexpected {type(error).__name__}: {first_line(error)}; what was finished is kept. "
+                "Please report it with what SUFFIX_ANALYSIS_DEBUG=1 and `suffix-analysis env` print."
+            )
         sys.exit(1)
 
 

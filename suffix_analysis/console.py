@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import Any, Protocol, runtime_checkable
@@ -87,6 +88,13 @@ class Console:
 
     def __del__(self) -> None:
         self._close()
+
+
+def any_character() -> None:
+    """From now on a terminal that cannot show a character shows its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def intervention_line(row: dict[str, Any]) -> str:

@@ -26,7 +26,10 @@ def save_direction(path: Path, direction: Direction) -> None:
         "refusal_tokens": ",".join(map(str, direction.refusal_tokens)),
         "n": ",".join(f"{key}={value}" for key, value in direction.n.items()),
     }
-    runs.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
+    try:
+        runs.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
+    except SafetensorError as error:  # a full disk, for one
+        raise UserError(f"{path} cannot be written: {error}; free space or choose --out.") from error
 
 
 def load_direction(path: Path, scores: list[dict[str, Any]]) -> Direction:
@@ -49,5 +52,5 @@ def load_direction(path: Path, scores: list[dict[str, Any]]) -> Direction:
             refusal_tokens=tuple(int(i) for i in meta["refusal_tokens"].split(",")),
             n={key: int(value) for key, value in (pair.split("=") for pair in meta["n"].split(","))},
         )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); delete it and run the direction stage.") from error

@@ -6,16 +6,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from attacks.config import resolve_dtype
-from suffix_analysis import runs
 from suffix_analysis.chat import survives_decoding
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model, load_model
-from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, prompts_of, same_words
+from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, prompts_of, read_rows, same_words
 from suffix_analysis.records import SUFFIX_ARMS, Suffix
 
 
@@ -101,30 +101,63 @@ def _with_splits(prompts: list[Prompt], seed: int, source: str) -> list[Prompt]:
 
 
 def given_suffixes(path: Path, model: Model) -> list[Suffix]:
-    """Suffixes from a file, with their token counts after an instruction.
+    """Suffixes from a file in any of the layouts of prompts, as the model reads them after an instruction.
+
+    A row holds ``text`` (or is a plain string), ``ids``, or both, which must then agree; ``arm`` is adversarial and
+    ``id`` counts where they are left out.
 
     Raises:
-        UserError: the file is missing or no list of suffixes, an id stands there twice, an arm is unknown, or a suffix
-            does not survive re-tokenisation.
+        UserError: the file is missing or damaged, a row holds neither a text nor ids of the model's vocabulary, its arm
+            is unknown, an id stands there twice, or a suffix does not survive re-tokenisation.
     """
-    if not path.is_file():
-        raise UserError(f"There is no suffixes file {str(path)!r}.")
     out: list[Suffix] = []
-    for suffix in runs.read_suffixes(path):
-        if suffix.arm not in SUFFIX_ARMS:
-            raise UserError(f"Suffix {suffix.id} is of the arm {suffix.arm!r}; the arms are {', '.join(SUFFIX_ARMS)}.")
-        if suffix.id in {s.id for s in out}:
-            raise UserError(f"{path} holds two suffixes with the id {suffix.id!r}; give each its own.")
-        chat = model.chat("Write a poem", suffix.text)
-        if not survives_decoding(model.tokenizer, chat):
-            raise UserError(
-                f"Suffix {suffix.id} ({suffix.text[:40]!r}) does not survive re-tokenisation; leave it out."
-            )
+    for number, row in enumerate(read_rows(path), 1):
+        where = f"{path}: row {number}"
+        arm = row.get("arm") or "adversarial"
+        if arm not in SUFFIX_ARMS:
+            raise UserError(f"{where} is of the arm {arm!r}; the arms are {', '.join(SUFFIX_ARMS)}.")
+        name = str(row.get("id") or f"{arm}-{1 + sum(s.arm == arm for s in out)}")
+        if name in {s.id for s in out}:
+            raise UserError(f"{path} holds two suffixes with the id {name!r}; give each its own.")
+        given = _ids(row.get("ids"), model, where)
+        text = row.get("text")
+        if not text and given:
+            text = model.tokenizer.decode(given, clean_up_tokenization_spaces=False).removeprefix(" ")
+        if not isinstance(text, str) or not text.strip() or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{where} holds no text and no ids; give one of them (text: whole characters).")
+        chat = model.chat("Write a poem", text)
         ids = tuple(chat.ids[chat.regions["suffix"]].tolist())
-        out.append(replace(suffix, ids=ids, n_tokens=len(ids)))
+        if not survives_decoding(model.tokenizer, chat) or (given and ids != given):
+            raise UserError(
+                f"Suffix {name} ({text[:40]!r}) does not survive re-tokenisation"
+                + (": behind an instruction its text has other ids" if given else "")
+                + "; leave it out."
+            )
+        out.append(
+            Suffix(
+                id=name, arm=arm, text=text, ids=ids, n_tokens=len(ids),
+                trained_on=tuple(map(str, row.get("trained_on") or ())),
+                loss=row["loss"] if isinstance(row.get("loss"), int | float) else None,
+                seed=row["seed"] if isinstance(row.get("seed"), int) else None,
+            )
+        )  # fmt: skip
     if not any(s.arm == "adversarial" for s in out):
         raise UserError(f"{path} holds no suffix of the adversarial arm.")
     return out
+
+
+def _ids(value: Any, model: Model, where: str) -> tuple[int, ...]:
+    """A row's token ids, none where it has none.
+
+    Raises:
+        UserError: they are no list of the vocabulary's ids.
+    """
+    if value is None:
+        return ()
+    size = model.hf.get_input_embeddings().weight.shape[0]
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < size for i in value):
+        raise UserError(f"{where} has ids that are no whole numbers from 0 to {size - 1}; mend or leave them out.")
+    return tuple(value)
 
 
 def study_text(config: StudyConfig) -> str | None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from attacks.precision import stays_put
 from suffix_analysis.chat import Chat, render_chat
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.families import known_architectures
 from suffix_analysis.placement import Device, default_device, is_spread, loading_arguments
+
+# what loading damaged or foreign files raises
+BROKEN = (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -204,20 +209,32 @@ def without_thinking(template: Any) -> Any:
 
 def _with_adapter(hf: Any, adapter: str) -> Any:
     """The model with a LoRA adapter merged into its weights."""
+    from huggingface_hub import snapshot_download
     from peft import PeftModel
 
     if stays_put(hf):
         raise UserError(
             f"The adapter {adapter!r} cannot be merged into quantised or offloaded weights; load them whole."
         )
-    local = Path(adapter).expanduser()
-    if local.exists() and not (local / "adapter_config.json").is_file():
-        raise UserError(f"{adapter!r} holds no adapter_config.json; give a folder as PEFT's save_pretrained writes it.")
+    local = Path(adapter)
+    names = ("adapter_config.json", "adapter_model.safetensors")
     try:
-        with quiet():
-            return PeftModel.from_pretrained(hf, str(local) if local.exists() else adapter).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if not local.exists():  # from the hub come these two files and no pickles
+            owner, _, revision = adapter.partition("@")
+            local = Path(snapshot_download(owner, revision=revision or None, allow_patterns=list(names)))
+        lacking = [name for name in names if not (local / name).is_file()]
+        if lacking:
+            raise UserError(f"{adapter!r} holds no {lacking[0]}; give a folder as PEFT's save_pretrained writes it.")
+        with quiet(), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tuned = PeftModel.from_pretrained(hf, str(local))
+    except BROKEN as error:
         raise UserError(f"The adapter {adapter!r} does not go onto this model: {first_line(error)}") from error
+    # LoRA begins with B = 0: where nothing was loaded, nothing is changed
+    empty = [name for name, x in tuned.named_parameters() if "lora_B" in name and not x.any()]
+    if empty or any("missing adapter keys" in str(warning.message) for warning in said):
+        raise UserError(f"The adapter {adapter!r} lacks weights for this model, e.g. {(empty or ['some layers'])[0]}.")
+    return tuned.merge_and_unload()
 
 
 def source_of(name: str, weights: bool = True) -> tuple[str, dict[str, Any]]:
@@ -254,8 +271,29 @@ def _load_hf(name: str, dtype: torch.dtype, device: Device, four_bit: bool) -> t
     placed = loading_arguments(name, dtype, device, four_bit)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **kwargs, **placed)
-    except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+            hf, told = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                **kwargs, **placed,
+            )  # fmt: skip
+    except BROKEN as error:
         raise UserError(f"The model {name!r} cannot be loaded: {first_line(error)}") from error
+    _require_whole(name, hf, told)
     return hf, tokenizer, source
+
+
+def _require_whole(name: str, hf: Any, told: dict[str, Any]) -> None:
+    """Refuse a model whose weights are not all in its files, or whose files hold blocks that it has not."""
+    n_blocks = int(hf.config.get_text_config().num_hidden_layers)
+    deeper = [key for key in told["unexpected_keys"] if any(int(n) >= n_blocks for n in re.findall(r"\.(\d+)\.", key))]
+    wrong = {
+        "lack": sorted(told["missing_keys"]),
+        "have another shape for": sorted(str(key) for key in told["mismatched_keys"]),
+        f"have more than the configuration's {n_blocks} blocks, among others": sorted(deeper),
+    }
+    for what, keys in wrong.items():
+        if keys:
+            raise UserError(
+                f"The model {name!r} is not whole: its weights {what} {keys[0]} ({len(keys)} of that kind); get its "
+                "files again."
+            )

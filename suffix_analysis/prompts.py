@@ -62,7 +62,7 @@ def load_prompts(
         prompts = [Prompt(**json.loads(line)) for line in text.splitlines()]
     else:
         text = str(source)
-        rows = _from_hub(text.removeprefix("hf:")) if text.startswith("hf:") else _read(Path(source))
+        rows = _from_hub(text.removeprefix("hf:")) if text.startswith("hf:") else read_rows(Path(source))
         prompts = _from_rows(rows, Path(text.split("#")[0]), column)
     chosen = [
         p for p in prompts if (split is None or p.split in ("", split)) and (kind is None or p.kind in ("", kind))
@@ -72,7 +72,12 @@ def load_prompts(
     return chosen
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .csv, .json, .jsonl, .parquet or .txt file; plain strings become rows with a ``text``.
+
+    Raises:
+        UserError: no such file, not UTF-8, or damaged.
+    """
     if not path.is_file():
         raise UserError(f"There is no prompts file {str(path)!r}; give 'embedded' or an existing file.")
     try:
@@ -83,26 +88,39 @@ def _read(path: Path) -> list[dict[str, Any]]:
                 return list(pyarrow.parquet.read_table(path).to_pylist())
             case ".csv":
                 with path.open(encoding="utf-8-sig", newline="") as handle:
-                    return [
-                        _within_header(row, path, i) for i, row in enumerate(csv.DictReader(handle, restkey=BEHIND), 1)
-                    ]
+                    table = csv.DictReader(handle, restkey=BEHIND, strict=True)
+                    names = list(table.fieldnames or ())
+                    twice = [name for name in names if name and names.count(name) > 1]
+                    if twice:
+                        raise UserError(f"{path} has two columns {twice[0]!r}; rename or remove one.")
+                    return [_within_header(row, path, i) for i, row in enumerate(table, 1)]
             case ".jsonl":
                 lines = path.read_text("utf-8-sig").split("\n")  # strings may hold other line separators
-                return [_object(json.loads(line), path, i) for i, line in enumerate(lines, 1) if line.strip()]
+                return [_object(_parsed(line, path, i), path, i) for i, line in enumerate(lines, 1) if line.strip()]
             case ".json":
                 data = json.loads(path.read_text("utf-8-sig"))
                 rows = data if isinstance(data, list) else [data]
                 return [_object(row, path, i) for i, row in enumerate(rows, 1)]
             case ".txt":
-                return [{"text": line.strip()} for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+                lines = path.read_text("utf-8-sig").split("\n")
+                return [{"text": line.strip()} for line in lines if line.strip()]
             case other:
-                raise UserError(f"{path} ends in {other!r}; prompts come as .csv, .json, .jsonl, .parquet or .txt.")
+                raise UserError(f"{path} ends in {other!r}; give a .csv, .json, .jsonl, .parquet or .txt file.")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}); mend or remove it.") from error
-    except (OSError, ValueError, csv.Error) as error:
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be read; give a list of objects or strings.") from error
+    except (OSError, ValueError, KeyError, ArithmeticError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _parsed(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number} is not valid JSON ({error.msg}); mend or remove it.") from error
 
 
 def _from_hub(name: str) -> list[dict[str, Any]]:
@@ -156,6 +174,7 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
             if values - set(known):
                 wrong = min(values - set(known))
                 raise UserError(f"{path} has the {key} {wrong!r}; known are {', '.join(known)}.")
+    safe = {str(row.get("label")) for row in rows} <= {"safe", "unsafe"}  # XSTest
     prompts = []
     for number, row in enumerate(rows, 1):
         text = row.get(name)
@@ -164,6 +183,10 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"{path}: row {number} holds half of a surrogate pair, which is no character; mend it.")
         extra = {key: str(row[key]) for key in ours if row.get(key)}
+        if safe and "kind" not in ours:
+            extra["kind"] = "harmless" if row["label"] == "safe" else "harmful"
+        if name == "Behavior" and row.get("ContextString"):  # HarmBench's contextual behaviours, in its own layout
+            text = f"{row['ContextString']}\n\n---\n\n{text}"
         prompts.append(Prompt(id=str(row.get("id") or f"{path.stem}-{number:04d}"), text=text.strip(), **extra))
     if len({p.id for p in prompts}) < len(prompts):
         raise UserError(f"{path} has prompts with the same id; make the ids unique or leave them out.")

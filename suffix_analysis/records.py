@@ -31,7 +31,7 @@ class Suffix:
     def number(self) -> int:
         """The number that the id ends in; 0 where it ends otherwise."""
         tail = self.id.rsplit("-", 1)[-1]
-        return int(tail) if tail.isdigit() else 0
+        return int(tail) if tail.isascii() and tail.isdigit() else 0
 
 
 def to_suffixes(suffixes: Sequence[Suffix | str]) -> list[Suffix]:

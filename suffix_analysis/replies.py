@@ -56,7 +56,7 @@ def measure_replies(
     Report prompts are answered in every arm, look-alikes only without a suffix. ``answer`` yields :func:`reply_rows` of
     cells in any order, each with its cell's number.
     """
-    done = read_jsonl(journal) if journal.exists() else []
+    done = read_jsonl(journal, journal=True) if journal.exists() else []
     if done:
         write_jsonl(journal, done)  # a line that was cut off is gone before the next one is appended
     have = {(row["arm"], row["suffix_id"]): row["rows"] for row in done}

@@ -20,6 +20,16 @@ from typing import Any
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.records import SCHEMA_VERSION, Suffix
 
+# what a stage is not done without, so that a file that was deleted is made again
+FILES = {
+    "prompts": ("prompts.jsonl",),
+    "attack": ("suffixes.jsonl",),
+    "replies": ("findings/replies.parquet", "findings/refusal.parquet"),
+    "direction": ("direction.safetensors", "findings/candidates.parquet", "findings/interventions.parquet"),
+    "analysis": ("findings/top_heads.parquet", "findings/summary.json", "findings/checks.json"),
+}
+# settings of where a run is worked on, which may change from one part of it to the next
+ELSEWHERE = ("executor", "address", "attack_cpus", "attack_gpus", "device")
 PACKAGES = (
     "suffix-analysis", "torch", "transformers", "transformer-lens", "circuitsvis", "nanogcg", "numpy", "scipy", "peft",
     "safetensors", "pyarrow", "altair", "vl-convert-python",
@@ -101,11 +111,11 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}; free space or choose --out.") from error
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a journal; a last line cut off by a crash is left out.
+def read_jsonl(path: Path, *, journal: bool = False) -> list[dict[str, Any]]:
+    """Read a finished file, or a ``journal``, whose last line a crash may have cut off; that line is left out.
 
     Raises:
-        UserError: missing, or damaged before the last line.
+        UserError: missing, or damaged (a journal: before its last line).
     """
     try:
         lines = path.read_text("utf-8").split("\n")
@@ -118,9 +128,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline after it: the write was cut off
+            if journal and number == len(lines):  # no newline after it: the write was cut off
                 break
-            raise UserError(f"{path}: line {number} is damaged ({error.msg}); remove it and run again.") from error
+            how = "remove it and run again" if journal else "delete the file and run again"
+            raise UserError(f"{path}: line {number} is damaged ({error.msg}); {how}.") from error
     return rows
 
 
@@ -195,14 +206,15 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     config = folder / "config.toml"
     if config.exists():
         there = read_config(folder)
-        changed = sorted(key for key in there.keys() | settings.keys() if there.get(key) != settings.get(key))
+        keys = (there.keys() | settings.keys()) - set(ELSEWHERE)
+        changed = sorted(key for key in keys if there.get(key) != settings.get(key))
         if changed:
             key = changed[0]
             raise UsageError(
                 f"{folder} was made with {key} = {there.get(key)!r}, not {settings.get(key)!r}; use those settings or "
                 "another folder (--out)."
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(not _begun(path) for path in folder.iterdir())):
         raise UsageError(f"{folder} exists and is not a run folder; choose another with --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,6 +232,11 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
         raise UserError(f"{folder} cannot be used: {told}; choose another with --out.") from error
 
 
+def _begun(path: Path) -> bool:
+    """Whether a file is what a process leaves that was stopped before it had written the settings."""
+    return path.name.startswith((".lock", ".config.toml"))
+
+
 def _lock(handle: Any, folder: Path) -> None:
     try:
         import fcntl
@@ -235,12 +252,15 @@ def status(folder: Path) -> dict[str, Any]:
     """The status record; an empty one for a new folder."""
     path = folder / "status.json"
     if path.exists():
-        found: dict[str, Any] = read_json(path)
-        if found.get("schema_version") != SCHEMA_VERSION:
+        found: Any = read_json(path)
+        version = found.get("schema_version") if isinstance(found, dict) else None
+        if version is not None and version != SCHEMA_VERSION:
             raise UserError(
-                f"{folder} was written with schema_version {found.get('schema_version')}, this is {SCHEMA_VERSION}; "
+                f"{folder} was written with schema_version {version}, this is {SCHEMA_VERSION}; "
                 "run it again in a new folder."
             )
+        if version is None or not isinstance(found.get("stages"), dict):
+            raise UserError(f"{path} is no record of a run's stages; delete it and run again.")
         return found
     return {"schema_version": SCHEMA_VERSION, "state": "running", "stages": {}, "peak_gib": 0.0}
 
@@ -260,8 +280,9 @@ def set_state(folder: Path, state: str) -> None:
 
 
 def is_done(folder: Path, name: str) -> bool:
-    """Whether a stage has finished in this folder."""
-    return status(folder)["stages"].get(name, {}).get("state") == "done"
+    """Whether a stage has finished in this folder and its files are still there."""
+    done = status(folder)["stages"].get(name, {}).get("state") == "done"
+    return done and all((folder / own).exists() for own in FILES.get(name, ()))
 
 
 def peak_gib() -> float:

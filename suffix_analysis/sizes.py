@@ -11,7 +11,7 @@ import torch
 from attacks.memory import cached_bytes, free_bytes, run_bytes
 from suffix_analysis.batching import REPLY_BUDGET
 from suffix_analysis.errors import UserError, first_line
-from suffix_analysis.models import quiet, source_of
+from suffix_analysis.models import BROKEN, quiet, source_of
 from suffix_analysis.placement import Device, is_spread
 
 GIB = 2**30
@@ -58,9 +58,9 @@ def size_of(name: str) -> Size:
     source, kwargs = source_of(name, weights=False)
     try:
         with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(source, **kwargs)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
             hf = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+    except BROKEN as error:
         raise UserError(f"The configuration of {name!r} cannot be read: {first_line(error)}") from error
     count = sum(p.numel() for p in hf.parameters())  # shared weights count once
     outer = {id(part.weight): part.weight.numel() for part in (hf.get_input_embeddings(), hf.get_output_embeddings())}

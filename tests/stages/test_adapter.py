@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import load_model
@@ -56,3 +58,55 @@ def test_what_is_no_adapter_or_does_not_fit_is_said(base: Path, tmp_path: Path) 
     other = adapter_for(tmp_path / "wide", hidden_size=64)
     with pytest.raises(UserError, match="does not go onto this model"):
         load_model(str(base), adapter=str(other))
+
+
+def test_an_adapter_whose_weights_are_not_the_models_is_refused(base: Path, tmp_path: Path) -> None:
+    """PEFT loads nothing of it and only warns, so that the model would be called base + adapter and be the base."""
+    for change in ("renamed", "empty"):
+        adapter = adapter_for(tmp_path / change)
+        weights = load_file(adapter / "adapter_model.safetensors")
+        named = {f"other.{name}": x for name, x in weights.items()} if change == "renamed" else {}
+        save_file(named, adapter / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="lacks weights for this model"):
+            load_model(str(base), adapter=str(adapter))
+
+
+def test_an_adapter_that_is_a_pickle_is_not_read(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(tmp_path / "pickled")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        load_model(str(base), adapter=str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [("lost", "lack model.layers.1"), ("deeper", "lack model.layers.3"), ("shallower", "more than the .* 2 blocks"),
+     ("cut", "cannot be loaded"), ("shape", "shape|cannot be loaded")],
+)  # fmt: skip
+def test_weights_that_are_not_whole_are_refused(base: Path, damage: str, told: str) -> None:
+    """Otherwise what is missing is random, and other in every process."""
+    file, config = base / "model.safetensors", base / "config.json"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    if damage in ("deeper", "shallower"):
+        n = 4 if damage == "deeper" else 2
+        config.write_text(config.read_text().replace('"num_hidden_layers": 3', f'"num_hidden_layers": {n}'))
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    else:
+        changed = {key: x for key, x in weights.items() if key != name}
+        changed |= {name: weights[name][:, :-1].contiguous()} if damage == "shape" else {}
+        save_file(changed, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=told):
+        load_model(str(base))
+
+
+def test_code_that_comes_with_a_model_is_never_run(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    (base / "evil.py").write_text("raise SystemExit('run')")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Model"}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"cannot be (read|loaded)"):
+        load_model(str(base))

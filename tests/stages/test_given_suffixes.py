@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests import tiny
 ATTACKS = ("red green blue tea", "one two three four")
 
 
-def written(folder: Path, *rows: dict[str, str]) -> Path:
+def written(folder: Path, *rows: dict[str, Any]) -> Path:
     """A file of suffixes."""
     path = folder / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -35,9 +36,18 @@ def row(number: int, arm: str = "adversarial", text: str = ATTACKS[0]) -> dict[s
         ([row(1, "adverserial")], "of the arm 'adverserial'; the arms are adversarial, random"),
         ([row(1), row(1, text=ATTACKS[1])], "two suffixes with the id 'adversarial-1'"),
         ([row(1, "random")], "no suffix of the adversarial arm"),
+        ([{"ids": [10**9, 5]}], "row 1 has ids that are no whole numbers from 0 to 699"),
+        ([{"ids": [-5]}], "no whole numbers"),
+        ([{"ids": [1.5]}], "no whole numbers"),
+        ([{"ids": "5 6"}], "no whole numbers"),
+        ([row(1) | {"ids": [40, 41]}], "its text has other ids"),
+        ([row(1) | {"text": None}], "holds no text and no ids"),
+        ([row(1) | {"text": " "}], "holds no text and no ids"),
+        ([row(1) | {"text": 5}], "holds no text and no ids"),
+        ([row(1) | {"text": "a \ud800"}], "holds no text and no ids"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, rows: list[dict[str, str]], told: str) -> None:
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, rows: list[dict[str, Any]], told: str) -> None:
     with pytest.raises(UserError, match=told):
         given_suffixes(written(tmp_path, *rows), tiny.model("llama"))
 
@@ -58,3 +68,24 @@ def test_shuffled_controls_are_of_all_suffixes_and_the_others_have_the_firsts_le
 
     shuffled = [bag(s) for s in controls if s.arm == "shuffled"]
     assert shuffled == [bag(suffixes[0]), bag(suffixes[0]), bag(suffixes[1])]
+
+
+def test_suffixes_come_as_strings_as_ids_or_as_both(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    chat = model.chat("Write a poem", ATTACKS[0])
+    ids = chat.ids[chat.regions["suffix"]].tolist()
+    by_ids = given_suffixes(written(tmp_path, {"ids": ids}), model)
+    assert [(s.id, s.arm, s.text, list(s.ids)) for s in by_ids] == [("adversarial-1", "adversarial", ATTACKS[0], ids)]
+    assert given_suffixes(written(tmp_path, {"ids": ids, "text": ATTACKS[0]}), model) == by_ids
+    marked = "\ufeff" + json.dumps(ATTACKS[0])
+    for name, content in (("a.txt", "\n".join(ATTACKS)), ("a.json", json.dumps(ATTACKS)), ("b.jsonl", marked)):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        found = given_suffixes(tmp_path / name, model)
+        assert [s.text for s in found] == list(ATTACKS[: len(found)]) and found[0] == by_ids[0]
+
+
+def test_a_cut_off_file_of_suffixes_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, row(1), row(2, text=ATTACKS[1]))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="line 2 is not valid JSON"):
+        given_suffixes(path, tiny.model("llama"))

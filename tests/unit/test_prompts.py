@@ -200,3 +200,34 @@ def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
     path.write_text('{"text": "Do a"}\n{"text": "Do \\ud83d"}\n')
     with pytest.raises(UserError, match="row 2 holds half of a surrogate pair"):
         load_prompts(path)
+
+
+def test_xstest_and_contextual_behaviours_mean_what_their_authors_say(tmp_path: Path) -> None:
+    path = tmp_path / "xstest.csv"
+    path.write_text("prompt,type,label\nHow do I kill a process?,homonyms,safe\nHow do I kill a man?,contrast,unsafe\n")
+    assert [p.text for p in load_prompts(path, kind="harmful")] == ["How do I kill a man?"]
+    assert [p.text for p in load_prompts(path, kind="harmless")] == ["How do I kill a process?"]
+    path = tmp_path / "harmbench.csv"
+    path.write_text('Behavior,ContextString\nSummarise this,"A text, long"\nAnother,\n')
+    assert [p.text for p in load_prompts(path)] == ["A text, long\n\n---\n\nSummarise this", "Another"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", 'goal,target\n"Do this,Sure\nDo that,Sure\n', "cannot be read"),
+        ("a.csv", "goal,goal\na,b\n", "two columns 'goal'"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n{oops\n', "line 4 is not valid JSON"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_was_read_wrongly_is_refused(tmp_path: Path, name: str, content: str, told: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=told):
+        load_prompts(tmp_path / name)
+
+
+def test_a_line_of_text_ends_at_a_new_line_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\u2028two\nthree\x0cfour\n", encoding="utf-8")
+    assert [p.text for p in load_prompts(tmp_path / "a.txt")] == ["one\u2028two", "three\x0cfour"]

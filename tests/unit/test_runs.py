@@ -40,10 +40,10 @@ def test_journal_survives_a_cut_off_line_but_not_a_damaged_one(tmp_path: Path) -
         runs.append_jsonl(path, {"i": i})
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    assert [row["i"] for row in runs.read_jsonl(path)] == [0, 1]
+    assert [row["i"] for row in runs.read_jsonl(path, journal=True)] == [0, 1]
     path.write_bytes(b'{"i": 0}\nnonsense\n{"i": 2}\n')
     with pytest.raises(UserError, match="line 2 is damaged"):
-        runs.read_jsonl(path)
+        runs.read_jsonl(path, journal=True)
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
@@ -95,6 +95,7 @@ def test_suffixes_round_trip(tmp_path: Path) -> None:
 
 
 def test_stage_record_adds_up_seconds(tmp_path: Path) -> None:
+    (tmp_path / "suffixes.jsonl").touch()
     runs.add_seconds(tmp_path, "attack", 1.0)
     assert not runs.is_done(tmp_path, "attack")
     runs.add_seconds(tmp_path, "attack", 2.0, "done")
@@ -135,3 +136,40 @@ def test_damaged_table_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"t\.parquet cannot be read"):
         runs.read_table(path)
+
+
+def test_a_finished_file_whose_last_line_is_cut_off_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "suffixes.jsonl"
+    runs.write_jsonl(path, [{"id": "a"}, {"id": "b"}])
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        runs.read_jsonl(path)
+    assert runs.read_jsonl(path, journal=True) == [{"id": "a"}]
+
+
+def test_a_run_may_go_on_elsewhere(tmp_path: Path) -> None:
+    with runs.open_run(tmp_path / "run", {"model": "m", "executor": "ray", "address": "10.0.0.1:1"}):
+        pass
+    with runs.open_run(tmp_path / "run", {"model": "m", "executor": "local"}):
+        pass
+
+
+def test_a_stage_is_not_done_without_its_files(tmp_path: Path) -> None:
+    runs.add_seconds(tmp_path, "attack", 1.0, "done")
+    assert not runs.is_done(tmp_path, "attack")
+    (tmp_path / "suffixes.jsonl").write_text("")
+    assert runs.is_done(tmp_path, "attack")
+
+
+def test_what_a_stopped_start_leaves_is_no_other_folder(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.toml.abc").touch()
+    with runs.open_run(tmp_path, {"model": "m"}):
+        pass
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"schema_version": 1}'])
+def test_a_status_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(UserError, match="no record of a run's stages"):
+        runs.is_done(tmp_path, "attack")
