@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from suffix_analysis.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Settings of a study.
 
@@ -109,6 +110,11 @@ class StudyConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+        for name in ("kl_threshold", "induce_threshold", "alpha", "layer_share", "attack_gpus"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number.")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed is {self.seed}; it must be at least 0 and below 2**32.")
         if self.prompts_per_split is not None and self.prompts_per_split < 2:
             raise UsageError(f"prompts_per_split is {self.prompts_per_split}; it must be at least 2.")
         if self.refusal_tokens is not None:
@@ -124,13 +130,13 @@ class StudyConfig:
             raise UsageError(f"score_dtype is {self.score_dtype!r}; choose auto, float32 or bfloat16.")
         if self.executor not in ("local", "ray"):
             raise UsageError(f"executor is {self.executor!r}; choose local or ray.")
-        if self.attack_gpus < 0:
-            raise UsageError(f"attack_gpus is {self.attack_gpus}; it must be 0 or more.")
+        if self.attack_gpus < 0 or (self.attack_gpus > 1 and self.attack_gpus % 1):
+            raise UsageError(f"attack_gpus is {self.attack_gpus}; it must be a part of one GPU, or a whole number.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"dtype is {self.dtype!r}; choose float32, bfloat16 or float16.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig(StudyConfig):
     """The demo's settings: a study with fewer controls and tests, for two cores and a quarter of an hour."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +42,12 @@ def side_by_side(
     ours = not ray.is_initialized()
     try:
         if ours and parts:
+            _reach(config.address)
             ray.init(address=config.address, include_dashboard=False, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray cannot be reached at {config.address or 'this machine'}: {first_line(error)}") from error
+    if parts:
+        _require(ray.cluster_resources(), config)
     remote = ray.remote(_in_worker).options(
         name=task.__name__, num_cpus=config.attack_cpus, num_gpus=config.attack_gpus, max_retries=RETRIES
     )
@@ -64,6 +68,32 @@ def side_by_side(
     finally:
         if ours:
             ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Try a cluster's address: Ray itself goes on waiting for minutes.
+
+    Raises:
+        OSError: nothing listens there.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _require(there: Mapping[str, float], config: StudyConfig) -> None:
+    """Refuse tasks that no cluster of these resources could ever start: Ray would wait for them without a word.
+
+    Raises:
+        UserError: says what is asked for and what is there.
+    """
+    asked = {"CPU": float(config.attack_cpus), "GPU": config.attack_gpus}
+    for name, count in asked.items():
+        if count > there.get(name, 0):
+            raise UserError(
+                f"Each task asks for {count:g} {name}s (--attack-{name.lower()}s), and Ray has "
+                f"{there.get(name, 0):g} in all; ask for fewer, or give a larger cluster (--address)."
+            )
 
 
 def _in_worker(task: Callable[..., Any], config: StudyConfig, part: tuple[Any, ...]) -> Any:

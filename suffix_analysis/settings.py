@@ -11,6 +11,7 @@ from cyclopts.config import Env, Toml
 
 from suffix_analysis.errors import UsageError
 
+STAGES = ("run", "attack", "direction", "analyze")  # commands that go on in a run folder
 CONFIG = "SUFFIX_ANALYSIS_CONFIG"  # the flag's own variable
 
 
@@ -23,16 +24,21 @@ def sources(words: list[str]) -> list[Any]:
         UsageError: the file cannot be read.
     """
     found: list[Any] = [Env("SUFFIX_ANALYSIS_", command=False)]
+    if words[:1] not in ([name] for name in (*STAGES, "demo")):
+        return found  # no other command takes a study's settings
     given = [os.environ[CONFIG]] if CONFIG in os.environ else []
     given += _values(words, "--config")
-    if not given and words[:1] in (["run"], ["attack"], ["direction"], ["analyze"]):
+    if not given and words[0] in STAGES:
         made_with = Path((_values(words, "--out") or ["runs/study"])[-1]) / "config.toml"
         given = [str(made_with)] if made_with.is_file() else []
     for name in given[-1:]:
         try:
-            tomllib.loads(Path(name).read_text("utf-8"))
+            settings = tomllib.loads(Path(name).read_text("utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError(f"The config file {name} cannot be read: {error}") from error
+        tables = [key for key, value in settings.items() if isinstance(value, dict)]
+        if tables:
+            raise UsageError(f"The config file {name} has a table [{tables[0]}]; settings stand without one.")
         found.append(Toml(name, must_exist=True, search_parents=False, use_commands_as_keys=False))
     return found
 

@@ -120,6 +120,9 @@ class Study:
 
     def _prompts(self) -> None:
         prompts = study_prompts(self.config)
+        study_text(self.config)  # says now, and not after the attack, that it cannot be read
+        for prompt in prompts:
+            self.model.chat(prompt.text)  # or that a prompt is too long
         runs.write_atomic(self.folder / "prompts.jsonl", to_jsonl(prompts))
         runs.write_json(self.folder / "env.json", runs.environment())
 

@@ -18,6 +18,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import load_model
+from suffix_analysis.parallel import _reach, _require
 from suffix_analysis.prompts import Prompt, load_prompts
 from suffix_analysis.records import Suffix
 from suffix_analysis.replies import Cell, reply_rows
@@ -131,3 +132,20 @@ def test_replies_and_traces_are_those_of_one_process(
         assert [chat.text for chat in traces.chats] == [chat.text for chat in here.chats]
         torch.testing.assert_close(traces.contribution, here.contribution, atol=1e-5, rtol=1e-4)
     assert counted == [len(some)] * 2
+
+
+def test_what_a_cluster_can_never_start_is_refused_at_once() -> None:
+    """Ray itself waits for it without a word."""
+    with pytest.raises(UserError, match=r"asks for 64 CPUs \(--attack-cpus\), and Ray has 2 in all"):
+        _require({"CPU": 2.0}, StudyConfig(attack_cpus=64))
+    with pytest.raises(UserError, match="asks for 1 GPUs"):
+        _require({"CPU": 2.0}, StudyConfig(attack_gpus=1.0))
+    _require({"CPU": 2.0, "GPU": 1.0}, StudyConfig(attack_cpus=2, attack_gpus=0.5))
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        with pytest.raises(OSError):
+            _reach(address)
+    _reach(None)
+    _reach("auto")
