@@ -25,6 +25,7 @@ from suffix_analysis.placement import in_memory
 from suffix_analysis.prompts import Prompt, to_prompts
 from suffix_analysis.residual import PostNorm, multiplier, post_norms
 
+CANCELS = 0.1  # share of the contributions' absolute values that a write is held to at least: float32 sums keep 1e-6
 IDENTITY_BOUND = 1e-5  # of the write's length (METHODS §3)
 CLOSURE_BOUND = 1e-4  # of the final residual stream's length: a sum over all layers
 
@@ -41,7 +42,8 @@ class Traces:
     ``embedding`` (block 0's input) are the other terms. ``rows`` (where kept): per prompt, attention and contribution
     by token. ``dominance`` is each region's share of the attention output Y before bias and norm, ⟨Σ Y_k, Y⟩/‖Y‖² over
     all heads: signed, and 1 over all regions; the suffix's is its hijacking strength (Ben-Tov et al. 2025).
-    ``identity`` is the largest error of Σ contributions + bias against the write, as a share of the write's length;
+    ``identity`` is the largest error of Σ contributions + bias against the write, as a share of the write's length
+    (or of ``CANCELS`` times the sum of the contributions' absolute values, where they leave little but rounding);
     ``closure`` that of embedding + Σ writes against the final residual, as a share of its length.
     """
 
@@ -238,6 +240,7 @@ def _batch(
             [by_token[i][:, real][:, chat.regions[name]].sum(-1) for name in REGIONS], dim=-1
         )
         record["sums"], record["sink"] = shares[i].sum(-1), rows[i][..., real][..., 0]
+        record["terms"] = shares[i].abs().sum(dim=(-2, -1))
         record["rows"] = (rows[i][..., real], shares[i][..., real]) if keep_rows else None
         records.append(record)
     return records
@@ -262,7 +265,8 @@ def _collect(model: Model, chats: list[Chat], records: list[dict[str, Any]], uni
     biases = [_bias(block) for block in model.bridge.blocks]
     bias = multiplier(model) * torch.tensor([0.0 if b is None else float(b @ unit.cpu()) for b in biases])
     written = stack("attn")
-    error = (stack("sums").sum(dim=-1) + bias - written).abs() / stack("attn_norm").clamp(min=1e-30)
+    least = (CANCELS * stack("terms")).clamp(min=1e-30)
+    error = (stack("sums").sum(dim=-1) + bias - written).abs() / torch.maximum(stack("attn_norm"), least)
     final, length = stack("resid")[:, -1], stack("resid_norm")[:, -1]
     start = stack("resid")[:, 0]
     rebuilt = start + written.sum(dim=1) + stack("mlp").sum(dim=1)
