@@ -211,10 +211,7 @@ def auroc_interval(
     positive: Float[ndarray, " a"], negative: Float[ndarray, " b"], seed: int = 0, draws: int = 1000
 ) -> tuple[float, float, float]:
     """AUROC with its 95 % bootstrap interval; both classes are resampled."""
-    rng = np.random.default_rng(seed)
-    found = [auroc(rng.choice(positive, len(positive)), rng.choice(negative, len(negative))) for _ in range(draws)]
-    lo, hi = np.quantile(found, [0.025, 0.975])
-    return auroc(positive, negative), float(lo), float(hi)
+    return crossed_auroc(positive[:, None], [negative[:, None]], seed, draws)
 
 
 def crossed_auroc(
@@ -231,13 +228,17 @@ def crossed_auroc(
     """
     rng = np.random.default_rng(seed)
 
-    def drawn(cells: ndarray) -> ndarray:
-        prompts, suffixes = (rng.integers(0, n, n) for n in cells.shape)
-        return cells[prompts][:, suffixes].ravel()
+    def weights(cells: ndarray) -> ndarray:
+        """How often each draw takes each cell: its prompt's count times its suffix's."""
+        prompts, suffixes = (rng.multinomial(n, np.full(n, 1 / n), size=draws) for n in cells.shape)
+        return (prompts[:, :, None] * suffixes[:, None]).reshape(draws, -1)
 
-    found = [auroc(drawn(positive), np.concatenate([drawn(cells) for cells in negatives])) for _ in range(draws)]
+    others = np.concatenate([cells.ravel() for cells in negatives])
+    higher = (positive.reshape(-1, 1) > others) + 0.5 * (positive.reshape(-1, 1) == others)
+    taken, against = weights(positive), np.concatenate([weights(cells) for cells in negatives], axis=1)
+    found = ((taken @ higher) * against).sum(axis=1) / (taken.sum(axis=1) * against.sum(axis=1))
     lo, hi = np.quantile(found, [0.025, 0.975])
-    value = auroc(positive.ravel(), np.concatenate([cells.ravel() for cells in negatives]))
+    value = float(higher.mean())
     if min(found) == max(found) == value and value in (0.0, 1.0):
         return rate_interval(np.full(positive.shape[0], value))
     wider = small_sample(positive.shape[1]) if positive.shape[1] > 1 else 1.0

@@ -114,7 +114,7 @@ def test_many_vectors_together_change_what_each_alone_does(
     family: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the blocks below an addition, which are skipped, change nothing."""
-    monkeypatch.setattr(forward_module, "_at_once", lambda n_prefix, groups: at_once)
+    monkeypatch.setattr(forward_module, "_at_once", lambda hf, n_prefix, groups: at_once)
     model = tiny.model(family)
     rows = [model.chat(text).ids for text in ("Write a poem", "Name a very tall tree in the north", "Sing")]
     ablated, added = ablated_logits(model, rows), added_logits(model, rows, 2.0)
@@ -134,6 +134,7 @@ def test_many_vectors_together_change_what_each_alone_does(
 
 def test_vectors_run_together_as_far_as_memory_allows() -> None:
     batch = Batch(list(range(10)), {"input_ids": torch.zeros(10, 20)})
-    assert forward_module._at_once(0, [batch]) == forward_module.TOKEN_BUDGET // 200
-    assert forward_module._at_once(1000, [batch]) == forward_module.REPLY_BUDGET // 10200
-    assert forward_module._at_once(10**6, [batch]) == 1
+    hf = tiny.hf_model("llama")
+    assert forward_module._at_once(hf, 0, [batch]) == forward_module.TOKEN_BUDGET // 200
+    assert forward_module._at_once(hf, 1000, [batch]) == forward_module.REPLY_BUDGET // 10200
+    assert forward_module._at_once(hf, 10**6, [batch]) == 1
