@@ -207,7 +207,7 @@ def effects(
 
 
 def control_vectors(vector: Float[Tensor, " d_model"], seed: int = 0) -> dict[str, Float[Tensor, " d_model"]]:
-    """Random directions, and random ones made orthogonal to ``vector``: of its length, they must do next to nothing."""
+    """Random directions, and random ones made orthogonal to ``vector``: of its length, they must flip no answer."""
     generator = torch.Generator().manual_seed(seed)
     made = {f"random {i + 1}": torch.randn(len(vector), generator=generator).to(vector) for i in range(CONTROLS)}
     across = random_directions(vector, CONTROLS, seed + 1)
