@@ -8,8 +8,6 @@ from reports.data import Row, RunData
 from reports.escape import visible
 from reports.numbers import count, percent, plain, plain_ci
 
-CONTROLS = ("random", "orthogonal")
-"""How the names of control directions begin."""
 EXAMPLES = 3
 """Prompts of each kind whose replies are shown under every intervention."""
 
@@ -39,7 +37,7 @@ def context(data: RunData) -> dict[str, Any]:
 def _vectors(data: RunData) -> list[dict[str, str]]:
     """Return what each direction does; the controls as one row with the largest change of any of them."""
     rows = data.table("two_directions")
-    controls = [row for row in rows if str(row["direction"]).startswith(CONTROLS)]
+    controls = [row for row in rows if row["control"]]
     shown = [
         {
             "name": visible(row["direction"] or ""),
@@ -48,7 +46,7 @@ def _vectors(data: RunData) -> list[dict[str, str]]:
             "added": plain_ci(row["added_change"], row["added_lo"], row["added_hi"], 1),
         }
         for row in rows
-        if row not in controls
+        if not row["control"]
     ]
     if controls:
         most = {key: max((row[key] or 0.0 for row in controls), key=abs) for key in ("ablated_change", "added_change")}

@@ -167,6 +167,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "cascade": ("rank", "auroc", "lo", "hi"),
     "two_directions": (
         "direction",
+        "control",
         "cosine_with_refusal",
         "ablated_change",
         "ablated_lo",

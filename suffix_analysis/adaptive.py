@@ -16,7 +16,7 @@ from attacks.scorer import Scorer
 from attacks.terms import Read, Term, decoder_layers
 from suffix_analysis.attacking import conversation, gcg_config
 from suffix_analysis.config import StudyConfig
-from suffix_analysis.detectors import Harmfulness
+from suffix_analysis.detectors import Harmfulness, harm_without_refusal
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
 from suffix_analysis.judges import judge
@@ -24,7 +24,6 @@ from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import opens_refusal
 
-REPLY_TOKENS = 24  # of the replies that judge the last suffix
 EVERY = 5  # steps between two looks at the prompts that the attack has not seen
 Defended = Callable[[int], contextlib.AbstractContextManager[None]]
 
@@ -48,19 +47,14 @@ class Detected:
         """See :class:`attacks.terms.Term`. Reads the block's input before a defence changes it."""
         layer, seen = self.direction.layer, list[Tensor]()
         unit, harm = (x.to(model.device) for x in (self.direction.unit, self.harmfulness.unit))
-        low, high = (
-            float(means[layer] @ self.direction.unit)
-            for means in (self.direction.means_harmless, self.direction.means_harmful)
-        )
-        span = self.harmfulness.harmful - self.harmfulness.harmless
         behind = len(slot.target_ids) - 1  # tokens that stand behind chat[-1]
 
         def catch(module: Any, args: Any, kwargs: Any) -> None:
             x = (args[0] if args else kwargs["hidden_states"]).float()
             stop = x.shape[1] - behind - len(slot.after_ids)
             most = (x[:, self.first : stop] @ harm).max(dim=1).values
-            refusal = (x[:, x.shape[1] - 1 - behind] @ unit - low) / (high - low)
-            seen.append(((most - self.harmfulness.harmless) / span - refusal - self.cut).relu())
+            along = x[:, x.shape[1] - 1 - behind] @ unit
+            seen.append((harm_without_refusal(self.direction, self.harmfulness, most, along) - self.cut).relu())
 
         handle = decoder_layers(model)[layer].register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
         try:
@@ -137,7 +131,7 @@ def attack_defended(
                 best = max(looks, key=lambda look: look[0])[1]
                 with context(0):
                     ids = [model.chat(p.text, best).ids for p in final]
-                    told = generate(model.hf, model.tokenizer, ids, REPLY_TOKENS)
+                    told = generate(model.hf, model.tokenizer, ids, config.reply_tokens)
                 verdicts = [judge(p.text, reply) == "complied" for p, reply in zip(final, told, strict=True)]
                 row["success"] = sum(verdicts) / len(verdicts)
             rows.append(row)

@@ -160,9 +160,6 @@ def defence_lines(
     ]
 
 
-CONTROL_NAMES = ("random", "orthogonal")  # how the names of control directions begin
-
-
 def direction_lines(result: dict[str, Any]) -> list[str]:
     """What `suffix-analysis direction` found, from its tables."""
     counts = result["n"]
@@ -195,13 +192,13 @@ def direction_lines(result: dict[str, Any]) -> list[str]:
         "held-out AUROC of directions taken out one after the other: "
         + ", ".join(format(row["auroc"], ".2f") for row in result["cascade"]),
     ]
-    controls = [row for row in result["two_directions"] if row["direction"].startswith(CONTROL_NAMES)]
+    controls = [row for row in result["two_directions"] if row["control"]]
     lines += [
         f"{row['direction']:11} cosine {row['cosine_with_refusal']:+.2f}; refusal score of harmful prompts when "
         f"ablated {row['ablated_change']:+.1f} [{row['ablated_lo']:+.1f}, {row['ablated_hi']:+.1f}], of harmless ones "
         f"when added {row['added_change']:+.1f} [{row['added_lo']:+.1f}, {row['added_hi']:+.1f}]"
         for row in result["two_directions"]
-        if row not in controls
+        if not row["control"]
     ]
     if controls:
         most = {what: max(abs(row[f"{what}_change"]) for row in controls) for what in ("ablated", "added")}

@@ -16,7 +16,7 @@ from attacks.caches import cache_argument
 from suffix_analysis.batching import sharing_at_most
 from suffix_analysis.causal import Head
 from suffix_analysis.chat import Chat
-from suffix_analysis.detectors import TAIL, Harmfulness
+from suffix_analysis.detectors import TAIL, Harmfulness, harm_without_refusal
 from suffix_analysis.directions import Direction, chat_means
 from suffix_analysis.models import Model
 
@@ -158,7 +158,6 @@ def restored(
     """
     layer, unit = direction.layer, direction.unit.to(model.hf.device)
     to = unit if along is None else (along / along.norm()).to(unit)
-    low, high = (float(means[layer] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
     with watched_place(model, behind) as place:
 
         def restore(x: Float[Tensor, "row token d_model"], hook: Any) -> Tensor | None:
@@ -180,9 +179,8 @@ def restored(
             along_harm = x.float() @ harmfulness.unit.to(x.device)
             user = place.user[:, -x.shape[1] :].to(x.device)
             most = along_harm.masked_fill(~user, float("-inf")).max(dim=1).values
-            harm = (most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless)
             here = x[torch.arange(len(x), device=x.device), place.last.to(x.device)].float()
-            return harm - (here @ unit.to(x.device) - low) / (high - low) > threshold
+            return harm_without_refusal(direction, harmfulness, most, here @ unit.to(x.device)) > threshold
 
         with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", restore)]):
             yield

@@ -194,9 +194,9 @@ def measure_detectors(
         return [read(model, part, direction, fitted.harmfulness) for part in parts]
 
     alone = {
-        kind: readings([[model.chat(p.text) for p in prompts_of(prompts, kind, "report", None)]])
+        kind: readings([[model.chat(p.text) for p in own]])
         for kind in fitted.plain
-        if prompts_of(prompts, kind, "report", None)
+        if (own := prompts_of(prompts, kind, "report", None))
     }
     rows = detector_rows(
         fitted.detectors,

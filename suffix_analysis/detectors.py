@@ -41,6 +41,17 @@ class Harmfulness:
     harmless: float
 
 
+def harm_without_refusal(
+    direction: Direction, harmfulness: Harmfulness, most: Float[Tensor, " row"], along: Float[Tensor, " row"]
+) -> Float[Tensor, " row"]:
+    """Harmfulness − refusal, of the largest projection on the harmfulness direction at any of the user's tokens and the
+    projection on the refusal direction at chat[-1]; each is 0 for the mean harmless prompt and 1 for the harmful one.
+    """
+    at = direction.layer
+    low, high = (float(means[at] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
+    return (most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless) - (along - low) / (high - low)
+
+
 @dataclass(frozen=True)
 class Readings:
     """What detectors read, one row for each conversation.

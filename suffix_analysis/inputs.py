@@ -15,7 +15,16 @@ from suffix_analysis.chat import survives_decoding
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model, load_model
-from suffix_analysis.prompts import KINDS, SPLITS, Prompt, load_prompts, prompts_of, read_rows, same_words
+from suffix_analysis.prompts import (
+    KINDS,
+    SPLITS,
+    Prompt,
+    has_half_pair,
+    load_prompts,
+    prompts_of,
+    read_rows,
+    same_words,
+)
 from suffix_analysis.records import SUFFIX_ARMS, Suffix
 
 
@@ -110,6 +119,8 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
         UserError: the file is missing or damaged, a row holds neither a text nor ids of the model's vocabulary, its arm
             is unknown, an id stands there twice, or a suffix does not survive re-tokenisation.
     """
+    if not path.is_file():
+        raise UserError(f"There is no suffixes file {str(path)!r}.")
     out: list[Suffix] = []
     for number, row in enumerate(read_rows(path), 1):
         where = f"{path}: row {number}"
@@ -123,7 +134,7 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
         text = row.get("text")
         if not text and given:
             text = model.tokenizer.decode(given, clean_up_tokenization_spaces=False).removeprefix(" ")
-        if not isinstance(text, str) or not text.strip() or any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not isinstance(text, str) or not text.strip() or has_half_pair(text):
             raise UserError(f"{where} holds no text and no ids; give one of them (text: whole characters).")
         chat = model.chat("Write a poem", text)
         ids = tuple(chat.ids[chat.regions["suffix"]].tolist())

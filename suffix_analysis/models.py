@@ -216,9 +216,9 @@ def _with_adapter(hf: Any, adapter: str) -> Any:
         raise UserError(
             f"The adapter {adapter!r} cannot be merged into quantised or offloaded weights; load them whole."
         )
-    local = Path(adapter)
     names = ("adapter_config.json", "adapter_model.safetensors")
     try:
+        local = Path(adapter).expanduser()
         if not local.exists():  # from the hub come these two files and no pickles
             owner, _, revision = adapter.partition("@")
             local = Path(snapshot_download(owner, revision=revision or None, allow_patterns=list(names)))

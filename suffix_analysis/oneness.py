@@ -5,7 +5,7 @@ All directions are fitted on *fit* prompts and measured on held-out ones: in a s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -179,6 +179,7 @@ def effects(
     vectors: Mapping[str, Float[Tensor, " d_model"]],
     held_out: tuple[Sequence[Chat], Sequence[Chat]],
     alpha: float = 1.0,
+    controls: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """What each vector does, all at the refusal direction's layer and length.
 
@@ -195,7 +196,8 @@ def effects(
     for name, vector, *changed in zip(vectors, stacked, ablated, added, strict=True):
         scores = [refusal_score(logits, tokens) for logits in changed]
         row = {
-            "direction": name, "cosine_with_refusal": float(torch.cosine_similarity(vector, direction.vector, dim=0)),
+            "direction": name, "control": name in controls,
+            "cosine_with_refusal": float(torch.cosine_similarity(vector, direction.vector, dim=0)),
             "harmful": float(plain[0].mean()), "harmful_ablated": float(scores[0].mean()),
             "harmless": float(plain[1].mean()), "harmless_added": float(scores[1].mean()),
         }  # fmt: skip
@@ -228,7 +230,7 @@ def measure_oneness(
     differences = (bad_means - good_means).float()
     unseen = [projected(model, chats, direction.layer, differences) for chats in held_out]
     at = [x[:, direction.position] for x in (bad, good, *(states for states, _ in unseen))]
-    here = differences[direction.layer]
+    here, controls = differences[direction.layer], control_vectors(direction.vector, seed)
     vectors = {"chosen": direction.vector, "refusal": here[-1], "harmfulness": here[0]}
     return {
         "separation": separation(*(table for _, table in unseen)),
@@ -237,5 +239,5 @@ def measure_oneness(
             {"measure": "split-half cosine", **split_half(at[0], at[1], seed)},
             {"measure": "effective rank", **effective_rank((at[0], at[1]), (at[2], at[3]), seed)},
         ],
-        "two_directions": effects(model, direction, vectors | control_vectors(direction.vector, seed), held_out, alpha),
+        "two_directions": effects(model, direction, vectors | controls, held_out, alpha, controls),
     }

@@ -201,11 +201,8 @@ def text_pairs(model: Model, text: str) -> list[tuple[Tensor, Tensor]]:
     ids = torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
     chat = model.chat("x")
     begin = chat.ids[chat.regions["bos"]]
-    pairs = [
-        (torch.cat([begin, window])[:1], torch.cat([begin, window])[1:])
-        for window in ids.split(WINDOW)
-        if len(begin) + len(window) > 1
-    ]
+    windows = [torch.cat([begin, window]) for window in ids.split(WINDOW)]
+    pairs = [(window[:1], window[1:]) for window in windows if len(window) > 1]
     if not pairs:
         raise UserError(f"The text to measure the cost on has {len(ids)} tokens; give a longer one.")
     return pairs
@@ -235,10 +232,9 @@ def measure_cost(
         with ablate(model, direction.vector):
             after = nats_of_each(model.hf, model.tokenizer, pairs)
         (nats, n_tokens), ablated = before.sum(axis=0).tolist(), float(after[:, 0].sum())
-        row: dict[str, Any] = {
-            "material": name, "n_tokens": int(n_tokens), "none": nats / n_tokens,
-            "ablated": ablated / n_tokens, "change": (ablated - nats) / n_tokens, "lo": None, "hi": None,
-        }  # fmt: skip
-        _, row["lo"], row["hi"] = nats_change(before, after)
-        rows.append(row)
+        change, lo, hi = nats_change(before, after)
+        rows.append({
+            "material": name, "n_tokens": int(n_tokens), "none": nats / n_tokens, "ablated": ablated / n_tokens,
+            "change": change, "lo": lo, "hi": hi,
+        })  # fmt: skip
     return rows

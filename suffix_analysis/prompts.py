@@ -180,7 +180,7 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
         text = row.get(name)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{path}: row {number} has no text in column {name!r}; fill or remove it.")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if has_half_pair(text):
             raise UserError(f"{path}: row {number} holds half of a surrogate pair, which is no character; mend it.")
         extra = {key: str(row[key]) for key in ours if row.get(key)}
         if safe and "kind" not in ours:
@@ -191,6 +191,11 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
     if len({p.id for p in prompts}) < len(prompts):
         raise UserError(f"{path} has prompts with the same id; make the ids unique or leave them out.")
     return prompts
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which is no character."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def same_words(text: str) -> str:

@@ -24,11 +24,12 @@ def sources(words: list[str]) -> list[Any]:
         UsageError: the file cannot be read.
     """
     found: list[Any] = [Env("SUFFIX_ANALYSIS_", command=False)]
-    if words[:1] not in ([name] for name in (*STAGES, "demo")):
+    command = words[0] if words else ""
+    if command not in (*STAGES, "demo"):
         return found  # no other command takes a study's settings
     given = [os.environ[CONFIG]] if CONFIG in os.environ else []
     given += _values(words, "--config")
-    if not given and words[0] in STAGES:
+    if not given and command in STAGES:
         made_with = Path((_values(words, "--out") or ["runs/study"])[-1]) / "config.toml"
         given = [str(made_with)] if made_with.is_file() else []
     for name in given[-1:]:

@@ -165,7 +165,8 @@ def direction_tables(prompts: list[dict[str, Any]], bad: list[str]) -> dict[str,
         ],
         "cascade": [{"rank": float(k + 1), "auroc": 1 - 0.06 * k, "lo": 0.5, "hi": 1.0} for k in range(8)],
         "two_directions": [
-            {"direction": name, "cosine_with_refusal": 1 / (i + 1), "harmful": 5.0, "harmful_ablated": 5.0 + ablated,
+            {"direction": name, "control": name.startswith("random"),
+             "cosine_with_refusal": 1 / (i + 1), "harmful": 5.0, "harmful_ablated": 5.0 + ablated,
              "harmless": -6.0, "harmless_added": -6.0 + added, "ablated_change": ablated, "ablated_lo": ablated - 0.5,
              "ablated_hi": ablated + 0.5, "added_change": added, "added_lo": added - 0.5, "added_hi": added + 0.5}
             for i, (name, (ablated, added)) in enumerate(zip(names, effects, strict=True))

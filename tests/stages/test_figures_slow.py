@@ -62,9 +62,8 @@ def test_the_direction_is_necessary_and_sufficient_and_costs_little(demo: Path) 
     assert rate["added", "harmless"] >= 0.95
     assert cost["change"] <= 0.03
     for row in read_table(demo / "findings" / "two_directions.parquet"):
-        control = row["direction"].startswith(("random", "orthogonal"))
         # long vectors flatten the distribution and move the score, but only the direction's own change the answer
-        assert (row["harmful_ablated"] > 0) == (row["harmless_added"] < 0) == control, row
+        assert (row["harmful_ablated"] > 0) == (row["harmless_added"] < 0) == row["control"], row
 
 
 def test_the_demos_suffix_stops_refusals_and_random_text_does_not(demo: Path) -> None:

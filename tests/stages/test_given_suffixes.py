@@ -89,3 +89,8 @@ def test_a_cut_off_file_of_suffixes_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="line 2 is not valid JSON"):
         given_suffixes(path, tiny.model("llama"))
+
+
+def test_a_file_that_is_not_there_is_called_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no suffixes file"):
+        given_suffixes(tmp_path / "none.jsonl", tiny.model("llama"))
