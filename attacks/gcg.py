@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attacks import checkpoint
 from attacks.candidates import compat_gradient, draw, forbidden_ids, token_gradient
 from attacks.config import AttackError, GCGConfig, GCGResult, Step, resolve_dtype
 from attacks.controls import random_suffixes
@@ -228,49 +227,15 @@ class GCG:
 
     def state(self) -> dict[str, Any]:
         """Everything that ``restore`` needs, as plain JSON: step, buffer, best and the generator's state."""
-        return {
-            "step": self.step,
-            "stopped": self.stopped,
-            "buffer": [[loss, list(ids)] for loss, ids in self.buffer],
-            "best": [self.best[0], list(self.best[1]), self.best[2]],
-            "generator": bytes(self.generator.get_state().tolist()).hex(),
-            "batches": [[scorer.batch_size, scorer.memory] for scorer in self._both],
-            "active": self.search.active,
-            "best_step": self.best_step,
-            "error": self.search.error,
-            "seen_match": [scorer.seen_match for scorer in self._both],
-            "velocity": None if self.velocity is None else _pack(self.velocity),
-            "search_dtype": str(self.search.model.dtype),
-        }
+        return checkpoint.save(self)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Any) -> None:
         """Continue from ``state``.
 
         Raises:
-            AttackError: the state was written while searching in another precision.
+            AttackError: the state is damaged, or was written while searching in another precision.
         """
-        dtype = str(self.search.model.dtype)
-        if state["search_dtype"] != dtype:
-            raise AttackError(
-                f"The attack was searching in {state['search_dtype']} and would go on in {dtype}; "
-                "set score_dtype to the former."
-            )
-        if len(state["batches"]) != len(self._both):
-            raise AttackError(
-                f"The attack's model was in another precision than {self.model.dtype}: its candidates were "
-                f"{'not ' * (len(state['batches']) == 1)}scored again. Load the model as it was."
-            )
-        self.step, self.stopped = state["step"], state["stopped"]
-        self.buffer = [(loss, tuple(ids)) for loss, ids in state["buffer"]]
-        self.best = (state["best"][0], tuple(state["best"][1]), state["best"][2])
-        self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
-        for scorer, (batch_size, memory) in zip(self._both, state["batches"], strict=True):
-            scorer.batch_size, scorer.memory = batch_size, memory
-        for scorer, seen in zip(self._both, state["seen_match"], strict=True):
-            scorer.seen_match = seen
-        self._activate(state["active"])
-        self.best_step, self.search.error = state["best_step"], state["error"]
-        self.velocity = None if state["velocity"] is None else _unpack(state["velocity"])
+        checkpoint.restore(self, state)
 
 
 def at_step(config: GCGConfig, step: int) -> GCGConfig:
@@ -285,17 +250,6 @@ def at_step(config: GCGConfig, step: int) -> GCGConfig:
         n_replace=now(config.n_replace_start, config.n_replace),
         search_width=now(config.search_width_start, config.search_width),
     )
-
-
-def _pack(x: Tensor) -> dict[str, Any]:
-    """A float32 tensor as JSON, without loss."""
-    raw = zlib.compress(x.float().contiguous().numpy().tobytes(), 1)
-    return {"shape": list(x.shape), "data": base64.b64encode(raw).decode()}
-
-
-def _unpack(packed: dict[str, Any]) -> Tensor:
-    raw = bytearray(zlib.decompress(base64.b64decode(packed["data"])))
-    return torch.frombuffer(raw, dtype=torch.float32).reshape(packed["shape"])
 
 
 def build_init(tokenizer: Any, slot: Slot, text: str, compat: bool) -> Tensor:

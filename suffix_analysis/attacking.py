@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from typing_extensions import TypedDict
 
 import attacks
 from suffix_analysis.chat import render_chat
@@ -18,7 +19,7 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
-from suffix_analysis.records import Suffix
+from suffix_analysis.records import Arm, Suffix
 from suffix_analysis.refusal import opens_refusal
 from suffix_analysis.runs import (
     append_jsonl,
@@ -32,6 +33,19 @@ from suffix_analysis.runs import (
 
 CONTROLS = ("random", "shuffled", "benign")
 EVAL_EVERY = (10, 5)  # steps between two looks at the held-out prompts, in the first and the second half of them
+
+
+class StepRow(TypedDict):
+    """What is read of a line of steps.jsonl: an :class:`attacks.Step` with what the look at the prompts found."""
+
+    step: int
+    loss: float
+    string: str
+    ids: list[int]
+    seconds: float
+    flops: float
+    flipped: NotRequired[int | None]
+    select_refusal: NotRequired[float | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,27 @@ class Progress:
         if self.flipped is not None and self.select_refusal is not None:
             text += f", flipped {self.flipped}/{n_instructions}, others refused {self.select_refusal:.0%}"
         return text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One attack to be made.
+
+    Attributes:
+        name: what it is called when it fails, as the beginning of a sentence.
+        config: its settings, with a seed of its own.
+        train: instructions that the suffix is trained on.
+        held_out: other select prompts, on which its steps are measured.
+        folder: where it keeps its files.
+        alone: a single attack, which may stop early and is the adversarial arm whatever it reached.
+    """
+
+    name: str
+    config: StudyConfig
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    folder: Path
+    alone: bool = False
 
 
 def conversation(model: Model, instruction: str) -> list[dict[str, str]]:
@@ -118,27 +153,27 @@ def build_attack(model: Model, train: Sequence[Prompt], config: StudyConfig) -> 
     return attack, [*told, *found.warnings]
 
 
-def run_attack(
-    attack: attacks.GCG,
-    model: Model,
-    train: Sequence[Prompt],
-    held_out: Sequence[Prompt],
-    refusal_tokens: Sequence[int],
-    config: StudyConfig,
-    folder: Path,
-) -> Iterator[Progress]:
-    """Attack step by step; steps.jsonl and checkpoint.json in ``folder`` make it resumable after any step.
+def run_attack(attack: attacks.GCG, model: Model, plan: Plan, refusal_tokens: Sequence[int]) -> Iterator[Progress]:
+    """Attack step by step; steps.jsonl and checkpoint.json in the plan's folder make it resumable after any step.
 
     Every few steps the suffix is tried on the held-out select prompts; ``best_suffix`` later takes the step that
-    left the fewest of them refused. Stops early when ``stop_below`` is reached.
+    left the fewest of them refused. An attack that is made alone stops early when ``stop_below`` is reached.
     """
-    steps_file, checkpoint = folder / "steps.jsonl", folder / "checkpoint.json"
+    steps_file, checkpoint = plan.folder / "steps.jsonl", plan.folder / "checkpoint.json"
+    texts = [p.text for p in (*plan.train, *plan.held_out)]
+    n, config = len(plan.train), plan.config
     if checkpoint.exists():
         state = read_json(checkpoint)
-        attack.restore(state)
+        try:
+            attack.restore(state)
+        except attacks.AttackError as error:
+            raise UserError(f"{checkpoint}: {error}") from error
         # a step whose checkpoint was not written is run again, with the same draws
-        write_jsonl(steps_file, [row for row in read_jsonl(steps_file, journal=True) if row["step"] <= state["step"]])
-        if attack.step and _reached(read_jsonl(steps_file, journal=True), config):
+        write_jsonl(
+            steps_file,
+            [row for row in read_jsonl(steps_file, journal=True, like=StepRow) if row["step"] <= state["step"]],
+        )
+        if attack.step and any(_enough(row["select_refusal"], plan) for row in steps_of(plan)):
             return
     else:
         steps_file.unlink(missing_ok=True)
@@ -148,78 +183,73 @@ def run_attack(
         flipped = refused = None
         late = step.step > config.steps // 2
         if step.step % EVAL_EVERY[late] == 0 or step.step == config.steps:
-            rows = [render_chat(model.tokenizer, p.text, step.string, model.system).ids for p in [*train, *held_out]]
+            rows = [render_chat(model.tokenizer, text, step.string, model.system).ids for text in texts]
             kept = opens_refusal(watcher, rows, refusal_tokens)
-            flipped = int((~kept[: len(train)]).sum())
-            refused = float(kept[len(train) :].float().mean())
+            flipped, refused = int((~kept[:n]).sum()), float(kept[n:].float().mean())
         append_jsonl(steps_file, asdict(step) | {"select_refusal": refused, "flipped": flipped})
         write_json(checkpoint, attack.state())
         yield Progress(step, flipped, refused)
-        if refused is not None and _enough(refused, config):
+        if _enough(refused, plan):
             return
 
 
-def _enough(refused: float, config: StudyConfig) -> bool:
+def _enough(refused: float | None, plan: Plan) -> bool:
     """Whether an attack may stop early: not where several are to have equal budgets."""
-    return config.n_attacks == 1 and refused <= config.stop_below
+    return plan.alone and refused is not None and refused <= plan.config.stop_below
 
 
-def _reached(rows: Sequence[dict[str, Any]], config: StudyConfig) -> bool:
-    return any(row["select_refusal"] is not None and _enough(row["select_refusal"], config) for row in rows)
-
-
-def best_suffix(rows: Sequence[dict[str, Any]], train: Sequence[Prompt], seed: int, flip_below: float = 1.0) -> Suffix:
-    """The measured step that leaves the fewest held-out select prompts refused; the lower loss among equals.
-
-    Its arm is ``failed`` where more than ``flip_below`` of them are. The study numbers the suffixes of an arm.
-    """
+def best_step(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The measured step that leaves the fewest held-out select prompts refused; the lower loss among equals."""
     measured = [row for row in rows if row.get("select_refusal") is not None]
-    row = min(measured or rows, key=lambda r: (r.get("select_refusal") or 0.0, r["loss"]))
-    arm = "failed" if (row.get("select_refusal") or 0.0) > flip_below else "adversarial"
+    return min(measured or rows, key=lambda r: (r.get("select_refusal") or 0.0, r["loss"]))
+
+
+def best_suffix(rows: Sequence[dict[str, Any]], plan: Plan) -> Suffix:
+    """The suffix of the best step; see :func:`best_step`.
+
+    Its arm is ``failed`` where more than ``flip_below`` of the held-out prompts are refused, unless it is a single
+    attack: that is adversarial whatever it reached. The study numbers the suffixes of an arm.
+    """
+    row = best_step(rows)
+    missed = not plan.alone and (row.get("select_refusal") or 0.0) > plan.config.flip_below
+    arm: Arm = "failed" if missed else "adversarial"
     return Suffix(
         id=f"{arm}-1",
         arm=arm,
         text=row["string"],
         ids=tuple(row["ids"]),
         n_tokens=len(row["ids"]),
-        trained_on=tuple(p.id for p in train),
+        trained_on=tuple(p.id for p in plan.train),
         loss=row["loss"],
-        seed=seed,
+        seed=plan.config.seed,
     )
 
 
-def one_attack(
+def make_attack(
     model: Model,
-    number: int,
-    train: Sequence[Prompt],
-    held_out: Sequence[Prompt],
+    plan: Plan,
     tokens: Sequence[int],
-    config: StudyConfig,
-    folder: Path,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Suffix:
-    """Attack ``number`` of a pool (from 0), with a seed of its own; what ``folder`` holds of it is not done again."""
-    done = folder / "suffix.jsonl"
+    """Make a planned attack; what its folder holds of it is not done again."""
+    done = plan.folder / "suffix.jsonl"
     if done.exists():
         return read_suffixes(done)[0]
-    own = replace(config, seed=config.seed + number)
-    folder.mkdir(parents=True, exist_ok=True)
-    attack, told = build_attack(model, train, own)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    attack, told = build_attack(model, plan.train, plan.config)
     for sentence in told:
         say(sentence)
-    for progress in run_attack(attack, model, train, held_out, tokens, own, folder):
+    for progress in run_attack(attack, model, plan, tokens):
         on_progress(progress)
-    # a single attack is the adversarial arm whatever it reached; the numbers say what that is
-    flip_below = config.flip_below if config.n_attacks > 1 else 1.0
-    suffix = best_suffix(read_jsonl(folder / "steps.jsonl", journal=True), train, own.seed, flip_below)
+    suffix = best_suffix(steps_of(plan), plan)
     write_suffixes(done, [suffix])
     return suffix
 
 
-def pool_folder(run: Path, number: int) -> Path:
-    """Where an attack of the pool keeps its files; the first one's stand in the run folder itself."""
-    return run if number == 0 else run / "attacks" / str(number + 1)
+def steps_of(plan: Plan) -> list[dict[str, Any]]:
+    """The steps that an attack has made."""
+    return read_jsonl(plan.folder / "steps.jsonl", journal=True, like=StepRow)
 
 
 def numbered(suffixes: Sequence[Suffix]) -> list[Suffix]:

@@ -5,8 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from suffix_analysis.errors import UsageError
+
+
+def _whole(kind: Any, tokens: Sequence[Any]) -> int:
+    """A flag's or file's whole number; cyclopts itself rounds 3.7 to 4."""
+    text = str(tokens[0].value)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value.is_integer():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text) if text.lstrip("+-").isdigit() else int(value)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +52,8 @@ class StudyConfig:
         n_controls: strings in each control arm (random, shuffled, benign; of benign ones there are ten at most).
         n_traced: report prompts whose arms are traced.
         n_traced_controls: strings of each control arm that are traced.
-        reply_tokens: length of the replies that are judged.
+        reply_tokens: length of the replies that are judged (the paper: 512); 24 show whether a reply opens as a
+            refusal, in a twentieth of the time.
         n_top_heads: heads shown in detail.
         n_causal: report prompts that the causal tests run on, and select prompts that they take means from.
         n_fit: prompts of each kind that the direction's means are taken over, less those answered against their kind.
@@ -66,23 +85,23 @@ class StudyConfig:
     harmless: str = "embedded"
     suffixes: str | None = None
     target: str = "Sure, here is"
-    n_instructions: int = 4
-    suffix_tokens: int = 20
-    steps: int = 100
-    n_attacks: int = 1
+    n_instructions: Whole = 4
+    suffix_tokens: Whole = 20
+    steps: Whole = 100
+    n_attacks: Whole = 1
     flip_below: float = 0.5
-    search_width: int = 96
-    topk: int = 256
+    search_width: Whole = 96
+    topk: Whole = 256
     stop_below: float = 0.2
-    n_controls: int = 8
-    n_traced: int = 64
-    n_traced_controls: int = 8
-    reply_tokens: int = 24
-    n_top_heads: int = 8
-    n_causal: int = 32
-    n_fit: int = 128
-    n_select: int = 32
-    layer_step: int = 1
+    n_controls: Whole = 8
+    n_traced: Whole = 64
+    n_traced_controls: Whole = 8
+    reply_tokens: Whole = 512
+    n_top_heads: Whole = 8
+    n_causal: Whole = 32
+    n_fit: Whole = 128
+    n_select: Whole = 32
+    layer_step: Whole = 1
     kl_threshold: float = 0.1
     layer_share: float = 0.8
     score_excluded: bool = True
@@ -91,14 +110,14 @@ class StudyConfig:
     refusal_tokens: Sequence[int] | None = None
     text: str | None = None
     prompts_per_split: int | None = None
-    seed: int = 0
+    seed: Whole = 0
     score_dtype: str = "auto"
     dtype: str = "float32"
     device: str | None = None
     four_bit: bool = False
     executor: str = "local"
     address: str | None = None
-    attack_cpus: int = 1
+    attack_cpus: Whole = 1
     attack_gpus: float = 0.0
 
     def __post_init__(self) -> None:
@@ -108,8 +127,11 @@ class StudyConfig:
             "n_fit": 8, "n_select": 2, "layer_step": 1, "attack_cpus": 1,
         }  # fmt: skip
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise UsageError(f"{name} is {value!r}; it must be a whole number.")
+            if value < low:
+                raise UsageError(f"{name} is {value}; it must be at least {low}.")
         for name in ("kl_threshold", "induce_threshold", "alpha", "layer_share", "attack_gpus"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number.")
@@ -137,12 +159,26 @@ class StudyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CampaignConfig(StudyConfig):
+    """A campaign's settings: attacks on many instructions, with ``n_attacks`` seeds each and with varied settings.
+
+    Attributes:
+        each: attack the ``n_instructions`` instructions one by one instead of all together.
+        vary: settings of the attack that take several values, each as ``search_width=[64, 128]``.
+    """
+
+    each: bool = False
+    vary: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig(StudyConfig):
     """The demo's settings: a study with fewer controls and tests, for two cores and a quarter of an hour."""
 
-    n_controls: int = 3
-    n_traced: int = 48
-    n_traced_controls: int = 2
-    n_causal: int = 12
-    n_select: int = 16
+    n_controls: Whole = 3
+    n_traced: Whole = 48
+    n_traced_controls: Whole = 2
+    n_causal: Whole = 12
+    reply_tokens: Whole = 24
+    n_select: Whole = 16
     score_excluded: bool = False

@@ -160,6 +160,29 @@ def defence_lines(
     ]
 
 
+def campaign_lines(result: dict[str, Any]) -> list[str]:
+    """What `suffix-analysis campaign` reached: a line for every attack, then one for each combination of settings."""
+    outcomes = {"suffix_id", "arm", "text", "loss", "flipped", "select_refusal", "step", "seconds", "tflop", "attack"}
+    lines = []
+    for row in result["attacks"]:
+        own = ", ".join(f"{name} {value}" for name, value in row.items() if name not in outcomes)
+        lines.append(
+            f"{row['suffix_id']:15} loss {row['loss']:.3f}, {row['flipped']:.0%} of its instructions answered, "
+            f"{row['select_refusal']:.0%} of the others refused (step {row['step']}, {row['seconds']:.0f} s); {own}"
+        )
+    measures = ("loss", "flipped", "select_refusal")
+    for row in result["settings"]:
+        known = {"n_attacks", *(f"{name}{end}" for name in measures for end in ("", "_lo", "_hi"))}
+        own = ", ".join(f"{name} {value}" for name, value in row.items() if name not in known)
+        loss, *shares = (f"{row[name]:{kind}} [{row[f'{name}_lo']:{kind}}, {row[f'{name}_hi']:{kind}}]"
+                         for name, kind in zip(measures, (".3f", ".0%", ".0%"), strict=True))  # fmt: skip
+        lines.append(
+            f"{own or 'all'}, {row['n_attacks']} attacks: loss {loss}, {shares[0]} of their instructions answered, "
+            f"{shares[1]} of the others refused (descriptive)"
+        )
+    return [*lines, f"suffixes: {result['suffixes']}"]
+
+
 def direction_lines(result: dict[str, Any]) -> list[str]:
     """What `suffix-analysis direction` found, from its tables."""
     counts = result["n"]

@@ -42,6 +42,9 @@ def load_direction(path: Path, scores: list[dict[str, Any]]) -> Direction:
         tensors = load_file(path)
         with safe_open(path, "pt") as handle:
             meta = handle.metadata()
+        size, means = tensors["vector"].shape, tensors["means_harmful"].shape
+        if len(size) != 1 or len(means) != 2 or means[1] != size[0] or tensors["means_harmless"].shape != means:
+            raise ValueError(f"a direction of shape {list(size)} with means of {list(means)}")
         return Direction(
             vector=tensors["vector"],
             position=int(meta["position"]),

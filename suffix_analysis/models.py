@@ -218,7 +218,7 @@ def _with_adapter(hf: Any, adapter: str) -> Any:
         )
     names = ("adapter_config.json", "adapter_model.safetensors")
     try:
-        local = Path(adapter).expanduser()
+        local = Path(os.path.expanduser(adapter))  # noqa: PTH111 — Path's own raises for a ~name that is no user
         if not local.exists():  # from the hub come these two files and no pickles
             owner, _, revision = adapter.partition("@")
             local = Path(snapshot_download(owner, revision=revision or None, allow_patterns=list(names)))
@@ -247,7 +247,7 @@ def source_of(name: str, weights: bool = True) -> tuple[str, dict[str, Any]]:
         from suffix_analysis.organism.weights import base_folder
 
         return str(base_folder()), {}
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))  # noqa: PTH111
     if local.is_file():
         if local.suffix != ".gguf":
             raise UserError(f"{name!r} is a file but not a .gguf one; give a model folder, a GGUF file or a hub id.")

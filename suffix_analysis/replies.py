@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
+from typing_extensions import TypedDict
 
 from suffix_analysis.generate import answers
 from suffix_analysis.judges import is_refusal, judge
@@ -17,6 +18,29 @@ from suffix_analysis.records import SUFFIX_ARMS, Suffix
 from suffix_analysis.refusal import refusal_score
 from suffix_analysis.runs import append_jsonl, read_jsonl, write_jsonl
 from suffix_analysis.stats import contrast, contrast_row, interval, rate_interval
+
+
+class ReplyRow(TypedDict):
+    """One judged reply."""
+
+    arm: str
+    split: str
+    kind: str
+    prompt_id: str
+    suffix_id: str | None
+    refused: bool
+    verdict: str
+    refusal_score: float | None
+    reply: str
+
+
+class Answered(TypedDict):
+    """A line of replies.jsonl: one arm with one suffix."""
+
+    arm: str
+    suffix_id: str | None
+    rows: list[ReplyRow]
+
 
 Cell = tuple[str, Suffix | None, list[Prompt]]  # an arm, one of its suffixes, and the prompts to answer
 
@@ -56,7 +80,7 @@ def measure_replies(
     Report prompts are answered in every arm, look-alikes only without a suffix. ``answer`` yields :func:`reply_rows` of
     cells in any order, each with its cell's number.
     """
-    done = read_jsonl(journal, journal=True) if journal.exists() else []
+    done = read_jsonl(journal, journal=True, like=Answered) if journal.exists() else []
     if done:
         write_jsonl(journal, done)  # a line that was cut off is gone before the next one is appended
     have = {(row["arm"], row["suffix_id"]): row["rows"] for row in done}

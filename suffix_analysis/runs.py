@@ -5,35 +5,49 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from typing_extensions import TypedDict  # pydantic takes the standard library's from Python 3.12 on only
+
+from suffix_analysis.environment import peak_gib
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.records import SCHEMA_VERSION, Suffix
+
+RecordT = TypeVar("RecordT")
+
+
+class StageState(TypedDict):
+    """A stage in status.json: ``done`` or ``interrupted``, and the seconds that all attempts took."""
+
+    state: str
+    seconds: float
+
+
+class Status(TypedDict):
+    """status.json."""
+
+    schema_version: int
+    state: str
+    stages: dict[str, StageState]
+    peak_gib: float
+
 
 # what a stage is not done without, so that a file that was deleted is made again
 FILES = {
     "prompts": ("prompts.jsonl",),
     "attack": ("suffixes.jsonl",),
+    "campaign": ("suffixes.jsonl", "findings/campaign.parquet"),
     "replies": ("findings/replies.parquet", "findings/refusal.parquet"),
     "direction": ("direction.safetensors", "findings/candidates.parquet", "findings/interventions.parquet"),
     "analysis": ("findings/top_heads.parquet", "findings/summary.json", "findings/checks.json"),
 }
 # settings of where a run is worked on, which may change from one part of it to the next
 ELSEWHERE = ("executor", "address", "attack_cpus", "attack_gpus", "device")
-PACKAGES = (
-    "suffix-analysis", "torch", "transformers", "transformer-lens", "circuitsvis", "nanogcg", "numpy", "scipy", "peft",
-    "safetensors", "pyarrow", "altair", "vl-convert-python",
-)  # fmt: skip
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -95,6 +109,29 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}); delete it and run the stage again.") from error
 
 
+def read_as(path: Path, kind: Any) -> Any:
+    """Read JSON that must be a ``kind``, any type that pydantic knows.
+
+    Raises:
+        UserError: missing, damaged, or something else.
+    """
+    return _as(kind, read_json(path), str(path))
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"]))
+        told = f"{at}: {first['msg']}" if at else first["msg"]
+        raise UserError(
+            f"{where} holds something else than this tool writes ({told}); delete it and run again."
+        ) from error
+
+
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write one JSON object a line, all at once."""
     write_atomic(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
@@ -111,11 +148,13 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}; free space or choose --out.") from error
 
 
-def read_jsonl(path: Path, *, journal: bool = False) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, *, journal: bool = False, like: Any = dict[str, Any]) -> list[dict[str, Any]]:
     """Read a finished file, or a ``journal``, whose last line a crash may have cut off; that line is left out.
 
+    Rows come as they stand; each must hold what ``like``, any type that pydantic knows, asks for.
+
     Raises:
-        UserError: missing, or damaged (a journal: before its last line).
+        UserError: missing, damaged (a journal: before its last line), or a row of another kind.
     """
     try:
         lines = path.read_text("utf-8").split("\n")
@@ -126,12 +165,14 @@ def read_jsonl(path: Path, *, journal: bool = False) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if journal and number == len(lines):  # no newline after it: the write was cut off
                 break
             how = "remove it and run again" if journal else "delete the file and run again"
             raise UserError(f"{path}: line {number} is damaged ({error.msg}); {how}.") from error
+        _as(like, row, f"{path}: line {number}")
+        rows.append(row)
     return rows
 
 
@@ -170,13 +211,16 @@ def read_suffixes(path: Path) -> list[Suffix]:
     Raises:
         UserError: missing, damaged, or of another layout.
     """
-    try:
-        return [
-            Suffix(**{**row, "ids": tuple(row.get("ids") or ()), "trained_on": tuple(row.get("trained_on") or ())})
-            for row in read_jsonl(path)
-        ]
-    except TypeError as error:
-        raise UserError(f"{path} is not a list of suffixes: {error}") from error
+    return read_records(path, Suffix)
+
+
+def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
+    """Read records of a dataclass from JSONL.
+
+    Raises:
+        UserError: missing, damaged, or of another layout.
+    """
+    return [_as(kind, row, f"{path}: line {n}") for n, row in enumerate(read_jsonl(path), 1)]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -248,7 +292,7 @@ def _lock(handle: Any, folder: Path) -> None:
         raise UserError(f"Another process is working in {folder}; wait for it or choose another --out.") from error
 
 
-def status(folder: Path) -> dict[str, Any]:
+def status(folder: Path) -> Status:
     """The status record; an empty one for a new folder."""
     path = folder / "status.json"
     if path.exists():
@@ -259,82 +303,32 @@ def status(folder: Path) -> dict[str, Any]:
                 f"{folder} was written with schema_version {version}, this is {SCHEMA_VERSION}; "
                 "run it again in a new folder."
             )
-        if version is None or not isinstance(found.get("stages"), dict):
-            raise UserError(f"{path} is no record of a run's stages; delete it and run again.")
-        return found
+        known: Status = _as(Status, found, str(path))
+        return known
     return {"schema_version": SCHEMA_VERSION, "state": "running", "stages": {}, "peak_gib": 0.0}
 
 
 def add_seconds(folder: Path, name: str, seconds: float, state: str = "interrupted") -> None:
     """Record a stage's state, ``done`` when its files are complete. Seconds of interrupted attempts add up."""
     now = status(folder)
-    before = now["stages"].get(name, {}).get("seconds", 0.0)
+    before = now["stages"][name]["seconds"] if name in now["stages"] else 0.0
     now["stages"][name] = {"state": state, "seconds": round(before + seconds, 2)}
     now["peak_gib"] = max(now["peak_gib"], round(peak_gib(), 2))
-    write_json(folder / "status.json", now)
+    write_json(folder / "status.json", dict(now))
 
 
 def set_state(folder: Path, state: str) -> None:
     """Record the run's state: running, partly done or done."""
-    write_json(folder / "status.json", status(folder) | {"state": state})
+    now = status(folder)
+    now["state"] = state
+    write_json(folder / "status.json", dict(now))
 
 
 def is_done(folder: Path, name: str) -> bool:
     """Whether a stage has finished in this folder and its files are still there."""
-    done = status(folder)["stages"].get(name, {}).get("state") == "done"
-    return done and all((folder / own).exists() for own in FILES.get(name, ()))
-
-
-def peak_gib() -> float:
-    """The most memory this process has held, in GiB (0 where the system does not tell)."""
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for env.json and for bug reports; holds no paths, names or tokens."""
-    import torch
-
-    from attacks.precision import bf16_speedup
-
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
-        "packages": versions,
-        "git": _revision(),
-        "threads": torch.get_num_threads(),
-        "bf16_speedup": round(bf16_speedup(torch.device("cpu")), 2),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
-
-
-def _revision() -> str:
-    """The checkout's git revision, or empty for an installed package."""
-    top = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(top), "rev-parse", "--show-toplevel", "--short", "HEAD"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = done.stdout.split("\n")
-        # an environment inside another project's checkout must not take that one's revision for ours
-        if done.returncode == 0 and Path(found[0]).resolve() == top:
-            return found[1].strip()
-    return ""
+    stages = status(folder)["stages"]
+    return (
+        name in stages
+        and stages[name]["state"] == "done"
+        and all((folder / own).exists() for own in FILES.get(name, ()))
+    )

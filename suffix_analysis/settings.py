@@ -11,8 +11,9 @@ from cyclopts.config import Env, Toml
 
 from suffix_analysis.errors import UsageError
 
-STAGES = ("run", "attack", "direction", "analyze")  # commands that go on in a run folder
-CONFIG = "SUFFIX_ANALYSIS_CONFIG"  # the flag's own variable
+# commands that go on in a run folder, and where that is if nothing is said
+STAGES = dict.fromkeys(("run", "attack", "direction", "analyze"), "runs/study") | {"campaign": "runs/campaign"}
+CONFIG, OUT = "SUFFIX_ANALYSIS_CONFIG", "SUFFIX_ANALYSIS_OUT"  # the flags' own variables
 
 
 def sources(words: list[str]) -> list[Any]:
@@ -30,7 +31,8 @@ def sources(words: list[str]) -> list[Any]:
     given = [os.environ[CONFIG]] if CONFIG in os.environ else []
     given += _values(words, "--config")
     if not given and command in STAGES:
-        made_with = Path((_values(words, "--out") or ["runs/study"])[-1]) / "config.toml"
+        out = _values(words, "--out") or [os.environ.get(OUT) or STAGES[command]]
+        made_with = Path(out[-1]) / "config.toml"
         given = [str(made_with)] if made_with.is_file() else []
     for name in given[-1:]:
         try:

@@ -8,26 +8,28 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeInt
 
-from suffix_analysis import attacking, replies, runs
+from suffix_analysis import pool, replies, runs
 from suffix_analysis.analysis import analyze, n_forwards, of_few_texts
 from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Narrator
 from suffix_analysis.direction_file import load_direction, save_direction
 from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
+from suffix_analysis.environment import environment
 from suffix_analysis.errors import UserError
-from suffix_analysis.inputs import fast_dtype, given_suffixes, study_model, study_prompts, study_text
+from suffix_analysis.inputs import fast_dtype, study_model, study_prompts, study_text
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
 from suffix_analysis.oneness import measure_oneness
 from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
 from suffix_analysis.records import Suffix
-from suffix_analysis.refusal import discover_refusal_tokens, opens_refusal
+from suffix_analysis.refusal import discover_refusal_tokens
 
 # replies come before the direction, whose interventions wrap the fast model and slow it down
 STAGES = ("prompts", "attack", "replies", "direction", "analysis", "mechanism")
@@ -58,7 +60,11 @@ class Study:
         What "auto" measures may come out differently when a run goes on, perhaps on another machine.
         """
         path = self.folder / "fast_dtype.json"
-        return replace(self.config, score_dtype=runs.read_json(path)) if path.exists() else self.config
+        return (
+            replace(self.config, score_dtype=runs.read_as(path, Literal["float32", "bfloat16"]))
+            if path.exists()
+            else self.config
+        )
 
     @property
     def precise(self) -> StudyConfig:
@@ -85,6 +91,7 @@ class Study:
         steps: dict[str, Callable[[], None]] = {
             "prompts": self._prompts,
             "attack": self._attack,
+            "campaign": self._campaign,
             "direction": self._direction,
             "replies": self._replies,
             "analysis": self._analysis,
@@ -124,75 +131,43 @@ class Study:
         for prompt in prompts:
             self.model.chat(prompt.text)  # or that a prompt is too long
         runs.write_atomic(self.folder / "prompts.jsonl", to_jsonl(prompts))
-        runs.write_json(self.folder / "env.json", runs.environment())
+        runs.write_json(self.folder / "env.json", environment())
 
     def prompts(self) -> list[Prompt]:
         """The run's prompts."""
-        return [Prompt(**row) for row in runs.read_jsonl(self.folder / "prompts.jsonl")]
+        return runs.read_records(self.folder / "prompts.jsonl", Prompt)
 
     def _attack(self) -> None:
-        prompts, config = self.prompts(), self.config
-        select = [p for p in prompts if p.split == "select"]
-        harmful = [p for p in select if p.kind == "harmful"]
-        tokens = self._refusal_tokens(select)
-        if config.suffixes is not None:
-            given = given_suffixes(Path(config.suffixes), self.model)
-            own = [s for s in given if s.arm == "adversarial"]
-            lacking = [arm for arm in attacking.CONTROLS if arm not in {s.arm for s in given}]
-            made = attacking.make_controls(self.model, own, harmful, config, self._skip, lacking)
-            runs.write_suffixes(self.folder / "suffixes.jsonl", [*given, *made])
-            return
-        refused = opens_refusal(self.fast, [self.model.chat(p.text).ids for p in harmful], tokens)
-        train, held_out = attacking.split_for_attack(harmful, config.n_instructions, config.seed, refused.tolist())
-        if config.executor == "ray":
-            from suffix_analysis.campaign import run_pool
+        runs.write_suffixes(self.folder / "suffixes.jsonl", pool.study_suffixes(self))
 
-            suffixes = run_pool(
-                self.folder, train, held_out, tokens, self.precise,
-                lambda done: self.narrator.progress(done, config.n_attacks, "attacks done"),
-            )  # fmt: skip
-        else:
-            suffixes = [self._one_attack(number, train, held_out, tokens) for number in range(config.n_attacks)]
-        ranked = sorted(suffixes, key=lambda suffix: (suffix.arm == "failed", suffix.loss or 0.0))
-        flipping = [suffix for suffix in ranked if suffix.arm == ranked[0].arm]
-        controls = attacking.make_controls(self.model, flipping, held_out, config, self._skip)
-        runs.write_suffixes(self.folder / "suffixes.jsonl", [*attacking.numbered(suffixes), *controls])
+    def _campaign(self) -> None:
+        from suffix_analysis.campaign import campaign
 
-    def _one_attack(
-        self, number: int, train: Sequence[Prompt], held_out: Sequence[Prompt], tokens: Sequence[int]
-    ) -> Suffix:
-        """One attack of the pool, in this process."""
-        steps = self.config.steps
+        suffixes, rows = campaign(self)
+        runs.write_suffixes(self.folder / "suffixes.jsonl", suffixes)
+        runs.write_table(self.folder / "findings" / "campaign.parquet", rows)
 
-        def tell(progress: attacking.Progress) -> None:
-            done = number * steps + progress.step.step
-            self.narrator.progress(done, self.config.n_attacks * steps, progress.line(self.config.n_instructions))
-
-        return attacking.one_attack(
-            self.model, number, train, held_out, tokens, self.precise, attacking.pool_folder(self.folder, number),
-            tell, self.narrator.say if number == 0 else lambda sentence: None,
-        )  # fmt: skip
-
-    def _refusal_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Discovered once on the select split and kept for every later stage."""
+    def refusal_tokens(self) -> list[int]:
+        """The tokens that open refusals; discovered once on the select split and kept for every later stage."""
         path = self.folder / "refusal_tokens.json"
         if path.exists():
-            return list(runs.read_json(path))
-        size = self.model.hf.get_input_embeddings().weight.shape[0]
-        if self.config.refusal_tokens is not None:
+            tokens = list(runs.read_as(path, list[NonNegativeInt]))
+        elif self.config.refusal_tokens is not None:
             tokens = list(self.config.refusal_tokens)
-            if max(tokens) >= size:
-                raise UserError(f"refusal_tokens holds {max(tokens)}, but the model has {size} tokens.")
         else:
-            own = [p for p in prompts if p.split == "select"]
+            own = [p for p in self.prompts() if p.split == "select"]
             chats = {k: [self.model.chat(p.text) for p in own if p.kind == k] for k in ("harmful", "harmless")}
             tokens = discover_refusal_tokens(self.fast, chats["harmful"], chats["harmless"])
-        runs.write_json(path, tokens)
+        size = self.model.hf.get_input_embeddings().weight.shape[0]
+        if not tokens or max(tokens) >= size:
+            raise UserError(f"refusal_tokens holds {max(tokens, default='nothing')}, but the model has {size} tokens.")
+        if not path.exists():
+            runs.write_json(path, tokens)
         return tokens
 
     def _direction(self) -> None:
         prompts = [p for p in self.prompts() if p.split in ("fit", "select")]
-        tokens = self._refusal_tokens(prompts)
+        tokens = self.refusal_tokens()
         kinds = [[p for p in prompts if p.kind == kind] for kind in ("harmful", "harmless")]
         config = self.config
         settings = DirectionConfig(
@@ -242,13 +217,13 @@ class Study:
     def _answered(self, suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
         """Replies without a suffix and with each of these; what an earlier stage has made is read."""
         prompts, length = self.prompts(), self.config.reply_tokens
-        tokens = self._refusal_tokens(prompts)
+        tokens = self.refusal_tokens()
 
         def answer(cells: list[replies.Cell]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
             if self.config.executor == "ray" and cells:
-                from suffix_analysis import campaign
+                from suffix_analysis import workers
 
-                yield from campaign.answer(cells, tokens, length, self.precise)
+                yield from workers.answer(cells, tokens, length, self.precise)
                 return
             for i, (arm, suffix, some) in enumerate(cells):
                 yield i, replies.reply_rows(self.fast, some, suffix, arm, tokens, length)
@@ -278,9 +253,9 @@ class Study:
 
         trace_all = None
         if config.executor == "ray":
-            from suffix_analysis import campaign
+            from suffix_analysis import workers
 
-            trace_all = partial(campaign.trace_all, direction=direction, config=self.precise, on_prompts=count)
+            trace_all = partial(workers.trace_all, direction=direction, config=self.precise, on_prompts=count)
         found = analyze(
             self.model, direction, prompts, traced,
             n_top=config.n_top_heads, max_prompts=config.n_traced, on_prompts=count, trace_all=trace_all,
@@ -301,7 +276,7 @@ class Study:
         everything = runs.read_suffixes(self.folder / "suffixes.jsonl")
         suffixes = [s for s in everything if s.arm == "adversarial"]
         if not suffixes:
-            self._skip("No attack of the pool flipped enough of the select split, so there is no mechanism to test.")
+            self.skip("No attack of the pool flipped enough of the select split, so there is no mechanism to test.")
             return
         report, select, harmless = (
             prompts_of(prompts, kind, split, config.n_causal)
@@ -316,14 +291,14 @@ class Study:
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
             )  # fmt: skip
         except UserError as error:  # everything before it is worth a report
-            self._skip(f"The causal tests were left out: {error}")
+            self.skip(f"The causal tests were left out: {error}")
             return
-        checks = runs.read_json(findings / "checks.json")
+        checks = runs.read_as(findings / "checks.json", list[dict[str, Any]])
         own = tables.pop("checks")
         kept = [row for row in checks if row["name"] not in {other["name"] for other in own}]
         runs.write_json(findings / "checks.json", [*kept, *own])
         if not any(row["test"] == ATTENTION for row in tables["causal"]):
-            self._skip(
+            self.skip(
                 "The first shuffled suffix has not the attack's token count everywhere: no attention transplanted."
             )
         for name, rows in tables.items():
@@ -340,14 +315,14 @@ class Study:
             "suffix_id": next((s.id for s in suffixes if s.arm == "adversarial"), None),
             "n_prompts": counts,
             "reply_dtype": str(self.fast_dtype).removeprefix("torch."),
-            "skipped": runs.read_json(skipped) if skipped.exists() else [],
+            "skipped": runs.read_as(skipped, list[str]) if skipped.exists() else [],
         }
 
-    def _skip(self, sentence: str) -> None:
+    def skip(self, sentence: str) -> None:
         """Remember what fell short, for the report, and say it."""
         path, summary = self.folder / "skipped.json", self.folder / "findings" / "summary.json"
-        sentences = [*(runs.read_json(path) if path.exists() else []), sentence]
+        sentences = [*(runs.read_as(path, list[str]) if path.exists() else []), sentence]
         runs.write_json(path, sentences)
         if summary.exists():  # a stage after the analysis
-            runs.write_json(summary, runs.read_json(summary) | {"skipped": sentences})
+            runs.write_json(summary, runs.read_as(summary, dict[str, Any]) | {"skipped": sentences})
         self.narrator.say(sentence)

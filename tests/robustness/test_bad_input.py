@@ -149,7 +149,7 @@ VALUES = st.integers(-5, 5) | st.floats(allow_nan=True) | st.booleans() | st.tex
 @pytest.fixture
 def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "run", lambda self, stages=None: None)
-    monkeypatch.setattr(cli, "_finish", lambda study, as_json: None)
+    monkeypatch.setattr(cli.stages, "finish", lambda study, as_json: None)
 
 
 @MANY

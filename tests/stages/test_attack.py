@@ -126,6 +126,25 @@ def test_an_attack_that_has_stopped_early_stays_stopped() -> None:
     assert list(other.steps()) == []
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("generator", "00ff"), ("generator", "no hex"), ("velocity", {"shape": [1], "data": "AAAA"}), ("velocity", 5),
+        ("batches", []), ("best", []), ("buffer", []), ("buffer", [[1.0, [1]], [1.0, [1, 2]]]), ("active", 9),
+        ("buffer", [[1.0, [10**6]]]), ("step", "a"), ("seen_match", None), ("search_dtype", "float7"),
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_named(part: str, value: Any) -> None:
+    config = attacks.GCGConfig(**SMALL, momentum=0.5)
+    attack = attacks.GCG(tiny.hf_model("llama"), tiny.tokenizer(), TALKS, "Sure", config)
+    next(attack.steps())
+    state = json.loads(json.dumps(attack.state()))
+    with pytest.raises(attacks.AttackError, match=r"damaged|precision|searching in"):
+        attack.restore(state | {part: value})
+    with pytest.raises(attacks.AttackError, match=f"damaged .{part}: Field required"):
+        attack.restore({key: kept for key, kept in state.items() if key != part})
+
+
 def test_a_state_of_another_precision_is_refused() -> None:
     tok, config = tiny.tokenizer(), attacks.GCGConfig(**SMALL, score_dtype="bfloat16")
     state = attacks.GCG(tiny.hf_model("llama"), tok, TALKS, "Sure", config).state()

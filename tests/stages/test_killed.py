@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import attacks
-from suffix_analysis.attacking import build_attack, run_attack
+from suffix_analysis.attacking import Plan, make_attack
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.prompts import Prompt
 from tests import tiny
@@ -29,10 +29,8 @@ TRAIN = [Prompt(str(i), text, "harmful", "select") for i, text in enumerate(("Pi
 
 def go_on(folder: Path) -> None:
     """Run the attack in ``folder`` to its end, from wherever it is."""
-    model, config = tiny.model("llama"), StudyConfig(**SETTINGS)
-    attack, _ = build_attack(model, TRAIN, config)
-    for _ in run_attack(attack, model, TRAIN, TRAIN, REFUSAL_TOKENS, config, folder):
-        pass
+    train = tuple(TRAIN)
+    make_attack(tiny.model("llama"), Plan("It", StudyConfig(**SETTINGS), train, train, folder), REFUSAL_TOKENS)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -57,6 +57,12 @@ MISTAKES = [
     (["demo", "--layer-share", "1.5"], 2, "layer_share is 1.5"),
     (["demo", "--refusal-tokens", "-3"], 2, "-3"),
     (["run", "--harmful", "nowhere.csv"], 1, "nowhere.csv"),
+    (["attack", "--steps", "3.7"], 2, "'3.7' is not a whole number"),
+    (["attack", "--seed", "1e400"], 2, "'1e400' is not a whole number"),
+    (["defend", "--most", "2.5"], 2, "'2.5' is not a whole number"),
+    (["campaign", "--vary", "steps=5"], 2, "with all of its values"),
+    (["run", "--model", "~nouser"], 1, "no model '~nouser'"),
+    (["run", "--adapter", "~nouser"], 1, "~nouser"),
 ]
 
 
@@ -72,6 +78,25 @@ def test_mistakes(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("value", ["3.7", "true", '"a"', "[3]", "nan"])
+def test_counts_in_a_file_are_whole_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, value: str
+) -> None:
+    (tmp_path / "c.toml").write_text(f"steps = {value}\n")
+    assert call(monkeypatch, "run", "--config", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run")) == 2
+    assert "steps" in capsys.readouterr().err
+
+
+def test_a_campaigns_folder_is_no_studys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text('each = true\nvary = ["steps=[5, 6]"]\n')
+    assert call(monkeypatch, "defend", str(tmp_path)) == 2
+    assert "run --suffixes" in capsys.readouterr().err
+    assert call(monkeypatch, "run", "--out", str(tmp_path)) == 2
+    assert "each" in capsys.readouterr().err
+
+
 def test_unknown_settings_in_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -85,7 +110,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
     """The settings of the studies that commands would run; none runs."""
     found: list[StudyConfig] = []
     monkeypatch.setattr(Study, "run", lambda self, stages=None: found.append(self.config))
-    monkeypatch.setattr(cli, "_finish", lambda study, as_json: None)
+    monkeypatch.setattr(cli.stages, "finish", lambda study, as_json: None)
     return found
 
 
@@ -132,8 +157,10 @@ def test_a_stage_command_takes_the_settings_of_the_folder_that_it_goes_on_with(
     assert call(monkeypatch, "run", "--out=mine", "--steps", "8") == 0
     assert call(monkeypatch, "run", "--out", "mine", "--config", "c.toml") == 0
     assert call(monkeypatch, "run", "--out", "new") == 0
+    monkeypatch.setenv("SUFFIX_ANALYSIS_OUT", "mine")
+    assert call(monkeypatch, "run", "--steps", "6") == 0
     assert [(c.model, c.steps) for c in seen] == [
-        ("runs/study", 7), ("mine", 8), ("embedded", 9), ("embedded", StudyConfig().steps)
+        ("runs/study", 7), ("mine", 8), ("embedded", 9), ("embedded", StudyConfig().steps), ("mine", 6)
     ]  # fmt: skip
 
 

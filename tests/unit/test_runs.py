@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from suffix_analysis import runs
+from suffix_analysis import environment, runs
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.records import Suffix
@@ -123,10 +123,10 @@ def test_another_projects_revision_is_not_taken_for_ours(tmp_path: Path, monkeyp
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs")
     inside = tmp_path / "site-packages" / "suffix_analysis" / "runs.py"
     inside.parent.mkdir(parents=True)
-    monkeypatch.setattr(runs, "__file__", str(inside))
-    assert runs._revision() == ""
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "suffix_analysis" / "runs.py"))
-    assert runs._revision() == git("rev-parse", "--short", "HEAD").strip()
+    monkeypatch.setattr(environment, "__file__", str(inside))
+    assert environment._revision() == ""
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "suffix_analysis" / "runs.py"))
+    assert environment._revision() == git("rev-parse", "--short", "HEAD").strip()
 
 
 def test_damaged_table_is_named(tmp_path: Path) -> None:
@@ -171,5 +171,5 @@ def test_what_a_stopped_start_leaves_is_no_other_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["[]", "5", '{"schema_version": 1}'])
 def test_a_status_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
-    with pytest.raises(UserError, match="no record of a run's stages"):
+    with pytest.raises(UserError, match=r"status\.json holds something else than this tool writes"):
         runs.is_done(tmp_path, "attack")

@@ -1,4 +1,4 @@
-"""A campaign of short attacks under Ray with two workers, beside one: `python benchmarks/campaign.py` (extra ray).
+"""A campaign of short attacks under Ray with two workers, beside one: `python benchmarks/workers.py` (extra ray).
 
 Every worker has one processor and loads the model once. Half as many attacks show whether the time is linear in them.
 """
@@ -13,11 +13,12 @@ import cyclopts
 import ray
 
 from suffix_analysis.attacking import split_for_attack
-from suffix_analysis.campaign import run_pool
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.inputs import study_model
+from suffix_analysis.pool import pool_plans
 from suffix_analysis.prompts import load_prompts
 from suffix_analysis.refusal import discover_refusal_tokens
+from suffix_analysis.workers import attack_all
 
 
 def main(attacks: int = 16, steps: int = 10, width: int = 32) -> None:
@@ -38,7 +39,8 @@ def main(attacks: int = 16, steps: int = 10, width: int = 32) -> None:
         some = StudyConfig(**{**vars(config), "n_attacks": count})
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            found = run_pool(Path(folder), train, held_out[:8], tokens, some, lambda done: None)
+            plans = pool_plans(Path(folder), train, held_out[:8], some)
+            found = attack_all(plans, tokens, some, lambda done: None)
             taken[workers, count] = time.perf_counter() - started
         strings.append([suffix.text for suffix in found])
         ray.shutdown()

@@ -12,17 +12,18 @@ import psutil
 import pytest
 import torch
 
-from suffix_analysis import attacking
-from suffix_analysis.campaign import answer, run_pool, trace_all
+from suffix_analysis.attacking import make_attack
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import load_model
 from suffix_analysis.parallel import _reach, _require
+from suffix_analysis.pool import pool_plans
 from suffix_analysis.prompts import Prompt, load_prompts
 from suffix_analysis.records import Suffix
 from suffix_analysis.replies import Cell, reply_rows
 from suffix_analysis.traces import trace
+from suffix_analysis.workers import answer, attack_all, trace_all
 from tests import tiny
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
@@ -51,10 +52,7 @@ def expected(
     config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], tmp_path_factory: pytest.TempPathFactory
 ) -> list[Suffix]:
     folder, model = tmp_path_factory.mktemp("local"), load_model(config.model)
-    return [
-        attacking.one_attack(model, n, *prompts, TOKENS, config, attacking.pool_folder(folder, n))
-        for n in range(config.n_attacks)
-    ]
+    return [make_attack(model, plan, TOKENS) for plan in pool_plans(folder, *prompts, config)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,13 +71,13 @@ def test_side_by_side_gives_what_one_after_the_other_gives(
     config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], expected: list[Suffix], tmp_path: Path
 ) -> None:
     done: list[int] = []
-    same(run_pool(tmp_path, *prompts, TOKENS, config, done.append), expected)
+    same(attack_all(pool_plans(tmp_path, *prompts, config), TOKENS, config, done.append), expected)
     assert done == [1, 2, 3]
     assert (tmp_path / "steps.jsonl").exists() and (tmp_path / "attacks" / "3" / "suffix.jsonl").exists()
     # a finished attack never runs again: with one result gone, one task is left
     (tmp_path / "attacks" / "2" / "suffix.jsonl").unlink()
     done.clear()
-    same(run_pool(tmp_path, *prompts, TOKENS, config, done.append), expected)
+    same(attack_all(pool_plans(tmp_path, *prompts, config), TOKENS, config, done.append), expected)
     assert done == [3]
 
 
@@ -99,7 +97,7 @@ def test_a_killed_workers_attack_runs_again(
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    same(run_pool(tmp_path, *prompts, TOKENS, config, lambda done: None), expected)
+    same(attack_all(pool_plans(tmp_path, *prompts, config), TOKENS, config, lambda done: None), expected)
     thread.join()
     assert killed, "no worker was caught at work"
 
@@ -108,7 +106,8 @@ def test_a_failing_attack_is_named_and_the_others_are_kept(
     config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"Attack \d of 3 failed: There is no model"):
-        run_pool(tmp_path, *prompts, TOKENS, replace(config, model="./no/where/at/all"), lambda done: None)
+        nowhere = replace(config, model="./no/where/at/all")
+        attack_all(pool_plans(tmp_path, *prompts, config), TOKENS, nowhere, lambda done: None)
 
 
 def test_replies_and_traces_are_those_of_one_process(

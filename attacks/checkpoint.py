@@ -1,0 +1,123 @@
+"""An attack's state between two steps, as plain JSON."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from typing_extensions import TypedDict  # pydantic takes the standard library's from Python 3.12 on only
+
+from attacks.config import AttackError
+
+if TYPE_CHECKING:
+    from attacks.gcg import GCG
+
+
+class Packed(TypedDict):
+    """A float32 tensor: its shape, and its bytes compressed and in base64."""
+
+    shape: list[int]
+    data: str
+
+
+class State(TypedDict):
+    """What an attack is made of between two steps."""
+
+    step: int
+    stopped: bool
+    buffer: list[tuple[float, tuple[int, ...]]]
+    best: tuple[float, tuple[int, ...], str]
+    generator: str
+    batches: list[tuple[int | None, int]]
+    active: int
+    best_step: int
+    error: float | None
+    seen_match: list[bool]
+    velocity: Packed | None
+    search_dtype: str
+
+
+def save(attack: GCG) -> dict[str, Any]:
+    """Everything that :func:`restore` needs."""
+    return {
+        "step": attack.step,
+        "stopped": attack.stopped,
+        "buffer": [[loss, list(ids)] for loss, ids in attack.buffer],
+        "best": [attack.best[0], list(attack.best[1]), attack.best[2]],
+        "generator": bytes(attack.generator.get_state().tolist()).hex(),
+        "batches": [[scorer.batch_size, scorer.memory] for scorer in attack._both],
+        "active": attack.search.active,
+        "best_step": attack.best_step,
+        "error": attack.search.error,
+        "seen_match": [scorer.seen_match for scorer in attack._both],
+        "velocity": None if attack.velocity is None else _pack(attack.velocity),
+        "search_dtype": str(attack.search.model.dtype),
+    }
+
+
+def restore(attack: GCG, state: Any) -> None:
+    """Let ``attack`` go on from ``state``, which :func:`save` made and JSON may have carried.
+
+    Raises:
+        AttackError: the state is damaged, or was written while searching in another precision.
+    """
+    try:
+        known: State = TypeAdapter(State).validate_python(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    try:
+        _restore(attack, known)
+    except AttackError:
+        raise
+    except (ValueError, RuntimeError, zlib.error) as error:  # a generator or a gradient that is cut off
+        raise _damaged(str(error).partition("\n")[0]) from error
+
+
+def _damaged(told: str) -> AttackError:
+    return AttackError(f"The attack's saved state is damaged ({told}); delete it and attack again.")
+
+
+def _restore(attack: GCG, state: State) -> None:
+    dtype = str(attack.search.model.dtype)
+    if state["search_dtype"] != dtype:
+        raise AttackError(
+            f"The attack was searching in {state['search_dtype']} and would go on in {dtype}; "
+            "set score_dtype to the former."
+        )
+    if len(state["batches"]) != len(attack._both):
+        raise AttackError(
+            f"The attack's model was in another precision than {attack.model.dtype}: its candidates were "
+            f"{'not ' * (len(state['batches']) == 1)}scored again. Load the model as it was."
+        )
+    n_rows = attack.search.model.get_input_embeddings().weight.shape[0]
+    lengths = {len(ids) for _, ids in state["buffer"]}
+    if not 1 <= state["active"] <= len(attack.slots) or len(lengths) != 1:
+        raise ValueError(f"{state['active']} goals of {len(attack.slots)}, suffixes of {sorted(lengths)} tokens")
+    if not all(0 <= i < n_rows for _, ids in state["buffer"] for i in ids):
+        raise ValueError(f"a suffix holds tokens that the model of {n_rows} has not")
+    attack.step, attack.stopped = state["step"], state["stopped"]
+    attack.buffer, attack.best = state["buffer"], state["best"]
+    attack.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
+    for scorer, (batch_size, memory) in zip(attack._both, state["batches"], strict=True):
+        scorer.batch_size, scorer.memory = batch_size, memory
+    for scorer, seen in zip(attack._both, state["seen_match"], strict=True):
+        scorer.seen_match = seen
+    attack._activate(state["active"])
+    attack.best_step, attack.search.error = state["best_step"], state["error"]
+    attack.velocity = None if state["velocity"] is None else _unpack(state["velocity"])
+
+
+def _pack(x: Tensor) -> Packed:
+    """A float32 tensor as JSON, without loss."""
+    raw = zlib.compress(x.float().contiguous().numpy().tobytes(), 1)
+    return {"shape": list(x.shape), "data": base64.b64encode(raw).decode()}
+
+
+def _unpack(packed: Packed) -> Tensor:
+    raw = bytearray(zlib.decompress(base64.b64decode(packed["data"])))
+    return torch.frombuffer(raw, dtype=torch.float32).reshape(packed["shape"])

@@ -1,0 +1,99 @@
+"""What the commands share: the application, their arguments, the run folder, and how results are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from suffix_analysis import __version__
+from suffix_analysis.config import CampaignConfig, DemoConfig, StudyConfig
+from suffix_analysis.console import Console, shown
+from suffix_analysis.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from suffix_analysis.study import Study
+
+app = App(
+    name="suffix-analysis",
+    help="Generate adversarial suffixes against open chat models and explain how they work.",
+    version=__version__,
+    help_format="plaintext",
+)
+organism = App(name="organism", help="The embedded model: a small chat model taught to refuse.")
+app.command(organism)
+
+Flags = Annotated[StudyConfig, Parameter(name="*")]
+CampaignFlags = Annotated[CampaignConfig, Parameter(name="*")]
+DemoFlags = Annotated[DemoConfig, Parameter(name="*")]
+Out = Annotated[Path, Parameter(help="Run folder; the same command with the same folder continues it.")]
+ConfigFile = Annotated[
+    Path | None, Parameter(name="--config", help="TOML file with settings; SUFFIX_ANALYSIS_* and flags win over it.")
+]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result as JSON.")]
+
+
+def open_study(config: StudyConfig, out: Path) -> Study:
+    """The study of a run folder, with its progress on stderr."""
+    from suffix_analysis.study import Study
+
+    return Study(out, config, Console())
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[Study]:
+    """The study that made a run folder, which stays locked meanwhile."""
+    from suffix_analysis.runs import open_run, read_config
+
+    settings = read_config(out)
+    if "vary" in settings:
+        raise UsageError(
+            f"{out} holds a campaign; analyse its suffixes with "
+            f"`suffix-analysis run --suffixes {out / 'suffixes.jsonl'}`."
+        )
+    try:
+        config = StudyConfig(**settings)
+    except TypeError as error:
+        raise UsageError(f"{out} was made by another version of this tool: {error}.") from error
+    with open_run(out, settings):
+        yield open_study(config, out)
+
+
+def finish(study: Study, as_json: bool) -> None:
+    """Build the report and print where it is, with the headline numbers."""
+    from suffix_analysis.runs import read_table
+
+    page = build(study.folder)
+    rows = read_table(study.folder / "findings" / "refusal.parquet")
+    result = {"report": str(page), "refusal": rows}
+    lines = [
+        f"{row['arm']:21} refusal phrases {row['refusal_rate']:6.1%} [{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}]"
+        f"  {row['n_prompts']} prompts × {max(1, row['n_suffixes'])}"
+        for row in rows
+    ]
+    print_result(result, as_json, lambda: [*lines, f"report: {page}"])
+
+
+def renew_report(folder: Path) -> None:
+    """Build the report again where there is one, for findings that were added to a run."""
+    if (folder / "report.html").exists():
+        build(folder)
+
+
+def build(folder: Path) -> Path:
+    """Build the report of findings that are there."""
+    from reports import ReportError, build_report
+
+    try:
+        return build_report(folder)
+    except ReportError as error:
+        raise UserError(f"The findings are complete, but the report failed: {error}") from error
+
+
+def print_result(value: Any, as_json: bool, lines: Any) -> None:
+    """Print a result as JSON, or as what ``lines()`` makes of it."""
+    print(json.dumps(value, indent=1) if as_json else shown("\n".join(lines())))

@@ -1,0 +1,108 @@
+"""The commands on a run folder that is there: abilities, defences, the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from suffix_analysis.cli.common import AsJson, Out, app, held, print_result, renew_report
+from suffix_analysis.config import Whole
+from suffix_analysis.console import Console, ability_line, defence_lines
+from suffix_analysis.errors import UsageError, UserError
+
+
+@app.command
+def abilities(
+    *tasks: str,
+    out: Out = Path("runs/study"),
+    tasks_folder: Annotated[Path | None, Parameter(help="Folder with task files (YAML) of your own.")] = None,
+    limit: Annotated[Whole | None, Parameter(help="Questions of each task at most.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run lm-eval's TASKS on a run's model as it is, with the direction ablated, and taken out of the weights."""
+    from suffix_analysis.abilities import measure_abilities
+    from suffix_analysis.runs import write_table
+
+    console = Console()
+    with held(out) as study:
+        rows = measure_abilities(
+            study.fast, study.direction().vector, tasks, folder=tasks_folder, limit=limit,
+            on_run=lambda done, total: console.progress(done, total, "interventions"),
+        )  # fmt: skip
+        write_table(out / "findings" / "abilities.parquet", rows)
+        renew_report(out)
+    print_result(rows, as_json, lambda: [ability_line(row) for row in rows])
+
+
+@app.command
+def defend(
+    out: Annotated[Path, Parameter(help="Run folder with several adversarial suffixes (--n-attacks).")] = Path(
+        "runs/study"
+    ),
+    *,
+    most: Annotated[Whole, Parameter(help="Prompts of each kind.")] = 32,
+    adaptive_steps: Annotated[Whole, Parameter(help="Steps of attacks without and with two defences; 0: none.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
+    if most < 2 or adaptive_steps < 0:
+        raise UsageError(f"--most is {most} and --adaptive-steps {adaptive_steps}; at least 2 and 0 are needed.")
+    from suffix_analysis.detection import measure_detectors
+    from suffix_analysis.mitigations import attack_defences, measure_mitigations
+    from suffix_analysis.runs import read_suffixes, read_table, write_table
+
+    console, findings = Console(), out / "findings"
+    adapted: list[dict[str, Any]] = []
+    with held(out) as study:
+        suffixes = read_suffixes(out / "suffixes.jsonl")
+        config, direction, prompts = study.config, study.direction(), study.prompts()
+        fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
+        write_table(findings / "detectors.parquet", detectors)
+        rows = measure_mitigations(
+            study.fast, direction, fitted, prompts, suffixes,
+            n_heads=config.n_top_heads, length=config.reply_tokens, most=most, seed=config.seed,
+            on_line=lambda done, total: console.progress(done, total, "defences"),
+        )  # fmt: skip
+        write_table(findings / "mitigations.parquet", rows)
+        if adaptive_steps:
+            adapted = attack_defences(
+                study.fast, direction, fitted, prompts, suffixes, replace(config, steps=adaptive_steps),
+                on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
+            )  # fmt: skip
+            write_table(findings / "adaptive.parquet", adapted)
+        elif (findings / "adaptive.parquet").exists():  # of an earlier call, on the same suffixes and settings
+            adapted = read_table(findings / "adaptive.parquet")
+        renew_report(out)
+    result = {"detectors": detectors, "mitigations": rows, "adaptive": adapted or "not tested"}
+    print_result(result, as_json, lambda: defence_lines(detectors, rows, adapted))
+
+
+@app.command
+def report(
+    run: Path,
+    other: Path | None = None,
+    *,
+    out: Annotated[Path | None, Parameter(help="Where to write the page.")] = None,
+    redact: Annotated[bool, Parameter(help="Replace suffixes, targets and replies by lengths and hashes.")] = False,
+    figures: Annotated[
+        Path | None, Parameter(help="Folder for figures (SVG, PNG), tables (CSV) and the circuit (JSON) instead.")
+    ] = None,
+) -> None:
+    """Build the HTML report of a RUN folder; with an OTHER one, a page that shows the two side by side."""
+    from reports import ReportError, build_comparison, build_report, save_figures
+
+    if figures is not None and (other is not None or redact or out is not None):
+        raise UsageError("--figures writes files of one run as they are; leave the other run, --redact and --out out.")
+    try:
+        if figures is not None:
+            written = save_figures(run, figures)
+            print(f"{len(written)} files in {figures}")
+        elif other is not None:
+            print(build_comparison(run, other, out, redact=redact))
+        else:
+            print(build_report(run, out, redact=redact))
+    except ReportError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,80 @@
+"""What a study can spread over workers: attacks of a pool, replies of arm × suffix, traces of arm × suffix."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from suffix_analysis.attacking import Plan, make_attack, steps_of
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.directions import Direction
+from suffix_analysis.inputs import fast_dtype
+from suffix_analysis.parallel import side_by_side, worker_model
+from suffix_analysis.prompts import Prompt
+from suffix_analysis.records import Suffix
+from suffix_analysis.replies import Cell, reply_rows
+from suffix_analysis.runs import read_suffixes, write_jsonl, write_suffixes
+from suffix_analysis.traces import Traces, trace
+
+
+def attack_all(
+    plans: Sequence[Plan], tokens: Sequence[int], config: StudyConfig, on_done: Callable[[int], None]
+) -> list[Suffix]:
+    """Make the planned attacks that are not finished; each result is written into its folder as it comes.
+
+    A finished attack never runs again. For errors see :func:`suffix_analysis.parallel.side_by_side`.
+    """
+    left = [plan for plan in plans if not (plan.folder / "suffix.jsonl").exists()]
+    found = side_by_side(attack_task, [(plan, list(tokens)) for plan in left], config, lambda i: left[i].name)
+    for done, (i, (suffix, steps)) in enumerate(found, 1 + len(plans) - len(left)):
+        left[i].folder.mkdir(parents=True, exist_ok=True)
+        write_jsonl(left[i].folder / "steps.jsonl", steps)
+        write_suffixes(left[i].folder / "suffix.jsonl", [suffix])
+        on_done(done)
+    return [read_suffixes(plan.folder / "suffix.jsonl")[0] for plan in plans]
+
+
+def attack_task(config: StudyConfig, plan: Plan, tokens: list[int]) -> tuple[Suffix, list[dict[str, Any]]]:
+    """One attack in a worker: the suffix and its steps."""
+    with tempfile.TemporaryDirectory(prefix="suffix-analysis-attack-") as scratch:
+        here = replace(plan, folder=Path(scratch))
+        return make_attack(worker_model(config), here, tokens), steps_of(here)
+
+
+def answer(
+    cells: Sequence[Cell], tokens: Sequence[int], length: int, config: StudyConfig
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Replies of every cell as they come, each with its cell's number."""
+    parts = [(list(some), suffix, arm, list(tokens), length) for arm, suffix, some in cells]
+    return side_by_side(reply_task, parts, config, lambda i: f"Answering the {cells[i][0]} arm")
+
+
+def reply_task(
+    config: StudyConfig, prompts: list[Prompt], suffix: Suffix | None, arm: str, tokens: list[int], length: int
+) -> list[dict[str, Any]]:
+    """Replies of one arm with one suffix in a worker, in the fast precision."""
+    model = worker_model(config)
+    return reply_rows(model.twin(fast_dtype(config, model)), prompts, suffix, arm, tokens, length)
+
+
+def trace_all(
+    jobs: Sequence[tuple[Sequence[Prompt], str]],
+    direction: Direction,
+    config: StudyConfig,
+    on_prompts: Callable[[int], None],
+) -> list[Traces]:
+    """Traces of every (prompts, suffix), in order."""
+    parts = [(list(prompts), suffix, direction) for prompts, suffix in jobs]
+    found: dict[int, Traces] = {}
+    for i, traces in side_by_side(trace_task, parts, config, lambda i: f"Tracing part {i + 1} of {len(jobs)}"):
+        found[i] = traces
+        on_prompts(len(jobs[i][0]))
+    return [found[i] for i in range(len(jobs))]
+
+
+def trace_task(config: StudyConfig, prompts: list[Prompt], suffix: str, direction: Direction) -> Traces:
+    """Traces of one arm with one suffix in a worker."""
+    return trace(worker_model(config), prompts, direction, suffix=suffix)
