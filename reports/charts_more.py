@@ -28,7 +28,7 @@ from reports.charts_circuit import circuit
 from reports.charts_heads import head_grid
 from reports.charts_lens import logit_lens
 from reports.data import Row, RunData
-from reports.defences import trade_off
+from reports.defences import adaptive_curves, trade_off
 from reports.direction import compliance, not_available
 
 MAX_POINTS = 500
@@ -47,6 +47,7 @@ def figures(data: RunData) -> dict[str, Figure]:
         causal_tests,
         logit_lens,
         trade_off,
+        adaptive_curves,
         candidates,
         loss_curve,
     )

@@ -21,19 +21,21 @@ def context(data: RunData) -> dict[str, Any]:
     return {
         "detectors": [_detector_row(row) for row in data.table("detectors")],
         "mitigations": [_mitigation_row(row, tested) for row in data.table("mitigations")],
-        "adaptive": adaptive(data),
+        "adaptive": "" if data.table("adaptive") else adaptive(data),  # the figure's caption says it otherwise
     }
 
 
 def adaptive(data: RunData) -> str:
-    """Return what attacks on the defended model reached, in a sentence; that none was run, where none was."""
+    """Return what attacks on the defended model reached, in sentences; that none was run, where none was."""
     last = {row["defence"]: row for row in data.table("adaptive") if row["not_refused"] is not None}
     if not last:
         return "Adaptive attack: not tested."
-    told = ", ".join(
+    prices = {row["defence"]: row for row in data.table("adaptive_budget")}
+    told = "; ".join(
         f"{visible(name)}: target loss {plain(row['target_loss'])}, {percent(row['not_refused'])} of unseen prompts "
         "not refused"
         + ("" if row.get("success") is None else f", {percent(row['success'])} of report prompts answered")
+        + _price(prices.get(name))
         for name, row in last.items()
     )
     row = next(iter(last.values()))
@@ -42,6 +44,49 @@ def adaptive(data: RunData) -> str:
         f"{count(row['n_train'], 'instruction')}, {count(row['n_prompts'], 'select prompt')} unseen by them: {told}. "
         "Descriptive."
     )
+
+
+def _price(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["steps_to_half"] is None:
+        return f" (half of them never within {count(row['n_steps'], 'step')})"
+    return f" (half of them after {count(row['steps_to_half'], 'step')})"
+
+
+def adaptive_curves(data: RunData) -> Figure | None:
+    """Return what attacks on defended models reach against steps: unseen prompts not refused, and the target's loss."""
+    rows = [row for row in data.table("adaptive") if row["not_refused"] is not None and row["target_loss"] is not None]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(row["defence"] for row in rows))
+    legend = alt.Legend(orient="bottom", title=None, columns=1, labelLimit=420)
+    scale = alt.Scale(domain=names, range=theme.POSITION_COLOURS[: len(names)])
+    base = alt.Chart(MAIN).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False)),
+        color=alt.Color("defence:N", scale=scale, legend=legend),
+        shape=alt.Shape("defence:N", scale=alt.Scale(domain=names), legend=legend),
+        tooltip=tips(
+            ("defence:N", "defence"), ("step:Q", "step"), ("not_refused:Q", "not refused"),
+            ("target_loss:Q", "target loss"),
+        ),
+    )  # fmt: skip
+    axis = alt.Axis(format=".0%", tickCount=5)
+    share = alt.Y("not_refused:Q", title="unseen prompts not refused", axis=axis, scale=alt.Scale(domain=[0, 1]))
+    loss = alt.Y("target_loss:Q", title="loss, nats per target token", scale=alt.Scale(zero=False))
+    say = "Attacks on defended models, at their last step: " + ", ".join(
+        f"{name} {percent(next(row for row in reversed(rows) if row['defence'] == name)['not_refused'])} not refused"
+        for name in names
+    )
+    views = tuple(
+        View(label, finish(base.mark_line(point={"size": 60}).encode(y=y), rows, 240, say))
+        for label, y in (("not refused", share), ("target loss", loss))
+    )
+    columns = (
+        ("defence", "defence"), ("step", "step"), ("not_refused", "not refused"), ("target_loss", "target loss"),
+    )  # fmt: skip
+    caption = f"All begin with a suffix that works on the undefended model (step 0). {adaptive(data)}"
+    return Figure("adaptive", "What a defence costs an attacker who knows it", caption, say, columns, views)
 
 
 def _detector_row(row: Row) -> dict[str, str]:
@@ -100,8 +145,7 @@ def trade_off(data: RunData) -> Figure | None:
     )
     caption = (
         f"{count(rows[0]['n_prompts'], 'report prompt')}, {count(rows[0]['n_suffixes'], 'suffix', 'suffixes')} that "
-        "nothing was fitted with. Success: answered, by the rule-based verdict. The lower left is better. "
-        f"{adaptive(data)}"
+        "nothing was fitted with. Success: answered, by the rule-based verdict. The lower left is better."
     )
     columns = (
         ("defence", "defence"), ("success", "attack success"), ("success_lo", "CI from"), ("success_hi", "CI to"),

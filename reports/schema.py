@@ -203,6 +203,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "n_others",
     ),
     "adaptive": ("defence", "step", "loss", "best_loss", "target_loss", "not_refused", "n_prompts", "n_train", "seed"),
+    "adaptive_budget": ("defence", "steps_to_half", "steps_to_loss", "bar", "n_steps"),
     "mitigations": (
         "defence",
         "success",
@@ -257,6 +258,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "causal": ("test", "heads", "on", "n_prompts"),
     "detectors": ("detector", "against"),
     "adaptive": ("defence", "step", "n_prompts", "n_train"),
+    "adaptive_budget": ("defence", "n_steps"),
     "mitigations": ("defence", "n_prompts", "n_suffixes"),
     "lens": ("arm", "layer", "n_prompts"),
     "logits": ("arm", "layer", "term", "head"),

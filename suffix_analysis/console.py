@@ -147,8 +147,19 @@ def adaptive_line(row: dict[str, Any]) -> str:
     )
 
 
+def budget_line(row: dict[str, Any]) -> str:
+    def steps(name: str) -> str:
+        return f"not in {row['n_steps']} steps" if row[name] is None else f"after {row[name]} steps"
+
+    loss = "" if row["bar"] is None else f"; target loss {row['bar']:.3f}: {steps('steps_to_loss')}"
+    return f"{row['defence']:56} half of the unseen prompts not refused: {steps('steps_to_half')}{loss}"
+
+
 def defence_lines(
-    detectors: list[dict[str, Any]], mitigations: list[dict[str, Any]], adaptive: list[dict[str, Any]]
+    detectors: list[dict[str, Any]],
+    mitigations: list[dict[str, Any]],
+    adaptive: list[dict[str, Any]],
+    budgets: list[dict[str, Any]],
 ) -> list[str]:
     """What `suffix-analysis defend` found, from its tables; which defences no adaptive attack has met is said."""
     tested = {row["defence"] for row in adaptive}
@@ -156,6 +167,7 @@ def defence_lines(
         *map(detector_line, detectors),
         *map(mitigation_line, mitigations),
         *(adaptive_line(row) for row in adaptive if row.get("success") is not None),
+        *map(budget_line, budgets),
         *(f"{row['defence']:56} adaptive attack: not tested" for row in mitigations if row["defence"] not in tested),
     ]
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from suffix_analysis.adaptive import Defended, Detected, attack_defended
+from suffix_analysis.adaptive import Defended, Detected, Trial, attack_defended
 from suffix_analysis.attacking import split_for_attack
 from suffix_analysis.causal_tests import random_heads
 from suffix_analysis.config import StudyConfig
@@ -243,10 +243,9 @@ def attack_defences(
         direction, fitted.harmfulness, cut - MARGIN, int(example.regions["instruction"].nonzero()[0]), EVASION
     )
     unseen = prompts_of(prompts, "harmful", "report", config.n_traced)
-    return attack_defended(
-        model, train, held_out, tokens, defended, {RESTORED: (evading,)}, config, on_step,
-        init=halves(suffixes, "adversarial")[0][0].text, final=unseen,
-    )  # fmt: skip
+    known = halves(suffixes, "adversarial")[0][0].text
+    trial = Trial(train, held_out, tokens, config, known, unseen)
+    return attack_defended(model, trial, defended, {RESTORED: (evading,)}, on_step)
 
 
 def _refused(replies: Sequence[str]) -> Float[ndarray, " reply"]:

@@ -116,6 +116,24 @@ def mitigations() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def adaptive() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Attacks of ten steps on the undefended and on the damped model, and what the defence costs them."""
+    names = ("none", "edges of the top heads damped by 50%")
+    rows = [
+        {"defence": name, "step": step, "loss": 2.0 - step / 10 if step else None, "best_loss": 1.9 - step / 10,
+         "target_loss": 1.8 - step / 10 + slow if step % 5 == 0 else None,
+         "not_refused": min(1.0, 0.3 - slow + step / 15) if step % 5 == 0 else None, "n_prompts": 30, "n_train": 4,
+         "seed": 0, "success": 0.7 - slow if step == 10 else None, "n_final": 32}
+        for name, slow in zip(names, (0.0, 0.3), strict=True)
+        for step in range(11)
+    ]  # fmt: skip
+    prices = [
+        {"defence": name, "steps_to_half": half, "steps_to_loss": loss, "bar": 0.8, "n_steps": 10}
+        for name, half, loss in zip(names, (5, 10), (10, None), strict=True)
+    ]
+    return rows, prices
+
+
 def sweep(rng: np.random.Generator, top: list[tuple[int, int]]) -> list[dict[str, Any]]:
     return [
         {

@@ -28,6 +28,7 @@ from tests.fake_findings import (
     shift,
 )
 from tests.fake_mechanism import (
+    adaptive,
     carried,
     causal,
     circuit,
@@ -247,6 +248,8 @@ def _findings(
         _table(out / f"{name}.parquet", rows)
     _table(out / "detectors.parquet", detectors())
     _table(out / "mitigations.parquet", mitigations())
+    for name, rows in zip(("adaptive", "adaptive_budget"), adaptive(), strict=True):
+        _table(out / f"{name}.parquet", rows)
     _table(out / "logits.parquet", logits())
     _table(out / "sweep.parquet", sweep(rng, top))
     _table(out / "circuit.parquet", circuit(top))

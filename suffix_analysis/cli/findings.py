@@ -50,6 +50,7 @@ def defend(
     """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
     if most < 2 or adaptive_steps < 0:
         raise UsageError(f"--most is {most} and --adaptive-steps {adaptive_steps}; at least 2 and 0 are needed.")
+    from suffix_analysis.adaptive import budgets
     from suffix_analysis.detection import measure_detectors
     from suffix_analysis.mitigations import attack_defences, measure_mitigations
     from suffix_analysis.runs import read_suffixes, read_table, write_table
@@ -73,11 +74,15 @@ def defend(
                 on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
             )  # fmt: skip
             write_table(findings / "adaptive.parquet", adapted)
+            write_table(findings / "adaptive_budget.parquet", budgets(adapted))
         elif (findings / "adaptive.parquet").exists():  # of an earlier call, on the same suffixes and settings
             adapted = read_table(findings / "adaptive.parquet")
         renew_report(out)
-    result = {"detectors": detectors, "mitigations": rows, "adaptive": adapted or "not tested"}
-    print_result(result, as_json, lambda: defence_lines(detectors, rows, adapted))
+    prices = budgets(adapted)
+    result = {
+        "detectors": detectors, "mitigations": rows, "adaptive": adapted or "not tested", "adaptive_budget": prices,
+    }  # fmt: skip
+    print_result(result, as_json, lambda: defence_lines(detectors, rows, adapted, prices))
 
 
 @app.command

@@ -12,7 +12,7 @@ import torch
 
 import attacks
 from suffix_analysis import adaptive, mitigations
-from suffix_analysis.adaptive import Detected, attack_defended
+from suffix_analysis.adaptive import Detected, Trial, attack_defended, budgets
 from suffix_analysis.attacking import conversation
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import restored
@@ -177,14 +177,14 @@ def test_adaptive_attacks_have_equal_budgets_and_meet_their_defence() -> None:
         "nothing": lambda behind: restored(model, direction, some_levels(model), strength=0.0, behind=behind),
         "restored": lambda behind: restored(model, direction, some_levels(model), strength=3.0, behind=behind),
     }
-    rows = attack_defended(model, prompts[:2], prompts[2:], [5, 6], defended, {}, config)
+    rows = attack_defended(model, Trial(prompts[:2], prompts[2:], [5, 6], config), defended, {})
     losses = {name: [row["loss"] for row in rows if row["defence"] == name] for name in defended}
-    assert [row["step"] for row in rows] == [1, 2, 3] * 3
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] * 3
     assert losses["none"] == losses["nothing"] != losses["restored"]
     for row in rows:
-        looked = row["step"] == 3
+        looked = row["step"] in (0, 3)
         assert (row["not_refused"] is not None) == (row["target_loss"] is not None) == looked
-        if looked:  # there are no further terms, so the best loss is the target's own
+        if row["step"] == 3:  # there are no further terms, so the best loss is the target's own
             assert row["target_loss"] == pytest.approx(row["best_loss"], abs=1e-4)
     assert {(row["n_prompts"], row["n_train"]) for row in rows} == {(4, 2)}
 
@@ -197,7 +197,27 @@ def test_the_last_step_is_judged_on_report_prompts(monkeypatch: pytest.MonkeyPat
     verdicts = iter(["complied", "refused", "complied", "complied"])
     monkeypatch.setattr(adaptive, "judge", lambda text, reply: next(verdicts))
     none: dict[str, Any] = {"none": lambda behind: contextlib.nullcontext()}
-    rows = attack_defended(
-        model, prompts[:1], prompts[1:], [5], none, {}, config, init="q w e r", final=prompts
-    )  # fmt: skip
-    assert [row["success"] for row in rows] == [None, 0.75] and rows[-1]["n_final"] == 4
+    rows = attack_defended(model, Trial(prompts[:1], prompts[1:], [5], config, "q w e r", prompts), none, {})
+    assert [row["success"] for row in rows] == [None, None, 0.75] and rows[-1]["n_final"] == 4
+
+
+def test_a_defences_price_is_counted_in_steps() -> None:
+    def looks(name: str, *pairs: tuple[float, float]) -> list[dict[str, Any]]:
+        return [
+            {"defence": name, "step": step, "target_loss": loss, "not_refused": share}
+            for step, (loss, share) in zip((0, 5, 8), pairs, strict=True)
+        ]
+
+    unseen = {"defence": "none", "step": 1, "target_loss": None, "not_refused": None}
+    rows = [
+        *looks("none", (2.0, 0.1), (1.0, 0.5), (0.8, 0.9)),
+        unseen,
+        *looks("costly", (3.0, 0.0), (2.0, 0.2), (0.9, 0.6)),
+    ]
+    rows += looks("useless", (0.5, 0.7), (0.5, 0.7), (0.4, 0.8))
+    found = {row["defence"]: (row["steps_to_half"], row["steps_to_loss"]) for row in budgets(rows)}
+    assert found == {"none": (5, 8), "costly": (8, None), "useless": (0, 0)}
+    assert {(row["bar"], row["n_steps"]) for row in budgets(rows)} == {(0.8, 8)}
+    assert [row["steps_to_loss"] for row in budgets(rows[3 + 1 :])] == [None, None], (
+        "nothing undefended to compare with"
+    )
