@@ -17,6 +17,7 @@ import pytest
 
 from reports import ReportError, build, build_report, charts
 from reports.charts_circuit import circuit
+from reports.charts_more import figures
 from reports.data import MISSING_MEANS, read_run
 from reports.evidence import adversarial_count
 from reports.numbers import percent, plain
@@ -183,8 +184,11 @@ def test_checks_put_failures_first_and_silence_is_said(run: Path) -> None:
     lines = checked(read_run(run))
     assert [line.passed for line in lines] == [False, True, True, True]
     said = " ".join(not_checked(read_run(run)))
-    for phrase in ("independent attacks", "failed", "Adaptive attacks", "Random directions"):
+    for phrase in ("independent attacks", "failed", "Random directions"):
         assert phrase in said
+    assert "Adaptive attacks" not in said
+    (run / "findings" / "adaptive.parquet").unlink()
+    assert "Adaptive attacks: not tested." in " ".join(not_checked(read_run(run)))
 
 
 def test_without_causal_tests_the_page_says_so(run: Path) -> None:
@@ -199,6 +203,17 @@ def test_the_headline_tells_the_mechanism(run: Path) -> None:
     assert "chat tokens' changed keys" not in said, "parts below a tenth are left to the table"
     assert "giving the projection back brings that to 93" in said
     assert "the same step along a random direction (a control): 41 % (CI 31–47 %), no clear change" in said
+
+
+def test_what_a_defence_costs_its_attacker_is_told_once(run: Path) -> None:
+    page = build_report(run).read_text("utf-8")
+    assert page.count("Attacks that know the defence") == 1
+    figure = figures(read_run(run))["adaptive"]
+    told = plain_text([figure.caption])
+    assert "97 % of unseen prompts not refused, 70 % of report prompts answered (half of them after 5 steps)" in told
+    (run / "findings" / "adaptive.parquet").unlink()
+    assert "adaptive" not in figures(read_run(run))
+    assert "Adaptive attack: not tested." in build_report(run).read_text("utf-8")
 
 
 def test_numbers() -> None:

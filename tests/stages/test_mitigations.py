@@ -145,8 +145,8 @@ def test_the_attack_on_a_gated_defence_evades_its_detector_from_a_known_suffix(m
     fitted, _ = measure_detectors(model, direction, prompts, suffixes(2), most=2)
     asked: dict[str, Any] = {}
 
-    def spied(*args: Any, **more: Any) -> list[dict[str, Any]]:
-        asked.update(more, defended=args[4], terms=args[5])
+    def spied(model: Any, trial: Trial, defended: Any, terms: Any, on_step: Any) -> list[dict[str, Any]]:
+        asked.update(init=trial.init, final=trial.final, defended=defended, terms=terms)
         return []
 
     monkeypatch.setattr(mitigations, "attack_defended", spied)
