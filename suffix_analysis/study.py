@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import discover_refusal_tokens
+from suffix_analysis.traces import Traces, trace
+from suffix_analysis.traces_file import Job, traces_of
 
 # replies come before the direction, whose interventions wrap the fast model and slow it down
 STAGES = ("prompts", "attack", "replies", "direction", "analysis", "mechanism")
@@ -251,14 +253,22 @@ class Study:
             done += n
             self.narrator.progress(min(done, total), total, "prompts traced")
 
-        trace_all = None
-        if config.executor == "ray":
-            from suffix_analysis import workers
+        def make(jobs: Sequence[Job]) -> Iterator[tuple[int, Traces]]:
+            if config.executor == "ray" and jobs:
+                from suffix_analysis import workers
 
-            trace_all = partial(workers.trace_all, direction=direction, config=self.precise, on_prompts=count)
+                for i, traces in workers.trace_all(jobs, direction, self.precise):
+                    count(len(jobs[i][0]))
+                    yield i, traces
+                return
+            for i, (some, text) in enumerate(jobs):
+                yield i, trace(self.model, some, direction, suffix=text, on_batch=count)
+
+        kept = self.folder / "traces"  # until all of them are there
         found = analyze(
             self.model, direction, prompts, traced,
-            n_top=config.n_top_heads, max_prompts=config.n_traced, on_prompts=count, trace_all=trace_all,
+            n_top=config.n_top_heads, max_prompts=config.n_traced, on_prompts=count,
+            trace_all=lambda jobs: traces_of(kept, jobs, self.model, direction, make),
         )  # fmt: skip
         folder = self.folder / "findings"
         rows = runs.read_table(folder / "replies.parquet")
@@ -270,6 +280,7 @@ class Study:
         runs.write_json(folder / "patterns.json", found.patterns)
         runs.write_json(folder / "checks.json", found.checks)
         runs.write_json(folder / "summary.json", found.summary | self._summary(prompts, suffixes))
+        shutil.rmtree(kept, ignore_errors=True)
 
     def _mechanism(self) -> None:
         prompts, config, findings = self.prompts(), self.config, self.folder / "findings"

@@ -18,6 +18,7 @@ from suffix_analysis.records import Suffix
 from suffix_analysis.replies import Cell, reply_rows
 from suffix_analysis.runs import read_suffixes, write_jsonl, write_suffixes
 from suffix_analysis.traces import Traces, trace
+from suffix_analysis.traces_file import Job
 
 
 def attack_all(
@@ -60,19 +61,10 @@ def reply_task(
     return reply_rows(model.twin(fast_dtype(config, model)), prompts, suffix, arm, tokens, length)
 
 
-def trace_all(
-    jobs: Sequence[tuple[Sequence[Prompt], str]],
-    direction: Direction,
-    config: StudyConfig,
-    on_prompts: Callable[[int], None],
-) -> list[Traces]:
-    """Traces of every (prompts, suffix), in order."""
+def trace_all(jobs: Sequence[Job], direction: Direction, config: StudyConfig) -> Iterator[tuple[int, Traces]]:
+    """Traces of every (prompts, suffix) as they come, each with its number."""
     parts = [(list(prompts), suffix, direction) for prompts, suffix in jobs]
-    found: dict[int, Traces] = {}
-    for i, traces in side_by_side(trace_task, parts, config, lambda i: f"Tracing part {i + 1} of {len(jobs)}"):
-        found[i] = traces
-        on_prompts(len(jobs[i][0]))
-    return [found[i] for i in range(len(jobs))]
+    return side_by_side(trace_task, parts, config, lambda i: f"Tracing part {i + 1} of {len(jobs)}")
 
 
 def trace_task(config: StudyConfig, prompts: list[Prompt], suffix: str, direction: Direction) -> Traces:

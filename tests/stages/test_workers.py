@@ -124,13 +124,14 @@ def test_replies_and_traces_are_those_of_one_process(
     zeros = torch.zeros(model.n_layers + 1, model.d_model)
     vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
     direction = Direction(vector, -1, 1, [], zeros, zeros, (5,), {})
-    counted: list[int] = []
-    found = trace_all([(some, ""), (some, "x y z")], direction, config, counted.append)
-    for traces, text in zip(found, ("", "x y z"), strict=True):
+    texts = ("", "x y z")
+    found = dict(trace_all([(some, text) for text in texts], direction, config))
+    assert sorted(found) == [0, 1]
+    for i, traces in found.items():
+        text = texts[i]
         here = trace(model, some, direction, suffix=text)
         assert [chat.text for chat in traces.chats] == [chat.text for chat in here.chats]
         torch.testing.assert_close(traces.contribution, here.contribution, atol=1e-5, rtol=1e-4)
-    assert counted == [len(some)] * 2
 
 
 def test_what_a_cluster_can_never_start_is_refused_at_once() -> None:
