@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import attacks
 from attacks.nanogcg import run_nanogcg
 from suffix_analysis.models import load_model, quiet
 from suffix_analysis.organism.evaluate import evaluate_organism
+from suffix_analysis.organism.weights import base_folder
 from suffix_analysis.runs import read_json, read_table
+from tests.published import build_package, install, without_network
 
 # the demo alone takes longer than the time any other test is given, twice as long on a slow machine
 pytestmark = [pytest.mark.slow, pytest.mark.embedded, pytest.mark.timeout(4000)]
@@ -46,10 +48,15 @@ def test_harmless_requests_are_answered(embedded: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished demo."""
+    """A finished demo: of the wheel in an environment of its own, from another folder, and without a network."""
+    base_folder()  # the one download
+    dist = build_package(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist"))
+    (wheel,) = dist.glob("*.whl")
+    programs = install(wheel, tmp_path_factory.mktemp("clean") / "env")
     out = tmp_path_factory.mktemp("runs") / "demo"
-    command = [sys.executable, "-m", "suffix_analysis.cli", "demo", "--out", str(out)]
-    subprocess.run(command, check=True)
+    own = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "PYTHONPATH", "OMP_NUM_THREADS")}
+    command = [*without_network(), str(programs / "suffix-analysis"), "demo", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=out.parent, env=own)
     return out
 
 

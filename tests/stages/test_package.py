@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("attacks", "suffix_analysis", "reports")
+from tests.published import PACKAGES, ROOT, build_package
+
 LOOK = """
 import attacks, reports, suffix_analysis
 from reports.build import build_report
@@ -27,15 +26,8 @@ print((adapter_folder() / "adapter_model.safetensors").is_file())
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both, made from a copy of the tree (the build writes beside its sources)."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    code = f"from setuptools import build_meta as b; b.build_sdist({str(out)!r}); b.build_wheel({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
-    return out
+    """A folder with both."""
+    return build_package(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist"))
 
 
 def data_files() -> set[str]:
