@@ -94,12 +94,7 @@ def _restore(attack: GCG, state: State) -> None:
             f"The attack's model was in another precision than {attack.model.dtype}: its candidates were "
             f"{'not ' * (len(state['batches']) == 1)}scored again. Load the model as it was."
         )
-    n_rows = attack.search.model.get_input_embeddings().weight.shape[0]
-    lengths = {len(ids) for _, ids in state["buffer"]}
-    if not 1 <= state["active"] <= len(attack.slots) or len(lengths) != 1:
-        raise ValueError(f"{state['active']} goals of {len(attack.slots)}, suffixes of {sorted(lengths)} tokens")
-    if not all(0 <= i < n_rows for _, ids in state["buffer"] for i in ids):
-        raise ValueError(f"a suffix holds tokens that the model of {n_rows} has not")
+    _fits(attack, state)
     attack.step, attack.stopped = state["step"], state["stopped"]
     attack.buffer, attack.best = state["buffer"], state["best"]
     attack.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
@@ -110,6 +105,26 @@ def _restore(attack: GCG, state: State) -> None:
     attack._activate(state["active"])
     attack.best_step, attack.search.error = state["best_step"], state["error"]
     attack.velocity = None if state["velocity"] is None else _unpack(state["velocity"])
+
+
+def _fits(attack: GCG, state: State) -> None:
+    """Whether a state can be one of this attack.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    n_rows = attack.search.model.get_input_embeddings().weight.shape[0]
+    rows = [ids for _, ids in state["buffer"]]
+    rows += [state["best"][1]] if state["step"] else []  # before the first step there is no best
+    lengths = {len(ids) for ids in rows}
+    if not state["buffer"] or lengths != {len(attack.buffer[0][1])} or not 1 <= state["active"] <= len(attack.slots):
+        raise ValueError(f"{state['active']} goals of {len(attack.slots)}, suffixes of {sorted(lengths)} tokens")
+    if not all(0 <= i < n_rows for ids in rows for i in ids):
+        raise ValueError(f"a suffix holds tokens that the model of {n_rows} has not")
+    if state["velocity"] is not None and state["velocity"]["shape"] != [len(rows[0]), n_rows]:
+        raise ValueError(f"a gradient of shape {state['velocity']['shape']}")
+    if any(size is not None and size < 1 for size, _ in state["batches"]):
+        raise ValueError("a batch of no candidate")
 
 
 def _pack(x: Tensor) -> Packed:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from suffix_analysis.runs import read_json, read_table
+from suffix_analysis.files import read_json, read_table
 
 
 def draw_seconds(page: Path) -> float | None:

@@ -10,7 +10,7 @@ from reports import theme
 from reports.charts import MAIN, Figure, View, finish, tips
 from reports.data import Row, RunData
 from reports.escape import visible
-from reports.numbers import count, percent, percent_ci, plain, plain_ci
+from reports.numbers import NBSP, count, percent, percent_ci, plain, plain_ci
 
 KINDS = ("defence", "control", "no defence")
 
@@ -21,7 +21,7 @@ def context(data: RunData) -> dict[str, Any]:
     return {
         "detectors": [_detector_row(row) for row in data.table("detectors")],
         "mitigations": [_mitigation_row(row, tested) for row in data.table("mitigations")],
-        "adaptive": "" if data.table("adaptive") else adaptive(data),  # the figure's caption says it otherwise
+        "adaptive": "" if adaptive_curves(data) else adaptive(data),  # the figure's caption says it otherwise
     }
 
 
@@ -32,16 +32,16 @@ def adaptive(data: RunData) -> str:
         return "Adaptive attack: not tested."
     prices = {row["defence"]: row for row in data.table("adaptive_budget")}
     told = "; ".join(
-        f"{visible(name)}: target loss {plain(row['target_loss'])}, {percent(row['not_refused'])} of unseen prompts "
-        "not refused"
+        f"{visible(name)}: target loss {plain(row['target_loss'])}, {percent(row['not_refused'])} of the select "
+        f"prompts not refused{_price(prices.get(name))}"
         + ("" if row.get("success") is None else f", {percent(row['success'])} of report prompts answered")
-        + _price(prices.get(name))
         for name, row in last.items()
     )
     row = next(iter(last.values()))
     return (
         f"Attacks that know the defence, one each, {count(row['step'], 'step')} on "
-        f"{count(row['n_train'], 'instruction')}, {count(row['n_prompts'], 'select prompt')} unseen by them: {told}. "
+        f"{count(row['n_train'], 'instruction')}, tried on {count(row['n_prompts'], 'other select prompt')}: {told}. "
+        "Not refused: the reply does not open as a refusal; answered: by the rule-based verdict, with the best suffix. "
         "Descriptive."
     )
 
@@ -51,11 +51,11 @@ def _price(row: Row | None) -> str:
         return ""
     if row["steps_to_half"] is None:
         return f" (half of them never within {count(row['n_steps'], 'step')})"
-    return f" (half of them after {count(row['steps_to_half'], 'step')})"
+    return f" (half of them from step{NBSP}{row['steps_to_half']} on)"
 
 
 def adaptive_curves(data: RunData) -> Figure | None:
-    """Return what attacks on defended models reach against steps: unseen prompts not refused, and the target's loss."""
+    """Return what attacks on defended models reach against steps: prompts not refused, and the target's loss."""
     rows = [row for row in data.table("adaptive") if row["not_refused"] is not None and row["target_loss"] is not None]
     if not rows:
         return None
@@ -72,7 +72,7 @@ def adaptive_curves(data: RunData) -> Figure | None:
         ),
     )  # fmt: skip
     axis = alt.Axis(format=".0%", tickCount=5)
-    share = alt.Y("not_refused:Q", title="unseen prompts not refused", axis=axis, scale=alt.Scale(domain=[0, 1]))
+    share = alt.Y("not_refused:Q", title="other select prompts not refused", axis=axis, scale=alt.Scale(domain=[0, 1]))
     loss = alt.Y("target_loss:Q", title="loss, nats per target token", scale=alt.Scale(zero=False))
     say = "Attacks on defended models, at their last step: " + ", ".join(
         f"{name} {percent(next(row for row in reversed(rows) if row['defence'] == name)['not_refused'])} not refused"
@@ -85,7 +85,10 @@ def adaptive_curves(data: RunData) -> Figure | None:
     columns = (
         ("defence", "defence"), ("step", "step"), ("not_refused", "not refused"), ("target_loss", "target loss"),
     )  # fmt: skip
-    caption = f"All begin with a suffix that works on the undefended model (step 0). {adaptive(data)}"
+    caption = (
+        "All begin with the run's first adversarial suffix, which such prompts have helped to choose (step 0). "
+        f"{adaptive(data)}"
+    )
     return Figure("adaptive", "What a defence costs an attacker who knows it", caption, say, columns, views)
 
 

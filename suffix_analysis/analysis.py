@@ -28,10 +28,9 @@ from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
 from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row, contrast_table, sign_flip_max_t
-from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Traces, trace
+from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Job, Traces, trace
 
 LENGTHS_APART = 0.5  # tokens, on average, by which two arms' suffixes may differ and still be held against each other
-Job = tuple[Sequence[Prompt], str]  # prompts to trace, with a suffix or an empty one
 
 
 def analyze(

@@ -16,20 +16,13 @@ import attacks
 from suffix_analysis.chat import render_chat
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
+from suffix_analysis.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Arm, Suffix
 from suffix_analysis.refusal import opens_refusal
-from suffix_analysis.runs import (
-    append_jsonl,
-    read_json,
-    read_jsonl,
-    read_suffixes,
-    write_json,
-    write_jsonl,
-    write_suffixes,
-)
+from suffix_analysis.runs import read_suffixes, write_suffixes
 
 CONTROLS = ("random", "shuffled", "benign")
 EVAL_EVERY = (10, 5)  # steps between two looks at the held-out prompts, in the first and the second half of them
@@ -75,6 +68,7 @@ class Plan:
         held_out: other select prompts, on which its steps are measured.
         folder: where it keeps its files.
         alone: a single attack, which may stop early and is the adversarial arm whatever it reached.
+        each: an attack on one instruction for its own sake, judged by whether that one is answered.
     """
 
     name: str
@@ -83,6 +77,7 @@ class Plan:
     held_out: tuple[Prompt, ...]
     folder: Path
     alone: bool = False
+    each: bool = False
 
 
 def conversation(model: Model, instruction: str) -> list[dict[str, str]]:
@@ -163,17 +158,14 @@ def run_attack(attack: attacks.GCG, model: Model, plan: Plan, refusal_tokens: Se
     texts = [p.text for p in (*plan.train, *plan.held_out)]
     n, config = len(plan.train), plan.config
     if checkpoint.exists():
-        state = read_json(checkpoint)
         try:
-            attack.restore(state)
+            attack.restore(read_json(checkpoint))
         except attacks.AttackError as error:
             raise UserError(f"{checkpoint}: {error}") from error
         # a step whose checkpoint was not written is run again, with the same draws
-        write_jsonl(
-            steps_file,
-            [row for row in read_jsonl(steps_file, journal=True, like=StepRow) if row["step"] <= state["step"]],
-        )
-        if attack.step and any(_enough(row["select_refusal"], plan) for row in steps_of(plan)):
+        kept = [row for row in steps_of(plan) if row["step"] <= attack.step]
+        write_jsonl(steps_file, kept)
+        if any(_enough(row.get("select_refusal"), plan) for row in kept):
             return
     else:
         steps_file.unlink(missing_ok=True)
@@ -184,8 +176,8 @@ def run_attack(attack: attacks.GCG, model: Model, plan: Plan, refusal_tokens: Se
         late = step.step > config.steps // 2
         if step.step % EVAL_EVERY[late] == 0 or step.step == config.steps:
             rows = [render_chat(model.tokenizer, text, step.string, model.system).ids for text in texts]
-            kept = opens_refusal(watcher, rows, refusal_tokens)
-            flipped, refused = int((~kept[:n]).sum()), float(kept[n:].float().mean())
+            still = opens_refusal(watcher, rows, refusal_tokens)
+            flipped, refused = int((~still[:n]).sum()), float(still[n:].float().mean())
         append_jsonl(steps_file, asdict(step) | {"select_refusal": refused, "flipped": flipped})
         write_json(checkpoint, attack.state())
         yield Progress(step, flipped, refused)
@@ -198,21 +190,39 @@ def _enough(refused: float | None, plan: Plan) -> bool:
     return plan.alone and refused is not None and refused <= plan.config.stop_below
 
 
-def best_step(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The measured step that leaves the fewest held-out select prompts refused; the lower loss among equals."""
-    measured = [row for row in rows if row.get("select_refusal") is not None]
-    return min(measured or rows, key=lambda r: (r.get("select_refusal") or 0.0, r["loss"]))
+def best_step(rows: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+    """The measured step that leaves the fewest held-out select prompts refused; the lower loss among equals.
+
+    Of an attack for one instruction's sake first of all a step that flips it.
+
+    Raises:
+        UserError: there is no step.
+    """
+    if not rows:
+        raise UserError(
+            f"{plan.folder / 'steps.jsonl'} holds no step; delete the suffix.jsonl beside it and run again."
+        )
+    measured = [row for row in rows if row.get("select_refusal") is not None] or rows
+    return min(measured, key=lambda r: (plan.each and not r.get("flipped"), r.get("select_refusal") or 0.0, r["loss"]))
+
+
+def has_failed(row: dict[str, Any], plan: Plan) -> bool:
+    """Whether the suffix of a step is of the failed arm.
+
+    A single attack never is: the numbers say what it reached. Of several, a universal one has failed where more than
+    ``flip_below`` of the held-out prompts are refused, one for one instruction's sake where that is refused.
+    """
+    if plan.alone:
+        return False
+    if plan.each:
+        return not row.get("flipped")
+    return (row.get("select_refusal") or 0.0) > plan.config.flip_below
 
 
 def best_suffix(rows: Sequence[dict[str, Any]], plan: Plan) -> Suffix:
-    """The suffix of the best step; see :func:`best_step`.
-
-    Its arm is ``failed`` where more than ``flip_below`` of the held-out prompts are refused, unless it is a single
-    attack: that is adversarial whatever it reached. The study numbers the suffixes of an arm.
-    """
-    row = best_step(rows)
-    missed = not plan.alone and (row.get("select_refusal") or 0.0) > plan.config.flip_below
-    arm: Arm = "failed" if missed else "adversarial"
+    """The suffix of the best step; see :func:`best_step`. The study numbers the suffixes of an arm."""
+    row = best_step(rows, plan)
+    arm: Arm = "failed" if has_failed(row, plan) else "adversarial"
     return Suffix(
         id=f"{arm}-1",
         arm=arm,
@@ -220,7 +230,7 @@ def best_suffix(rows: Sequence[dict[str, Any]], plan: Plan) -> Suffix:
         ids=tuple(row["ids"]),
         n_tokens=len(row["ids"]),
         trained_on=tuple(p.id for p in plan.train),
-        loss=row["loss"],
+        loss=float(row["loss"]),
         seed=plan.config.seed,
     )
 
@@ -235,7 +245,7 @@ def make_attack(
     """Make a planned attack; what its folder holds of it is not done again."""
     done = plan.folder / "suffix.jsonl"
     if done.exists():
-        return read_suffixes(done)[0]
+        return finished(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     attack, told = build_attack(model, plan.train, plan.config)
     for sentence in told:
@@ -245,6 +255,19 @@ def make_attack(
     suffix = best_suffix(steps_of(plan), plan)
     write_suffixes(done, [suffix])
     return suffix
+
+
+def finished(plan: Plan) -> Suffix:
+    """The suffix of a finished attack.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    path = plan.folder / "suffix.jsonl"
+    found = read_suffixes(path)
+    if not found:
+        raise UserError(f"{path} is empty; delete it and run again.")
+    return found[0]
 
 
 def steps_of(plan: Plan) -> list[dict[str, Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -27,6 +29,9 @@ def _whole(kind: Any, tokens: Sequence[Any]) -> int:
 Whole = Annotated[int, Parameter(converter=_whole)]
 
 
+VARIED = ("target", "suffix_tokens", "steps", "search_width", "topk")  # what an attack's settings are
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Settings of a study.
@@ -36,6 +41,7 @@ class StudyConfig:
         adapter: a LoRA adapter on the model: a folder or a hub id.
         harmful: harmful prompts: "embedded", a file, or a Hugging Face dataset (see load_prompts).
         harmless: harmless prompts, likewise.
+        column: of those files, the one that holds the prompt; recognised by its usual names if left out.
         suffixes: a suffixes.jsonl to analyse instead of attacking.
         target: what the attack makes the reply begin with.
         n_instructions: instructions the universal suffix is trained on (from the select split).
@@ -83,6 +89,7 @@ class StudyConfig:
     adapter: str | None = None
     harmful: str = "embedded"
     harmless: str = "embedded"
+    column: str | None = None
     suffixes: str | None = None
     target: str = "Sure, here is"
     n_instructions: Whole = 4
@@ -107,9 +114,9 @@ class StudyConfig:
     score_excluded: bool = True
     induce_threshold: float = 0.0
     alpha: float = 1.0
-    refusal_tokens: Sequence[int] | None = None
+    refusal_tokens: Sequence[Whole] | None = None
     text: str | None = None
-    prompts_per_split: int | None = None
+    prompts_per_split: Whole | None = None
     seed: Whole = 0
     score_dtype: str = "auto"
     dtype: str = "float32"
@@ -124,10 +131,12 @@ class StudyConfig:
         least = {
             "n_instructions": 1, "suffix_tokens": 1, "steps": 1, "n_attacks": 1, "search_width": 1, "topk": 1,
             "n_controls": 1, "n_traced": 2, "n_causal": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1,
-            "n_fit": 8, "n_select": 2, "layer_step": 1, "attack_cpus": 1,
+            "n_fit": 8, "n_select": 2, "layer_step": 1, "attack_cpus": 1, "seed": 0, "prompts_per_split": 2,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
+            if value is None:  # prompts_per_split, where all are used
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise UsageError(f"{name} is {value!r}; it must be a whole number.")
             if value < low:
@@ -135,10 +144,8 @@ class StudyConfig:
         for name in ("kl_threshold", "induce_threshold", "alpha", "layer_share", "attack_gpus"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number.")
-        if not 0 <= self.seed < 2**32:
+        if self.seed >= 2**32:
             raise UsageError(f"seed is {self.seed}; it must be at least 0 and below 2**32.")
-        if self.prompts_per_split is not None and self.prompts_per_split < 2:
-            raise UsageError(f"prompts_per_split is {self.prompts_per_split}; it must be at least 2.")
         if self.refusal_tokens is not None:
             if not self.refusal_tokens or min(self.refusal_tokens) < 0:
                 raise UsageError(f"refusal_tokens is {list(self.refusal_tokens)}; give token ids, or leave it out.")
@@ -164,11 +171,48 @@ class CampaignConfig(StudyConfig):
 
     Attributes:
         each: attack the ``n_instructions`` instructions one by one instead of all together.
-        vary: settings of the attack that take several values, each as ``search_width=[64, 128]``.
+        vary: settings of the attack that take several values, each as ``search_width=[64,128]``.
     """
 
     each: bool = False
     vary: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.suffixes is not None:
+            raise UsageError("A campaign makes suffixes; leave suffixes out.")
+        object.__setattr__(self, "vary", tuple(self.vary))
+        self.settings()  # says what is wrong before a model is loaded
+
+    def settings(self) -> list[dict[str, Any]]:
+        """All combinations of the settings that are to vary.
+
+        Raises:
+            UsageError: not written as ``name=[value, value]``, or nothing that an attack is set by.
+        """
+        given: dict[str, list[Any]] = {}
+        for text in self.vary:
+            try:
+                ((name, values),) = tomllib.loads(text).items()
+            except (tomllib.TOMLDecodeError, ValueError) as error:
+                raise UsageError(f"vary is {text!r}; write it as search_width=[64,128].") from error
+            if name not in VARIED:
+                raise UsageError(f"vary is {text!r}; what may vary is {', '.join(VARIED)}.")
+            if not isinstance(values, list) or not values or name in given or len({*map(repr, values)}) < len(values):
+                raise UsageError(
+                    f"vary is {text!r}; give every setting once, with all of its values, as {name}=[…, …]."
+                )
+            kind = type(getattr(self, name))
+            wrong = [value for value in values if type(value) is not kind]
+            if wrong:
+                raise UsageError(
+                    f"vary is {text!r}, but {name} is never {wrong[0]!r}; its values are of type {kind.__name__}."
+                )
+            given[name] = values
+        found = [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values())]
+        for own in found if given else ():
+            replace(self, vary=(), **own)  # says which value is wrong
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

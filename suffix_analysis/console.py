@@ -142,7 +142,7 @@ def mitigation_line(row: dict[str, Any]) -> str:
 def adaptive_line(row: dict[str, Any]) -> str:
     return (
         f"{row['defence']:56} attacked for {row['step']} steps: target loss {row['target_loss']:.3f}, "
-        f"{row['not_refused']:.0%} of {row['n_prompts']} unseen select prompts not refused, success on "
+        f"{row['not_refused']:.0%} of {row['n_prompts']} other select prompts not refused, success on "
         f"{row['n_final']} report prompts {row['success']:.0%}"
     )
 
@@ -152,7 +152,7 @@ def budget_line(row: dict[str, Any]) -> str:
         return f"not in {row['n_steps']} steps" if row[name] is None else f"after {row[name]} steps"
 
     loss = "" if row["bar"] is None else f"; target loss {row['bar']:.3f}: {steps('steps_to_loss')}"
-    return f"{row['defence']:56} half of the unseen prompts not refused: {steps('steps_to_half')}{loss}"
+    return f"{row['defence']:56} half of the other select prompts not refused: {steps('steps_to_half')}{loss}"
 
 
 def defence_lines(
@@ -182,17 +182,24 @@ def campaign_lines(result: dict[str, Any]) -> list[str]:
             f"{row['suffix_id']:15} loss {row['loss']:.3f}, {row['flipped']:.0%} of its instructions answered, "
             f"{row['select_refusal']:.0%} of the others refused (step {row['step']}, {row['seconds']:.0f} s); {own}"
         )
-    measures = ("loss", "flipped", "select_refusal")
+    measures = {"loss": ".3f", "flipped": ".0%", "select_refusal": ".0%"}
     for row in result["settings"]:
         known = {"n_attacks", *(f"{name}{end}" for name in measures for end in ("", "_lo", "_hi"))}
         own = ", ".join(f"{name} {value}" for name, value in row.items() if name not in known)
-        loss, *shares = (f"{row[name]:{kind}} [{row[f'{name}_lo']:{kind}}, {row[f'{name}_hi']:{kind}}]"
-                         for name, kind in zip(measures, (".3f", ".0%", ".0%"), strict=True))  # fmt: skip
+        loss, flipped, refused = (_bounded(row, name, kind) for name, kind in measures.items())
         lines.append(
-            f"{own or 'all'}, {row['n_attacks']} attacks: loss {loss}, {shares[0]} of their instructions answered, "
-            f"{shares[1]} of the others refused (descriptive)"
+            f"{own or 'all'}, {row['n_attacks']} attacks: loss {loss}, {flipped} of their instructions answered, "
+            f"{refused} of the others refused (descriptive)"
         )
+    lines.append(
+        "Steps were chosen by what they leave refused of these same prompts: more steps have more to choose from."
+    )
     return [*lines, f"suffixes: {result['suffixes']}"]
+
+
+def _bounded(row: dict[str, Any], name: str, kind: str) -> str:
+    lo, hi = row[f"{name}_lo"], row[f"{name}_hi"]
+    return f"{row[name]:{kind}}" + ("" if lo is None else f" [{lo:{kind}}, {hi:{kind}}]")
 
 
 def direction_lines(result: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from suffix_analysis import runs
+from suffix_analysis import files
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 
@@ -27,7 +27,7 @@ def save_direction(path: Path, direction: Direction) -> None:
         "n": ",".join(f"{key}={value}" for key, value in direction.n.items()),
     }
     try:
-        runs.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
+        files.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"{path} cannot be written: {error}; free space or choose --out.") from error
 

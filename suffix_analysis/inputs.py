@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,7 +61,7 @@ def study_prompts(config: StudyConfig) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for kind, source in (("harmful", config.harmful), ("harmless", config.harmless)):
-        found = load_prompts(source, kind=kind)
+        found = load_prompts(source, kind=kind, column=None if source == "embedded" else config.column)
         found = _once([replace(p, kind=kind) for p in found], prompts)
         prompts += _with_splits(found, config.seed, source)
     if config.harmless == "embedded":
@@ -163,8 +165,11 @@ def _ids(value: Any, model: Model, where: str) -> tuple[int, ...]:
     Raises:
         UserError: they are no list of the vocabulary's ids.
     """
-    if value is None:
+    if value is None or value == "":  # of a CSV file an empty cell
         return ()
+    if isinstance(value, str):  # likewise, "[5, 6]"
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
     size = model.hf.get_input_embeddings().weight.shape[0]
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i < size for i in value):
         raise UserError(f"{where} has ids that are no whole numbers from 0 to {size - 1}; mend or leave them out.")

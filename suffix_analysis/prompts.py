@@ -165,7 +165,10 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
     name = column or next((c for c in TEXT_COLUMNS if c in columns), None)
     if name is None or name not in columns:
         wanted = column or " or ".join(TEXT_COLUMNS)
-        raise UserError(f"{path} has no column {wanted}; it has {', '.join(columns) or 'none'}. Name one with column=.")
+        raise UserError(
+            f"{path} has no column {wanted}; it has {', '.join(columns) or 'none'}. Name one with --column (in Python: "
+            "column=)."
+        )
     ours = ["policy", "topic"]
     for key, known in (("kind", KINDS), ("split", SPLITS)):
         values = {str(row[key]) for row in rows if row.get(key)}
@@ -174,7 +177,7 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
             if values - set(known):
                 wrong = min(values - set(known))
                 raise UserError(f"{path} has the {key} {wrong!r}; known are {', '.join(known)}.")
-    safe = {str(row.get("label")) for row in rows} <= {"safe", "unsafe"}  # XSTest
+    kinds = _xstest(rows) if "kind" not in ours else None
     prompts = []
     for number, row in enumerate(rows, 1):
         text = row.get(name)
@@ -183,14 +186,24 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
         if has_half_pair(text):
             raise UserError(f"{path}: row {number} holds half of a surrogate pair, which is no character; mend it.")
         extra = {key: str(row[key]) for key in ours if row.get(key)}
-        if safe and "kind" not in ours:
-            extra["kind"] = "harmless" if row["label"] == "safe" else "harmful"
+        if kinds is not None:
+            extra["kind"] = kinds[number - 1]
         if name == "Behavior" and row.get("ContextString"):  # HarmBench's contextual behaviours, in its own layout
             text = f"{row['ContextString']}\n\n---\n\n{text}"
         prompts.append(Prompt(id=str(row.get("id") or f"{path.stem}-{number:04d}"), text=text.strip(), **extra))
     if len({p.id for p in prompts}) < len(prompts):
         raise UserError(f"{path} has prompts with the same id; make the ids unique or leave them out.")
     return prompts
+
+
+def _xstest(rows: list[dict[str, Any]]) -> list[str] | None:
+    """The kinds of XSTest's rows, from its label or, where a version has none, its type; None of another set's rows."""
+    if {str(row.get("label")) for row in rows} <= {"safe", "unsafe"}:
+        return ["harmless" if row["label"] == "safe" else "harmful" for row in rows]
+    types = [str(row.get("type") or "") for row in rows]
+    if all(types) and any(name.startswith("contrast_") for name in types):
+        return ["harmful" if name.startswith("contrast_") else "harmless" for name in types]
+    return None
 
 
 def has_half_pair(text: str) -> bool:

@@ -10,13 +10,13 @@ import numpy as np
 from numpy import ndarray
 from typing_extensions import TypedDict
 
+from suffix_analysis.files import append_jsonl, read_jsonl, write_jsonl
 from suffix_analysis.generate import answers
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SUFFIX_ARMS, Suffix
 from suffix_analysis.refusal import refusal_score
-from suffix_analysis.runs import append_jsonl, read_jsonl, write_jsonl
 from suffix_analysis.stats import contrast, contrast_row, interval, rate_interval
 
 

@@ -13,25 +13,24 @@ from typing import Any, Literal
 import torch
 from pydantic import NonNegativeInt
 
-from suffix_analysis import pool, replies, runs
+from suffix_analysis import files, pool, replies, runs
 from suffix_analysis.analysis import analyze, n_forwards, of_few_texts
 from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Narrator
-from suffix_analysis.direction_file import load_direction, save_direction
-from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
+from suffix_analysis.direction_file import load_direction
+from suffix_analysis.direction_stage import direction_tables
+from suffix_analysis.directions import Direction
 from suffix_analysis.environment import environment
 from suffix_analysis.errors import UserError
 from suffix_analysis.inputs import fast_dtype, study_model, study_prompts, study_text
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
-from suffix_analysis.oneness import measure_oneness
-from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
 from suffix_analysis.records import Suffix
 from suffix_analysis.refusal import discover_refusal_tokens
-from suffix_analysis.traces import Traces, trace
-from suffix_analysis.traces_file import Job, traces_of
+from suffix_analysis.traces import Job, Traces, trace
+from suffix_analysis.traces_file import traces_of
 
 # replies come before the direction, whose interventions wrap the fast model and slow it down
 STAGES = ("prompts", "attack", "replies", "direction", "analysis", "mechanism")
@@ -53,7 +52,7 @@ class Study:
             self._model = study_model(self._begun())
             name = str(fast_dtype(self._begun(), self._model)).removeprefix("torch.")
             if name != "float16" and self.folder.is_dir():  # a float16 model is never cast
-                runs.write_json(self.folder / "fast_dtype.json", name)
+                files.write_json(self.folder / "fast_dtype.json", name)
         return self._model
 
     def _begun(self) -> StudyConfig:
@@ -63,7 +62,7 @@ class Study:
         """
         path = self.folder / "fast_dtype.json"
         return (
-            replace(self.config, score_dtype=runs.read_as(path, Literal["float32", "bfloat16"]))
+            replace(self.config, score_dtype=files.read_as(path, Literal["float32", "bfloat16"]))
             if path.exists()
             else self.config
         )
@@ -115,15 +114,20 @@ class Study:
     def _stage(self, name: str) -> Iterator[bool]:
         done = runs.is_done(self.folder, name)
         self.narrator.stage(name, done)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), runs.findings_now(self.folder)
         try:
             yield not done
         except BaseException:
-            with suppress(OSError):  # a full disk, perhaps
-                runs.add_seconds(self.folder, name, time.perf_counter() - started)
+            with suppress(UserError):  # a full disk, perhaps, which has been said
+                runs.add_seconds(self.folder, name, time.perf_counter() - started, findings=self._written(before))
             raise
         if not done:
-            runs.add_seconds(self.folder, name, time.perf_counter() - started, "done")
+            runs.add_seconds(self.folder, name, time.perf_counter() - started, "done", self._written(before))
+
+    def _written(self, before: dict[str, tuple[int, int]]) -> list[str]:
+        """The findings that are others than before."""
+        now = runs.findings_now(self.folder)
+        return sorted(file for file in now if now[file] != before.get(file))
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -132,12 +136,12 @@ class Study:
         study_text(self.config)  # says now, and not after the attack, that it cannot be read
         for prompt in prompts:
             self.model.chat(prompt.text)  # or that a prompt is too long
-        runs.write_atomic(self.folder / "prompts.jsonl", to_jsonl(prompts))
-        runs.write_json(self.folder / "env.json", environment())
+        files.write_atomic(self.folder / "prompts.jsonl", to_jsonl(prompts))
+        files.write_json(self.folder / "env.json", environment())
 
     def prompts(self) -> list[Prompt]:
         """The run's prompts."""
-        return runs.read_records(self.folder / "prompts.jsonl", Prompt)
+        return files.read_records(self.folder / "prompts.jsonl", Prompt)
 
     def _attack(self) -> None:
         runs.write_suffixes(self.folder / "suffixes.jsonl", pool.study_suffixes(self))
@@ -147,13 +151,13 @@ class Study:
 
         suffixes, rows = campaign(self)
         runs.write_suffixes(self.folder / "suffixes.jsonl", suffixes)
-        runs.write_table(self.folder / "findings" / "campaign.parquet", rows)
+        files.write_table(self.folder / "findings" / "campaign.parquet", rows)
 
     def refusal_tokens(self) -> list[int]:
         """The tokens that open refusals; discovered once on the select split and kept for every later stage."""
         path = self.folder / "refusal_tokens.json"
         if path.exists():
-            tokens = list(runs.read_as(path, list[NonNegativeInt]))
+            tokens = list(files.read_as(path, list[NonNegativeInt]))
         elif self.config.refusal_tokens is not None:
             tokens = list(self.config.refusal_tokens)
         else:
@@ -162,61 +166,22 @@ class Study:
             tokens = discover_refusal_tokens(self.fast, chats["harmful"], chats["harmless"])
         size = self.model.hf.get_input_embeddings().weight.shape[0]
         if not tokens or max(tokens) >= size:
-            raise UserError(f"refusal_tokens holds {max(tokens, default='nothing')}, but the model has {size} tokens.")
+            where = path if path.exists() else "refusal_tokens"
+            raise UserError(f"{where} holds {max(tokens, default='no token')}; the model has {size}, from 0.")
         if not path.exists():
-            runs.write_json(path, tokens)
+            files.write_json(path, tokens)
         return tokens
 
     def _direction(self) -> None:
-        prompts = [p for p in self.prompts() if p.split in ("fit", "select")]
-        tokens = self.refusal_tokens()
-        kinds = [[p for p in prompts if p.kind == kind] for kind in ("harmful", "harmless")]
-        config = self.config
-        settings = DirectionConfig(
-            n_fit=config.n_fit,
-            n_select=config.n_select,
-            layer_step=config.layer_step,
-            kl_threshold=config.kl_threshold,
-            induce_threshold=config.induce_threshold,
-            layer_share=config.layer_share,
-            score_excluded=config.score_excluded,
-            alpha=config.alpha,
-            seed=config.seed,
-        )
-        direction = find_direction(
-            self.model, kinds[0], kinds[1], settings, refusal_tokens=tokens, search_dtype=self.fast_dtype,
-            on_candidate=lambda done, total: self.narrator.progress(done, total, "candidate directions"),
-        )  # fmt: skip
-        save_direction(self.folder / "direction.safetensors", direction)
-        chat = self.model.chat(prompts[0].text)
-        names = [self.model.tokenizer.decode([i]) for i in chat.ids[chat.regions["chat"]].tolist()]
-        rows = [row | {"token": names[row["position"] + len(names)]} for row in direction.scores]
-        rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
-        plain = {row["prompt_id"]: row["reply"] for row in self._answered([])}
-        table, answers = measure_interventions(
-            self.fast, direction, self.prompts(), config.reply_tokens,
-            alpha=config.alpha, seed=config.seed, plain=plain,
-            on_line=lambda done, total: self.narrator.progress(done, total, "interventions"),
-        )  # fmt: skip
-        fit = [split_prompts(kind, settings)[0] for kind in kinds]
-        unseen = [prompts_of(self.prompts(), kind, "report", None) for kind in ("harmful", "harmless")]
-        sets = [[self.model.chat(p.text) for p in part] for part in (*fit, *unseen)]
-        tables = {
-            "interventions": table,
-            "intervention_replies": answers,
-            "cost": measure_cost(self.fast, direction, self.prompts(), study_text(config), plain),
-            **measure_oneness(self.fast, direction, (sets[0], sets[1]), (sets[2], sets[3]), config.alpha, config.seed),
-            "candidates": rows,
-        }
-        for name, found in tables.items():
-            runs.write_table(self.folder / "findings" / f"{name}.parquet", found)
+        for name, rows in direction_tables(self).items():
+            files.write_table(self.folder / "findings" / f"{name}.parquet", rows)
 
     def direction(self) -> Direction:
         """The run's direction."""
-        rows = runs.read_table(self.folder / "findings" / "candidates.parquet")
+        rows = files.read_table(self.folder / "findings" / "candidates.parquet")
         return load_direction(self.folder / "direction.safetensors", rows)
 
-    def _answered(self, suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
+    def answered(self, suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
         """Replies without a suffix and with each of these; what an earlier stage has made is read."""
         prompts, length = self.prompts(), self.config.reply_tokens
         tokens = self.refusal_tokens()
@@ -236,10 +201,10 @@ class Study:
         )  # fmt: skip
 
     def _replies(self) -> None:
-        rows = self._answered(runs.read_suffixes(self.folder / "suffixes.jsonl"))
+        rows = self.answered(runs.read_suffixes(self.folder / "suffixes.jsonl"))
         findings = self.folder / "findings"
-        runs.write_table(findings / "replies.parquet", rows)
-        runs.write_table(findings / "refusal.parquet", replies.refusal_table(rows))
+        files.write_table(findings / "replies.parquet", rows)
+        files.write_table(findings / "refusal.parquet", replies.refusal_table(rows))
 
     def _analysis(self) -> None:
         suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
@@ -267,19 +232,19 @@ class Study:
         kept = self.folder / "traces"  # until all of them are there
         found = analyze(
             self.model, direction, prompts, traced,
-            n_top=config.n_top_heads, max_prompts=config.n_traced, on_prompts=count,
-            trace_all=lambda jobs: traces_of(kept, jobs, self.model, direction, make),
+            n_top=config.n_top_heads, max_prompts=config.n_traced,
+            trace_all=lambda jobs: traces_of(kept, jobs, self.model, direction, make, count),
         )  # fmt: skip
         folder = self.folder / "findings"
-        rows = runs.read_table(folder / "replies.parquet")
+        rows = files.read_table(folder / "replies.parquet", list(replies.ReplyRow.__annotations__))
         comparable = {row["against"] for row in found.tables["head_differences"]}  # equally long, if they have suffixes
         refusal = of_few_texts(replies.refusal_contrasts(rows, comparable), suffixes)
         contrasts = refusal + found.tables["contrasts"]
         for name, table in (found.tables | {"contrasts": contrasts}).items():
-            runs.write_table(folder / f"{name}.parquet", table)
-        runs.write_json(folder / "patterns.json", found.patterns)
-        runs.write_json(folder / "checks.json", found.checks)
-        runs.write_json(folder / "summary.json", found.summary | self._summary(prompts, suffixes))
+            files.write_table(folder / f"{name}.parquet", table)
+        files.write_json(folder / "patterns.json", found.patterns)
+        files.write_json(folder / "checks.json", self._with_checks(found.checks))
+        files.write_json(folder / "summary.json", found.summary | self._summary(prompts, suffixes))
         shutil.rmtree(kept, ignore_errors=True)
 
     def _mechanism(self) -> None:
@@ -293,7 +258,9 @@ class Study:
             prompts_of(prompts, kind, split, config.n_causal)
             for kind, split in (("harmful", "report"), ("harmful", "select"), ("harmless", "select"))
         )
-        heads = [(row["layer"], row["head"]) for row in runs.read_table(findings / "top_heads.parquet")]
+        heads = [
+            (row["layer"], row["head"]) for row in files.read_table(findings / "top_heads.parquet", ("layer", "head"))
+        ]
         try:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
@@ -304,16 +271,19 @@ class Study:
         except UserError as error:  # everything before it is worth a report
             self.skip(f"The causal tests were left out: {error}")
             return
-        checks = runs.read_as(findings / "checks.json", list[dict[str, Any]])
-        own = tables.pop("checks")
-        kept = [row for row in checks if row["name"] not in {other["name"] for other in own}]
-        runs.write_json(findings / "checks.json", [*kept, *own])
+        files.write_json(findings / "checks.json", self._with_checks(tables.pop("checks")))
         if not any(row["test"] == ATTENTION for row in tables["causal"]):
             self.skip(
                 "The first shuffled suffix has not the attack's token count everywhere: no attention transplanted."
             )
         for name, rows in tables.items():
-            runs.write_table(findings / f"{name}.parquet", rows)
+            files.write_table(findings / f"{name}.parquet", rows)
+
+    def _with_checks(self, own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A stage's checks with those of other stages."""
+        path, names = self.folder / "findings" / "checks.json", {row["name"] for row in own}
+        there = files.read_as(path, list[dict[str, Any]]) if path.exists() else []
+        return [*(row for row in there if row.get("name") not in names), *own]
 
     def _summary(self, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]) -> dict[str, Any]:
         counts: dict[str, dict[str, int]] = {}
@@ -326,14 +296,14 @@ class Study:
             "suffix_id": next((s.id for s in suffixes if s.arm == "adversarial"), None),
             "n_prompts": counts,
             "reply_dtype": str(self.fast_dtype).removeprefix("torch."),
-            "skipped": runs.read_as(skipped, list[str]) if skipped.exists() else [],
+            "skipped": files.read_as(skipped, list[str]) if skipped.exists() else [],
         }
 
     def skip(self, sentence: str) -> None:
         """Remember what fell short, for the report, and say it."""
         path, summary = self.folder / "skipped.json", self.folder / "findings" / "summary.json"
-        sentences = [*(runs.read_as(path, list[str]) if path.exists() else []), sentence]
-        runs.write_json(path, sentences)
+        sentences = [*(files.read_as(path, list[str]) if path.exists() else []), sentence]
+        files.write_json(path, sentences)
         if summary.exists():  # a stage after the analysis
-            runs.write_json(summary, runs.read_as(summary, dict[str, Any]) | {"skipped": sentences})
+            files.write_json(summary, files.read_as(summary, dict[str, Any]) | {"skipped": sentences})
         self.narrator.say(sentence)

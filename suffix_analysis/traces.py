@@ -25,6 +25,7 @@ from suffix_analysis.placement import in_memory
 from suffix_analysis.prompts import Prompt, to_prompts
 from suffix_analysis.residual import PostNorm, multiplier, post_norms
 
+Job = tuple[Sequence[Prompt], str]  # prompts to trace, with a suffix or an empty one
 CANCELS = 0.1  # share of the contributions' absolute values that a write is held to at least: float32 sums keep 1e-6
 IDENTITY_BOUND = 1e-5  # of the write's length (METHODS §3)
 CLOSURE_BOUND = 1e-4  # of the final residual stream's length: a sum over all layers

@@ -10,20 +10,23 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from suffix_analysis import runs
+from suffix_analysis import files
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
-from suffix_analysis.prompts import Prompt
-from suffix_analysis.traces import Traces
+from suffix_analysis.traces import Job, Traces
 
-Job = tuple[Sequence[Prompt], str]  # prompts, and the suffix behind each
 Made = Iterable[tuple[int, Traces]]
 TENSORS = [f.name for f in fields(Traces) if f.name not in ("chats", "rows", "identity", "closure")]
 
 
 def traces_of(
-    folder: Path, jobs: Sequence[Job], model: Model, direction: Direction, make: Callable[[Sequence[Job]], Made]
+    folder: Path,
+    jobs: Sequence[Job],
+    model: Model,
+    direction: Direction,
+    make: Callable[[Sequence[Job]], Made],
+    on_kept: Callable[[int], None] = lambda n: None,
 ) -> list[Traces]:
     """Traces of every job: read where ``folder`` holds them, otherwise made, and kept there as they come.
 
@@ -33,12 +36,14 @@ def traces_of(
         model: the model that the traces are of.
         direction: the direction, likewise.
         make: traces the jobs that it is given and yields each with its number among them, in any order.
+        on_kept: called with the number of prompts whose traces are there.
 
     Raises:
         UserError: a kept file is damaged, or one cannot be written.
     """
     paths = [folder / f"{_name(job, direction)}.safetensors" for job in jobs]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
+    on_kept(sum(len(prompts) for i, (prompts, _) in enumerate(jobs) if i not in missing))
     found: dict[int, Traces] = {}
     for number, traces in make([jobs[i] for i in missing]):
         save_traces(paths[missing[number]], traces)
@@ -59,7 +64,7 @@ def save_traces(path: Path, traces: Traces) -> None:
     tensors = {name: getattr(traces, name).contiguous() for name in TENSORS}
     meta = {"identity": repr(traces.identity), "closure": repr(traces.closure)}
     try:
-        runs.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
+        files.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"{path} cannot be written: {error}; free space or choose --out.") from error
 

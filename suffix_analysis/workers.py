@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from suffix_analysis.attacking import Plan, make_attack, steps_of
+from suffix_analysis.attacking import Plan, finished, make_attack, steps_of
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.directions import Direction
+from suffix_analysis.files import write_jsonl
 from suffix_analysis.inputs import fast_dtype
 from suffix_analysis.parallel import side_by_side, worker_model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
 from suffix_analysis.replies import Cell, reply_rows
-from suffix_analysis.runs import read_suffixes, write_jsonl, write_suffixes
-from suffix_analysis.traces import Traces, trace
-from suffix_analysis.traces_file import Job
+from suffix_analysis.runs import write_suffixes
+from suffix_analysis.traces import Job, Traces, trace
 
 
 def attack_all(
@@ -35,7 +35,7 @@ def attack_all(
         write_jsonl(left[i].folder / "steps.jsonl", steps)
         write_suffixes(left[i].folder / "suffix.jsonl", [suffix])
         on_done(done)
-    return [read_suffixes(plan.folder / "suffix.jsonl")[0] for plan in plans]
+    return [finished(plan) for plan in plans]
 
 
 def attack_task(config: StudyConfig, plan: Plan, tokens: list[int]) -> tuple[Suffix, list[dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def install(wheel: Path, folder: Path) -> Path:
 def without_network() -> list[str]:
     """What, before a command, takes the network away from it and all that it starts; nothing where that is barred."""
     command = ["unshare", "--map-root-user", "--net"]
-    try:
-        return command if subprocess.run([*command, "true"], check=False, capture_output=True).returncode == 0 else []
-    except FileNotFoundError:
-        return []
+    with contextlib.suppress(FileNotFoundError):
+        if subprocess.run([*command, "true"], check=False, capture_output=True).returncode == 0:
+            return command
+    print("the network cannot be taken away here: what runs without it is not tried")
+    return []

@@ -65,7 +65,7 @@ def held(out: Path) -> Iterator[Study]:
 
 def finish(study: Study, as_json: bool) -> None:
     """Build the report and print where it is, with the headline numbers."""
-    from suffix_analysis.runs import read_table
+    from suffix_analysis.files import read_table
 
     page = build(study.folder)
     rows = read_table(study.folder / "findings" / "refusal.parquet")

@@ -18,13 +18,15 @@ from suffix_analysis.errors import UsageError, UserError
 def abilities(
     *tasks: str,
     out: Out = Path("runs/study"),
-    tasks_folder: Annotated[Path | None, Parameter(help="Folder with task files (YAML) of your own.")] = None,
+    tasks_folder: Annotated[
+        Path | None, Parameter(help="Folder with task files (YAML) of your own; functions that they name are run.")
+    ] = None,
     limit: Annotated[Whole | None, Parameter(help="Questions of each task at most.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run lm-eval's TASKS on a run's model as it is, with the direction ablated, and taken out of the weights."""
     from suffix_analysis.abilities import measure_abilities
-    from suffix_analysis.runs import write_table
+    from suffix_analysis.files import write_table
 
     console = Console()
     with held(out) as study:
@@ -52,8 +54,9 @@ def defend(
         raise UsageError(f"--most is {most} and --adaptive-steps {adaptive_steps}; at least 2 and 0 are needed.")
     from suffix_analysis.adaptive import budgets
     from suffix_analysis.detection import measure_detectors
+    from suffix_analysis.files import read_table, write_table
     from suffix_analysis.mitigations import attack_defences, measure_mitigations
-    from suffix_analysis.runs import read_suffixes, read_table, write_table
+    from suffix_analysis.runs import read_suffixes
 
     console, findings = Console(), out / "findings"
     adapted: list[dict[str, Any]] = []
@@ -74,9 +77,10 @@ def defend(
                 on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
             )  # fmt: skip
             write_table(findings / "adaptive.parquet", adapted)
-            write_table(findings / "adaptive_budget.parquet", budgets(adapted))
         elif (findings / "adaptive.parquet").exists():  # of an earlier call, on the same suffixes and settings
             adapted = read_table(findings / "adaptive.parquet")
+        if adapted:
+            write_table(findings / "adaptive_budget.parquet", budgets(adapted))
         renew_report(out)
     prices = budgets(adapted)
     result = {

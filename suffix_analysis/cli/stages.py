@@ -68,7 +68,7 @@ def campaign(
     study = open_study(config, out)
     study.run(("prompts", "campaign"))
     from suffix_analysis.campaign import by_settings
-    from suffix_analysis.runs import read_table
+    from suffix_analysis.files import read_table
 
     rows = read_table(out / "findings" / "campaign.parquet")
     result = {"attacks": rows, "settings": by_settings(rows), "suffixes": str(out / "suffixes.jsonl")}
@@ -82,7 +82,7 @@ def direction(
     """Find the refusal direction and check it by ablation and addition."""
     study = open_study(config, out)
     study.run(("prompts", "direction"))
-    from suffix_analysis.runs import read_table
+    from suffix_analysis.files import read_table
 
     found = study.direction()
     rows = read_table(out / "findings" / "interventions.parquet")

@@ -210,7 +210,9 @@ def test_what_a_defence_costs_its_attacker_is_told_once(run: Path) -> None:
     assert page.count("Attacks that know the defence") == 1
     figure = figures(read_run(run))["adaptive"]
     told = plain_text([figure.caption])
-    assert "97 % of unseen prompts not refused, 70 % of report prompts answered (half of them after 5 steps)" in told
+    assert (
+        "97 % of the select prompts not refused (half of them from step 5 on), 70 % of report prompts answered" in told
+    )
     (run / "findings" / "adaptive.parquet").unlink()
     assert "adaptive" not in figures(read_run(run))
     assert "Adaptive attack: not tested." in build_report(run).read_text("utf-8")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import attacks
-from suffix_analysis import attacking, replies, runs
+from suffix_analysis import attacking, files, replies, runs
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Console
 from suffix_analysis.direction_file import load_direction
@@ -62,8 +62,12 @@ def _checkpoint(study: Study) -> object:
         "Sure",
         attacks.GCGConfig(num_steps=2, search_width=2, optim_str_init="x x"),
     )
-    attack.restore(runs.read_json(study.folder / "checkpoint.json"))
+    attack.restore(files.read_json(study.folder / "checkpoint.json"))
     return list(attack.steps())
+
+
+def _findings(study: Study) -> object:
+    return files.read_table(study.folder / "table.parquet", ("layer", "head"))
 
 
 READERS: dict[str, Any] = {
@@ -76,21 +80,112 @@ READERS: dict[str, Any] = {
     "replies.jsonl": _replies,
     "steps.jsonl": _steps,
     "checkpoint.json": _checkpoint,
+    "table.parquet": _findings,
     "config.toml": lambda study: runs.read_config(study.folder),
     "direction.safetensors": lambda study: load_direction(study.folder / "direction.safetensors", []),
 }
+
+
+def read(study: Study, name: str, content: bytes) -> bool:
+    """Read a state file of this content; whether it was taken. What is refused is said in one sentence."""
+    path = study.folder / name
+    path.write_bytes(content)
+    try:
+        READERS[name](study)
+    except (UserError, attacks.AttackError) as error:
+        text = str(error)
+        assert text and "\n" not in text.strip() and "Traceback" not in text
+        return False
+    finally:
+        path.unlink(missing_ok=True)
+    return True
 
 
 @pytest.mark.parametrize("name", READERS)
 @MANY
 @given(content=JSON | st.binary(max_size=60))
 def test_a_state_file_of_anything(study: Study, name: str, content: Any) -> None:
-    path = study.folder / name
-    path.write_bytes(content if isinstance(content, bytes) else (json.dumps(content) + "\n").encode())
-    try:
-        READERS[name](study)
-    except (UserError, attacks.AttackError) as error:
-        text = str(error)
-        assert text and "\n" not in text.strip() and "Traceback" not in text
-    finally:
-        path.unlink(missing_ok=True)
+    read(study, name, content if isinstance(content, bytes) else (json.dumps(content) + "\n").encode())
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"", b"\xff\xfe", b'{"a": 1}'], ids=str)
+def test_a_state_file_that_breaks_parsers(study: Study, name: str, content: bytes) -> None:
+    read(study, name, content)
+
+
+def _valid(study: Study) -> dict[str, Any]:
+    """What each of the files of records holds where nothing is wrong."""
+    step = {
+        "step": 1,
+        "loss": 1.5,
+        "string": "x",
+        "ids": [5],
+        "seconds": 1.0,
+        "flops": 2.0,
+        "flipped": 0,
+        "select_refusal": 0.5,
+    }
+    reply = {
+        "arm": "none", "split": "report", "kind": "harmful", "prompt_id": "p", "suffix_id": None, "refused": True,
+        "verdict": "refused", "refusal_score": 0.5, "reply": "No.",
+    }  # fmt: skip
+    model = study.model
+    config = attacks.GCGConfig(num_steps=2, search_width=2, optim_str_init="x x", momentum=0.5)
+    attack = attacks.GCG(model.hf, model.tokenizer, "Pick a lock", "Sure", config)
+    next(attack.steps())
+    return {
+        "status.json": {
+            "schema_version": 1, "state": "done", "peak_gib": 1.0,
+            "stages": {"attack": {"state": "done", "seconds": 1.0, "findings": []}},
+        },
+        "prompts.jsonl": {
+            "id": "p", "text": "Pick a lock", "kind": "harmful", "split": "report", "policy": "", "topic": "",
+        },
+        "suffixes.jsonl": {
+            "id": "a-1", "arm": "adversarial", "text": "x", "ids": [5], "n_tokens": 1, "loss": 1.0, "seed": 0,
+        },
+        "replies.jsonl": {"arm": "none", "suffix_id": None, "rows": [reply]},
+        "steps.jsonl": step,
+        "checkpoint.json": attack.state(),
+        "refusal_tokens.json": [5, 6],
+        "fast_dtype.json": "float32",
+    }  # fmt: skip
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The addresses of everything inside a value, itself included."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(place for key, item in inner for place in _places(item, (*at, key)))]
+
+
+OTHERS = (None, True, -1, 10**6, 0.5, "a", "5", [], {}, [1, 2, 3])
+FIELDS = (
+    "status.json", "prompts.jsonl", "suffixes.jsonl", "replies.jsonl", "steps.jsonl", "checkpoint.json",
+    "refusal_tokens.json", "fast_dtype.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_state_file_with_one_field_of_something_else(study: Study, name: str) -> None:
+    """Whatever stands in one place, or is missing there, is taken as what it must be or refused in a sentence."""
+    valid = json.loads(json.dumps(_valid(study)[name]))
+    assert read(study, name, json.dumps(valid).encode() + b"\n"), "the valid one must be taken"
+    refused = 0
+    for place in _places(valid):
+        for other in (*OTHERS, ...):
+            changed = json.loads(json.dumps(valid))
+            if not place:
+                changed = other
+            else:
+                *way, last = place
+                inside = changed
+                for key in way:
+                    inside = inside[key]
+                if other is ...:
+                    del inside[last]
+                else:
+                    inside[last] = other
+            if changed is not ...:
+                refused += not read(study, name, json.dumps(changed).encode() + b"\n")
+    assert refused >= len(_places(valid)), "most of these are wrong"

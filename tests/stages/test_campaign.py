@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from suffix_analysis import attacking, cli
+from suffix_analysis.files import read_table
 from suffix_analysis.inputs import given_suffixes
 from suffix_analysis.models import load_model
-from suffix_analysis.runs import read_suffixes, read_table
+from suffix_analysis.runs import read_suffixes
 from tests import tiny
 
 

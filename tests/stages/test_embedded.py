@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from suffix_analysis import attacking, find_direction, load_model, load_prompts, runs, trace
+from suffix_analysis import attacking, files, find_direction, load_model, load_prompts, runs, trace
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.models import Model
 from suffix_analysis.study import Study
@@ -80,7 +80,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
             "lens", "logits", "patterns", "checks", "summary",
             } == {p.stem for p in (finished / "findings").iterdir()}  # fmt: skip
     assert runs.status(finished)["state"] == "done"
-    assert [row["step"] for row in runs.read_jsonl(finished / "steps.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in files.read_jsonl(finished / "steps.jsonl")] == [1, 2, 3, 4]
 
 
 def test_a_second_call_repeats_nothing(finished: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_second_call_repeats_nothing(finished: Path) -> None:
 
 
 def test_every_arm_met_every_prompt(finished: Path) -> None:
-    rows = runs.read_table(finished / "findings" / "replies.parquet")
+    rows = files.read_table(finished / "findings" / "replies.parquet")
     suffixes = runs.read_suffixes(finished / "suffixes.jsonl")
     count = {arm: sum(r["arm"] == arm for r in rows) for arm in {r["arm"] for r in rows}}
     per_arm = {arm: sum(s.arm == arm for s in suffixes) for arm in ("adversarial", "random", "shuffled", "benign")}
@@ -105,7 +105,7 @@ def test_every_arm_met_every_prompt(finished: Path) -> None:
 def test_checks_hold_and_the_report_is_built(finished: Path) -> None:
     from reports import build_report
 
-    checks = {c["name"]: c for c in runs.read_json(finished / "findings" / "checks.json")}
+    checks = {c["name"]: c for c in files.read_json(finished / "findings" / "checks.json")}
     for name in ("head contributions add up", "writes add up", "separate splits"):
         assert checks[name]["passed"], checks[name]
     page = build_report(finished)

@@ -12,10 +12,10 @@ import pytest
 
 import attacks
 from attacks.nanogcg import run_nanogcg
+from suffix_analysis.files import read_json, read_table
 from suffix_analysis.models import load_model, quiet
 from suffix_analysis.organism.evaluate import evaluate_organism
 from suffix_analysis.organism.weights import base_folder
-from suffix_analysis.runs import read_json, read_table
 from tests.published import build_package, install, without_network
 
 # the demo alone takes longer than the time any other test is given, twice as long on a slow machine

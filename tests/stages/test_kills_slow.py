@@ -19,7 +19,7 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from suffix_analysis.runs import read_json, read_jsonl, read_table
+from suffix_analysis.files import read_json, read_jsonl, read_table
 from tests import tiny
 
 KILLS = int(os.environ.get("KILLS", "6"))

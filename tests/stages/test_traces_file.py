@@ -12,8 +12,8 @@ import torch
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.prompts import Prompt
-from suffix_analysis.traces import Traces, trace
-from suffix_analysis.traces_file import Job, traces_of
+from suffix_analysis.traces import Job, Traces, trace
+from suffix_analysis.traces_file import traces_of
 from tests import tiny
 
 JOBS: list[Job] = [
@@ -57,7 +57,9 @@ def test_what_was_traced_before_an_interruption_is_read(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         traces_of(tmp_path, JOBS, model, direction, lambda jobs: make(jobs, 2))
     assert made == ["q", "x y z"]
-    found = traces_of(tmp_path, JOBS, model, direction, make)
+    kept: list[int] = []
+    found = traces_of(tmp_path, JOBS, model, direction, make, kept.append)
+    assert kept == [4], "two jobs of two prompts"
     assert made == ["q", "x y z", ""]
     assert all(map(equal, found, whole))
     # another direction's traces are others

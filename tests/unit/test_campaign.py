@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from suffix_analysis.campaign import by_settings, campaign_plans, outcome, settings_of
+from suffix_analysis.attacking import Plan, has_failed
+from suffix_analysis.campaign import by_settings, campaign_plans, outcome
 from suffix_analysis.config import CampaignConfig
 from suffix_analysis.errors import UsageError
 from suffix_analysis.prompts import Prompt
@@ -59,32 +61,60 @@ def test_together_is_one_suffix_for_all(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_cannot_vary_is_said(vary: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        settings_of(CampaignConfig(vary=(vary,)))
-    with pytest.raises(UsageError, match="once"):
-        settings_of(CampaignConfig(vary=("steps=[5]", "steps=[6]")))
+        CampaignConfig(vary=(vary,))
 
 
-def test_an_attack_is_told_by_its_best_step() -> None:
-    suffix = Suffix("adversarial-1", "adversarial", "b", (1,), 1, trained_on=("p1", "p2"))
-    steps = [
-        {"step": 1, "loss": 0.5, "select_refusal": None, "flipped": None, "seconds": 2.0, "flops": 1e12},
-        {"step": 2, "loss": 0.9, "select_refusal": 0.25, "flipped": 1, "seconds": 3.0, "flops": 2e12},
-        {"step": 3, "loss": 0.4, "select_refusal": 0.75, "flipped": 2, "seconds": 4.0, "flops": 3e12},
+def test_what_is_given_twice_or_ignored_is_refused() -> None:
+    for vary in (("steps=[5]", "steps=[6]"), ("steps=[5, 5]",)):
+        with pytest.raises(UsageError, match="every setting once"):
+            CampaignConfig(vary=vary)
+    with pytest.raises(UsageError, match="leave suffixes out"):
+        CampaignConfig(suffixes="file.jsonl")
+
+
+STEPS = [
+    {"step": 1, "loss": 0.5, "select_refusal": None, "flipped": None, "seconds": 2.0, "flops": 1e12},
+    {"step": 2, "loss": 0.9, "select_refusal": 0.25, "flipped": 0, "seconds": 3.0, "flops": 2e12},
+    {"step": 3, "loss": 0.4, "select_refusal": 0.75, "flipped": 1, "seconds": 4.0, "flops": 3e12},
+]
+
+
+@pytest.mark.parametrize(("each", "step", "failed"), [(False, 2, False), (True, 3, False)])
+def test_an_attack_is_told_by_its_best_step(tmp_path: Path, each: bool, step: int, failed: bool) -> None:
+    """A universal suffix by what it leaves refused of other prompts, one for one instruction by that one first."""
+    plan = Plan("It", CampaignConfig(), (PROMPTS[0],), tuple(PROMPTS[1:]), tmp_path, each=each)
+    suffix = Suffix("adversarial-1", "adversarial", "b", (1,), 1, trained_on=("p0",))
+    row = outcome(suffix, STEPS, plan)
+    chosen = STEPS[step - 1]
+    assert [row[k] for k in ("step", "loss", "flipped", "select_refusal")] == [
+        chosen[k] for k in ("step", "loss", "flipped", "select_refusal")
     ]
-    row = outcome(suffix, steps)
-    assert (row["step"], row["loss"], row["flipped"], row["select_refusal"]) == (2, 0.9, 0.5, 0.25)
     assert (row["seconds"], row["tflop"]) == (9.0, 6.0)
+    assert has_failed(chosen, plan) == failed
+    assert has_failed(STEPS[1] if each else STEPS[2], plan), "refused where it should not be"
 
 
-def test_settings_are_compared_over_their_attacks() -> None:
-    rows = [
-        {"attack": i, "steps": steps, "loss": loss, "flipped": flipped, "select_refusal": 0.5}
-        for i, (steps, loss, flipped) in enumerate([(5, 2.0, 0.0), (9, 1.0, 1.0), (5, 4.0, 0.0), (9, 2.0, 0.0)])
-    ]
+def rows_of(table: list[tuple[str, int, int, float, float]]) -> list[dict[str, Any]]:
+    names = ("instructions", "seed", "steps", "loss", "flipped")
+    return [dict(zip(names, ([first], *rest), strict=True)) | {"select_refusal": 0.5} for first, *rest in table]
+
+
+def test_settings_are_compared_over_instructions_and_seeds() -> None:
+    rows = rows_of([("a", 0, 5, 2.0, 0.0), ("a", 0, 9, 1.0, 1.0), ("b", 0, 5, 4.0, 0.0), ("b", 0, 9, 2.0, 0.0)])
     first, second = by_settings(rows)
     assert (first["steps"], first["n_attacks"], first["loss"], first["flipped"]) == (5, 2, 3.0, 0.0)
     assert (second["loss"], second["flipped"]) == (1.5, 0.5)
     assert first["loss_lo"] <= 3.0 <= first["loss_hi"]
     assert first["flipped_hi"] > 0.5, "none of two attacks says little"
-    (every,) = by_settings([{k: v for k, v in row.items() if k != "steps"} for row in rows])
-    assert every["n_attacks"] == 4
+    every = rows_of([("a", i, 5, float(i), 0.0) for i in range(4)])
+    (line,) = by_settings([{k: v for k, v in row.items() if k != "steps"} for row in every])
+    assert line["n_attacks"] == 4 and line["loss_lo"] < 1.5 < line["loss_hi"], "seeds vary where instructions do not"
+    (alone,) = by_settings(rows[:1])
+    assert (alone["loss"], alone["loss_lo"], alone["flipped_hi"]) == (2.0, None, None)
+
+
+def test_instructions_that_decide_everything_leave_the_interval_wide() -> None:
+    """Ten seeds on each of four instructions are four instructions, not forty attacks."""
+    rows = rows_of([(name, seed, 5, 1.0, float(name in "ab")) for name in "abcd" for seed in range(10)])
+    (line,) = by_settings(rows)
+    assert line["flipped"] == 0.5 and line["flipped_hi"] - line["flipped_lo"] > 0.6

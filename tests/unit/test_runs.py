@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from suffix_analysis import environment, runs
+from suffix_analysis import environment, files, runs
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.records import Suffix
@@ -17,33 +17,33 @@ from suffix_analysis.records import Suffix
 
 def test_write_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    runs.write_atomic(path, "old")
+    files.write_atomic(path, "old")
 
     def fail(scratch: Path) -> None:
         scratch.write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left on device; free space"):
-        runs.replace_with(path, fail)
+        files.replace_with(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
-    runs.write_json(tmp_path / "a.json", {"x": [math.nan, math.inf, 1.5]})
+    files.write_json(tmp_path / "a.json", {"x": [math.nan, math.inf, 1.5]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, None, 1.5]}
 
 
 def test_journal_survives_a_cut_off_line_but_not_a_damaged_one(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     for i in range(3):
-        runs.append_jsonl(path, {"i": i})
+        files.append_jsonl(path, {"i": i})
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    assert [row["i"] for row in runs.read_jsonl(path, journal=True)] == [0, 1]
+    assert [row["i"] for row in files.read_jsonl(path, journal=True)] == [0, 1]
     path.write_bytes(b'{"i": 0}\nnonsense\n{"i": 2}\n')
     with pytest.raises(UserError, match="line 2 is damaged"):
-        runs.read_jsonl(path, journal=True)
+        files.read_jsonl(path, journal=True)
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_two_processes_on_one_folder(tmp_path: Path) -> None:
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:
-    runs.write_json(tmp_path / "status.json", {"schema_version": 99})
+    files.write_json(tmp_path / "status.json", {"schema_version": 99})
     with pytest.raises(UserError, match="schema_version 99"):
         runs.status(tmp_path)
 
@@ -99,7 +99,7 @@ def test_stage_record_adds_up_seconds(tmp_path: Path) -> None:
     runs.add_seconds(tmp_path, "attack", 1.0)
     assert not runs.is_done(tmp_path, "attack")
     runs.add_seconds(tmp_path, "attack", 2.0, "done")
-    assert runs.status(tmp_path)["stages"]["attack"] == {"state": "done", "seconds": 3.0}
+    assert runs.status(tmp_path)["stages"]["attack"] == {"state": "done", "seconds": 3.0, "findings": []}
     assert runs.is_done(tmp_path, "attack") and not runs.is_done(tmp_path, "replies")
 
 
@@ -131,20 +131,20 @@ def test_another_projects_revision_is_not_taken_for_ours(tmp_path: Path, monkeyp
 
 def test_damaged_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    runs.write_table(path, [{"a": 1, "b": None}, {"a": 2, "b": "x"}])
-    assert runs.read_table(path)[1] == {"a": 2, "b": "x"}
+    files.write_table(path, [{"a": 1, "b": None}, {"a": 2, "b": "x"}])
+    assert files.read_table(path)[1] == {"a": 2, "b": "x"}
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"t\.parquet cannot be read"):
-        runs.read_table(path)
+        files.read_table(path)
 
 
 def test_a_finished_file_whose_last_line_is_cut_off_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "suffixes.jsonl"
-    runs.write_jsonl(path, [{"id": "a"}, {"id": "b"}])
+    files.write_jsonl(path, [{"id": "a"}, {"id": "b"}])
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="line 2 is damaged"):
-        runs.read_jsonl(path)
-    assert runs.read_jsonl(path, journal=True) == [{"id": "a"}]
+        files.read_jsonl(path)
+    assert files.read_jsonl(path, journal=True) == [{"id": "a"}]
 
 
 def test_a_run_may_go_on_elsewhere(tmp_path: Path) -> None:

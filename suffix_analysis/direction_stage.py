@@ -1,0 +1,72 @@
+"""The study's direction stage: the refusal direction, kept as soon as it is found, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from suffix_analysis.direction_file import save_direction
+from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
+from suffix_analysis.files import write_table
+from suffix_analysis.inputs import study_text
+from suffix_analysis.oneness import measure_oneness
+from suffix_analysis.paper_table import measure_cost, measure_interventions
+from suffix_analysis.prompts import Prompt, prompts_of
+
+if TYPE_CHECKING:
+    from suffix_analysis.study import Study
+
+
+def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """All tables of the direction but its candidates, which are written with it as soon as it is found."""
+    prompts = [p for p in study.prompts() if p.split in ("fit", "select")]
+    tokens = study.refusal_tokens()
+    kinds = [[p for p in prompts if p.kind == kind] for kind in ("harmful", "harmless")]
+    config = study.config
+    settings = DirectionConfig(
+        n_fit=config.n_fit,
+        n_select=config.n_select,
+        layer_step=config.layer_step,
+        kl_threshold=config.kl_threshold,
+        induce_threshold=config.induce_threshold,
+        layer_share=config.layer_share,
+        score_excluded=config.score_excluded,
+        alpha=config.alpha,
+        seed=config.seed,
+    )
+    direction = _kept(study) or _found(study, kinds, settings, tokens)
+    plain = {row["prompt_id"]: row["reply"] for row in study.answered([])}
+    table, answers = measure_interventions(
+        study.fast, direction, study.prompts(), config.reply_tokens,
+        alpha=config.alpha, seed=config.seed, plain=plain,
+        on_line=lambda done, total: study.narrator.progress(done, total, "interventions"),
+    )  # fmt: skip
+    fit = [split_prompts(kind, settings)[0] for kind in kinds]
+    unseen = [prompts_of(study.prompts(), kind, "report", None) for kind in ("harmful", "harmless")]
+    sets = [[study.model.chat(p.text) for p in part] for part in (*fit, *unseen)]
+    return {
+        "interventions": table,
+        "intervention_replies": answers,
+        "cost": measure_cost(study.fast, direction, study.prompts(), study_text(config), plain),
+        **measure_oneness(study.fast, direction, (sets[0], sets[1]), (sets[2], sets[3]), config.alpha, config.seed),
+    }
+
+
+def _kept(study: Study) -> Direction | None:
+    """The direction that an interrupted attempt has found."""
+    files = (study.folder / "direction.safetensors", study.folder / "findings" / "candidates.parquet")
+    return study.direction() if all(file.exists() for file in files) else None
+
+
+def _found(study: Study, kinds: list[list[Prompt]], settings: DirectionConfig, tokens: Sequence[int]) -> Direction:
+    direction = find_direction(
+        study.model, kinds[0], kinds[1], settings, refusal_tokens=tokens, search_dtype=study.fast_dtype,
+        on_candidate=lambda done, total: study.narrator.progress(done, total, "candidate directions"),
+    )  # fmt: skip
+    chat = study.model.chat(kinds[0][0].text)
+    names = [study.model.tokenizer.decode([i]) for i in chat.ids[chat.regions["chat"]].tolist()]
+    rows = [row | {"token": names[row["position"] + len(names)]} for row in direction.scores]
+    rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+    write_table(study.folder / "findings" / "candidates.parquet", rows)
+    save_direction(study.folder / "direction.safetensors", direction)
+    return direction
