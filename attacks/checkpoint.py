@@ -7,7 +7,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic takes the standard library's from Python 3.12 on only
 
@@ -27,15 +27,15 @@ class Packed(TypedDict):
 class State(TypedDict):
     """What an attack is made of between two steps."""
 
-    step: int
+    step: NonNegativeInt
     stopped: bool
     buffer: list[tuple[float, tuple[int, ...]]]
     best: tuple[float, tuple[int, ...], str]
     generator: str
     batches: list[tuple[int | None, int]]
     active: int
-    best_step: int
-    error: float | None
+    best_step: NonNegativeInt
+    error: NonNegativeFloat | None
     seen_match: list[bool]
     velocity: Packed | None
     search_dtype: str
