@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -28,17 +29,26 @@ MAX_BYTES = 6 * 1024 * 1024
 """Pages stay under this size; bulky parts are cut first, and the page says so."""
 
 
-def build_report(run: Path, out: Path | None = None, *, redact: bool = False) -> Path:
+def build_report(
+    run: Path,
+    out: Path | None = None,
+    *,
+    redact: bool = False,
+    on_unusable: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Write the report of a run folder and return its path (default: ``report.html`` inside the folder).
 
     With ``redact`` suffixes, targets and replies are lengths and hashes (default: ``report-redacted.html``). The same
-    folder gives the same bytes. The file appears whole or not at all. Raises ReportError, one sentence,
-    where the folder cannot be read or the page cannot be written.
+    folder gives the same bytes. The file appears whole or not at all. ``on_unusable`` is told of every file that is
+    damaged and so not shown. Raises ReportError, one sentence, where the folder cannot be read or the page cannot be
+    written.
     """
     run = Path(run)
     data = redacted(read_run(run)) if redact else read_run(run)
     target = Path(out) if out is not None else run / ("report-redacted.html" if redact else "report.html")
     write(target, render(data))
+    for name, why in data.unusable.items():
+        on_unusable(f"{name}: {why}")
     return target
 
 

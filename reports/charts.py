@@ -291,8 +291,13 @@ def attention_shift(data: RunData) -> Figure | None:
     )
 
 
-def dots(rows: list[Row], field: str, order: list[str], value: str, title: str, *, percent: bool) -> Any:
-    """Return dots with interval bars: rows of ``field``, arms beside each other, ``value`` with _lo and _hi columns."""
+def dots(
+    rows: list[Row], field: str, order: list[str], value: str, title: str, *, percent: bool, pin: bool = False
+) -> Any:
+    """Return dots with interval bars: rows of ``field``, arms beside each other, ``value`` with _lo and _hi columns.
+
+    With ``pin`` the rows are heads, and all but the pinned one fade.
+    """
     arms = {row["arm"] for row in rows}
     axis = alt.Axis(format=".0%", tickCount=5) if percent else alt.Axis(tickCount=5)
     base = alt.Chart(MAIN).encode(
@@ -307,11 +312,16 @@ def dots(rows: list[Row], field: str, order: list[str], value: str, title: str, 
             (f"{value}_hi:Q", "CI to"),
         ),
     )
-    bar = base.mark_rule(strokeWidth=2.5, opacity=0.55).encode(
-        x=alt.X(f"{value}_lo:Q", title=title, axis=axis), x2=f"{value}_hi:Q"
-    )
-    dot = base.mark_point(size=42, filled=True, opacity=1).encode(x=f"{value}:Q", shape=arm_shape(arms, legend=True))
-    return alt.layer(bar, dot)
+    near = f"pinned == '' || datum.{field} == pinned" if pin else "true"
+    bar = base.mark_rule(strokeWidth=2.5).encode(
+        x=alt.X(f"{value}_lo:Q", title=title, axis=axis), x2=f"{value}_hi:Q",
+        opacity=alt.condition(near, alt.value(0.55), alt.value(0.12)),
+    )  # fmt: skip
+    dot = base.mark_point(size=42, filled=True).encode(
+        x=f"{value}:Q", shape=arm_shape(arms, legend=True),
+        opacity=alt.condition(near, alt.value(1), alt.value(0.2)),
+    )  # fmt: skip
+    return alt.layer(bar, dot).add_params(PINNED) if pin else alt.layer(bar, dot)
 
 
 def dots_height(rows: list[Row], field: str) -> int:

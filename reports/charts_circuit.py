@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
@@ -23,51 +23,72 @@ _ARM_WORDS = {"none": "without suffix", "adversarial": "with the suffix"}
 
 
 def circuit(data: RunData) -> Figure | None:
-    """Return the graph of paths into the top heads, a view for every arm of the table and for their differences."""
-    rows = [row for row in data.table("circuit") if row["weight"] is not None]
-    states = {arm: _weights(rows, arm) for arm in theme.arm_order({row["arm"] for row in rows})}
-    if not states:
-        return None
-    for name, arm in differences(states):
-        ours, theirs = states["adversarial"], states[arm]
-        # a table may hold the difference itself; an edge that one arm lacks has none
-        states.setdefault(name, {key: ours[key] - theirs[key] for key in ours if key in theirs})
-    states = {name: weights for name, weights in states.items() if weights}
-    layers = data.summary.n_layers
-    end = data.summary.direction.layer if data.summary.direction else layers
-    top = 2 + max([end, *(row["target_layer"] for row in rows if row["target_layer"] is not None)])
-    tokens = min((row["position"] for row in rows if row["position"] is not None), default=-1)
-    most = max(abs(weight) for found in states.values() for weight in found.values()) or 1.0
-    slots = _slots([key for weights in states.values() for key in weights])
-    say = "Graph of layers against sources: edges from regions and earlier heads into the top heads and the direction."
-    views = []
-    for arm, weights in states.items():
-        edges = [_edge(key, weight, most, end, tokens, slots) for key, weight in weights.items()]
-        shown = [*edges, *_nodes(edges)]
-        views.append(
-            View(_ARM_WORDS.get(arm, arm), finish(_chart(top, tokens), shown, 430, say, lines=1, step=620), arm=arm)
-        )
+    """Return the graph of paths into the top heads, a view for every arm of the table.
+
+    Where arms are compared it is the adversarial one's; the other stands beside it, see :func:`circuit_control`.
+    """
+    states = _states(data)
+    views: list[tuple[str, str, str | None]] = [(arm, arm, None) for arm in states]
+    views += [(name, "adversarial", arm) for name, arm in differences(states)]
     caption = (
         "Up: layers. Left to right: where the top heads look from chat[−1] (regions of the prompt), earlier heads and "
         "MLPs at the chat tokens, the top heads, MLPs at chat[−1], the refusal direction. An edge's width is the root "
         "of what passes along r̂; solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; "
         "shown: edges of at least 2 % of what the top heads bring (or MLPs write) on the select split, with weights of "
-        f"the report split.{first_of(data)}"
+        f"the report split. Hover over an edge for its interval and what it is in the other arm.{first_of(data)}"
     )
-    columns = (
-        ("from", "from"),
-        ("to", "to"),
-        ("weight", "along r̂"),
-    )
-    return Figure("circuit", "Circuit into the refusal direction", caption, say, columns, tuple(views))
+    return _figure(data, "circuit", "Circuit into the refusal direction", caption, states, views)
+
+
+def circuit_control(data: RunData) -> Figure | None:
+    """Return the other arm's graph for every comparison, to stand beside the adversarial one's on the same scale."""
+    states = _states(data)
+    views = [(name, arm, "adversarial") for name, arm in differences(states)]
+    caption = "The other arm of the comparison, widths on the same scale."
+    return _figure(data, "circuit-control", "The same without it, or with a control", caption, states, views)
 
 
 Key = tuple[Any, ...]
+Edges = dict[Key, Row]
 
 
-def _weights(rows: list[Row], arm: str) -> dict[Key, float]:
+def _states(data: RunData) -> dict[str, Edges]:
+    """The edges of every arm."""
     names = ("kind", "source_layer", "source_head", "position", "region", "target_layer", "target_head")
-    return {tuple(row[name] for name in names): row["weight"] for row in rows if row["arm"] == arm}
+    found: dict[str, Edges] = {}
+    for row in data.table("circuit"):
+        if row["weight"] is not None and "−" not in row["arm"]:
+            found.setdefault(row["arm"], {})[tuple(row[name] for name in names)] = row
+    return {arm: found[arm] for arm in theme.arm_order(set(found))}
+
+
+def _figure(
+    data: RunData,
+    name: str,
+    title: str,
+    caption: str,
+    states: dict[str, Edges],
+    wanted: Sequence[tuple[str, str, str | None]],
+) -> Figure | None:
+    """A figure of views (label, arm that is drawn, arm that its edges are compared with)."""
+    if not wanted:
+        return None
+    keys = [key for edges in states.values() for key in edges]
+    layers = data.summary.n_layers
+    end = data.summary.direction.layer if data.summary.direction else layers
+    top = 2 + max([end, *(key[5] for key in keys if key[5] is not None)])
+    tokens = min((key[3] for key in keys if key[3] is not None), default=-1)
+    most = max(abs(row["weight"]) for edges in states.values() for row in edges.values()) or 1.0
+    slots = _slots(keys)
+    say = "Graph of layers against sources: edges from regions and earlier heads into the top heads and the direction."
+    views = []
+    for label, arm, against in wanted:
+        beside = None if against is None else (_ARM_WORDS.get(against, against), states[against])
+        edges = [_edge(key, row, most, end, tokens, slots, beside) for key, row in states[arm].items()]
+        spec = finish(_chart(top, tokens), [*edges, *_nodes(edges)], 430, say, lines=1, step=620)
+        views.append(View(_ARM_WORDS.get(arm, arm), spec, arm=label))
+    columns = (("from", "from"), ("to", "to"), ("weight", "along r̂"), ("lo", "CI from"), ("hi", "CI to"))
+    return Figure(name, title, caption, say, columns, tuple(views))
 
 
 Slots = dict[tuple[str, int, int], float]
@@ -88,8 +109,26 @@ def _slots(keys: Iterable[Key]) -> Slots:
     }
 
 
-def _edge(key: Key, weight: float, most: float, end: int, tokens: int, slots: Slots) -> Row:
-    """One edge with both its ends placed."""
+def _edge(
+    key: Key, row: Row, most: float, end: int, tokens: int, slots: Slots, beside: tuple[str, Edges] | None
+) -> Row:
+    """One edge with both its ends placed; its words tell its weight in the arm that stands ``beside`` it, too."""
+    placed = _placed(key, row["weight"], most, end, tokens, slots)
+    placed |= {"lo": row.get("lo"), "hi": row.get("hi"), "tip": f"{placed['tip']}{_ci(row)}"}
+    if beside is not None:
+        words, others = beside
+        other = others.get(key)
+        told = "no such edge" if other is None else f"{plain(other['weight'])}{_ci(other)}"
+        placed["tip"] += f"\n{words}: {told}"
+    return placed
+
+
+def _ci(row: Row) -> str:
+    lo, hi = row.get("lo"), row.get("hi")
+    return "" if lo is None or hi is None else f" (CI {plain(lo)} to {plain(hi)})"
+
+
+def _placed(key: Key, weight: float, most: float, end: int, tokens: int, slots: Slots) -> Row:
     kind, layer, head, token, region, target_layer, target_head = key
     heads_at = TOKENS_FROM - tokens * 1.0 + HEADS_AT
     at_token = None if token is None else TOKENS_FROM + (token - tokens)
@@ -115,7 +154,8 @@ def _edge(key: Key, weight: float, most: float, end: int, tokens: int, slots: Sl
     if kind == "early → head":
         source = head_name(layer, head) + place
         start = (at_token - slots["early", layer, head], layer)
-        return _row(source, target, start, to_head, weight, most, target)
+        # pinned with either of its heads
+        return _row(source, target, start, to_head, weight, most, target) | {"also": head_name(layer, head)}
     source = ("embedding" if layer is None else f"MLP {layer}") + place
     start = (at_token + 0.35, BOTTOM if layer is None else layer)
     return _row(source, target, start, to_head, weight, most, target)
@@ -133,7 +173,7 @@ def _row(
     return {
         "from": source, "to": target, "weight": weight, "sign": "−" if weight < 0 else "+",
         "share": (abs(weight) / most) ** 0.5,
-        "x": start[0], "y": start[1], "x2": stop[0], "y2": stop[1], "name": name, "node": None,
+        "x": start[0], "y": start[1], "x2": stop[0], "y2": stop[1], "name": name, "also": None, "node": None,
         "tip": f"{source} → {target}: {plain(weight)}",
     }  # fmt: skip
 
@@ -173,7 +213,7 @@ def _chart(top: int, tokens: int) -> Any:
     legend = alt.Legend(
         orient="bottom", title="towards (+) or away from (−) refusal", titleLimit=400
     )  # one for colour and dash
-    near = "pinned == '' || datum.name == pinned"
+    near = "pinned == '' || datum.name == pinned || datum.also == pinned"
     base = alt.Chart(MAIN)
     edges = (
         base.mark_rule(strokeCap="round")

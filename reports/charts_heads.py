@@ -48,6 +48,7 @@ def head_grid(data: RunData, bounds: dict[str, float] | None = None) -> Figure |
         "region. Effect of ablating: change of the projection when that head alone gives what it gives harmless "
         f"prompts on average{'' if pool < 2 else f', the first of {pool} suffixes'}. "
         "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour. "
+        f"{_faded(data)}"
         f"{_tested(data)}{_ranking(data)}{PIN}"
     )
     columns = (
@@ -73,6 +74,13 @@ def _tested(data: RunData) -> str:
     )
 
 
+def _faded(data: RunData) -> str:
+    direction = data.summary.direction
+    if direction is None or direction.layer >= data.summary.n_layers:
+        return ""
+    return f"Faded: layers from {direction.layer} on, which come after the direction is read. "
+
+
 def _ranking(data: RunData) -> str:
     """How far attribution patching agrees with the exact effects of ablating."""
     for row in data.table("ranking"):
@@ -86,9 +94,11 @@ def _ranking(data: RunData) -> str:
 
 
 def grid_bounds(data: RunData) -> dict[str, float]:
-    """Return the largest size of any cell by measure: where the colour scales end."""
+    """Return the largest size of any cell that can reach the direction, by measure: where the colour scales end."""
     return {
-        measure: max((abs(cell["value"]) for cells in states.values() for cell in cells), default=0.0)
+        measure: max(
+            (abs(cell["value"]) for cells in states.values() for cell in cells if not cell["late"]), default=0.0
+        )
         for measure, states in _maps(data).items()
     }
 
@@ -117,6 +127,10 @@ def _maps(data: RunData) -> dict[str, dict[str, list[Row]]]:
         if own:
             cells = [_cell(row, row["projection_effect"], top) | {"p": row["projection_p"]} for row in own]
             maps["effect of ablating"][run] = cells
+    # what is written from the direction's layer on comes after it is read
+    end = data.summary.direction.layer if data.summary.direction else data.summary.n_layers
+    for cell in (cell for states in maps.values() for cells in states.values() for cell in cells):
+        cell["late"] = cell["layer"] >= end
     return maps
 
 
@@ -144,8 +158,12 @@ def _grid(cells: list[Row], bound: float, data: RunData, say: str, measure: str)
         cell["sign"] = "" if abs(share) < GLYPH_FROM else "+" if share > 0 else "−"
     tips = [
         alt.Tooltip(field, title=title)
-        for field, title in (("name:N", "head"), ("value:Q", measure), ("rank:Q", "rank"))
-    ]
+        for field, title in (
+            ("name:N", "head"), ("value:Q", measure), ("lo:Q", "CI from"), ("hi:Q", "CI to"), ("p:Q", "p (all heads)"),
+            ("rank:Q", "rank"),
+        )
+        if any(cell.get(field[:-2]) is not None for cell in cells)
+    ]  # fmt: skip
     base = alt.Chart(MAIN).encode(
         x=alt.X(
             "layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True), scale=alt.Scale(paddingInner=0.06)
@@ -158,7 +176,9 @@ def _grid(cells: list[Row], bound: float, data: RunData, say: str, measure: str)
         scale=alt.Scale(domain=[-bound, bound], domainMid=0, range="diverging", interpolate="rgb"),
         legend=alt.Legend(orient="bottom", title=measure, gradientLength=180, gradientThickness=8, tickCount=5),
     )
-    cell_mark = base.mark_rect(cornerRadius=1, cursor="pointer").encode(color=colour)
+    cell_mark = base.mark_rect(cornerRadius=1, cursor="pointer").encode(
+        color=colour, opacity=alt.condition("datum.late", alt.value(0.3), alt.value(1))
+    )
     ring = base.mark_rect(style="marked", fillOpacity=0, strokeWidth=1.5, cornerRadius=1).transform_filter(
         "datum.rank != null"
     )

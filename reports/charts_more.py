@@ -24,7 +24,7 @@ from reports.charts import (
     tips,
 )
 from reports.charts_causal import causal_tests
-from reports.charts_circuit import circuit
+from reports.charts_circuit import circuit, circuit_control
 from reports.charts_heads import head_grid
 from reports.charts_lens import logit_lens
 from reports.data import Row, RunData
@@ -43,6 +43,7 @@ def figures(data: RunData) -> dict[str, Figure]:
         interventions,
         head_grid,
         circuit,
+        circuit_control,
         head_shift,
         causal_tests,
         logit_lens,
@@ -134,13 +135,13 @@ def head_shift(data: RunData) -> Figure | None:
             ]
             if mine:
                 mine.sort(key=lambda row: (order.index(row["name"]), SHIFT_ARMS.index(row["arm"])))
-                chart = dots(mine, "name", order, value, f"{axis}: {region}", percent=value == "attention")
+                chart = dots(mine, "name", order, value, f"{axis}: {region}", percent=value == "attention", pin=True)
                 views.append(View(f"{words} {region}", finish(chart, mine, dots_height(mine, "name"), say)))
     if not views:
         return None
     caption = (
         "From chat[-1]; heads in the order of their contribution on the select split, values of the report split, "
-        "bars: 95 % CI. "
+        "bars: 95 % CI; a pinned head stands out. "
         "“Write from” is a share of the write, not the effect of deleting those tokens."
     )
     columns = (

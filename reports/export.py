@@ -111,7 +111,7 @@ def circuit_graphs(data: RunData) -> dict[str, dict[str, Any]]:
         graphs[arm] = {
             "metadata": {
                 "slug": f"{data.name}-{arm}", "scan": data.summary.model, "transcoder_list": [],
-                "prompt_tokens": tokens, "prompt": " ".join(tokens), "node_threshold": None, "schema_version": 1,
+                "prompt_tokens": tokens, "prompt": " ".join(tokens), "schema_version": 1,
             },
             "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
             "nodes": list(nodes.values()),

@@ -166,6 +166,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
         "versions": versions(data.env),
         "timing": timing(data),
         "repeat": repeat_command(data.place, data.name),
+        "export": export_command(data.place),
         "trimmed": budget is not BUDGETS[0],
     }
 
@@ -197,6 +198,7 @@ def _suffix_row(suffix: Suffix) -> dict[str, Any]:
         "trained_on": len(suffix.trained_on) if suffix.trained_on else None,
         "text": clip(visible(suffix.text), 400),
         "ids": " ".join(str(token) for token in suffix.ids[:200]),
+        "seed": suffix.seed,
     }
 
 
@@ -295,6 +297,11 @@ def timing(data: RunData) -> list[tuple[str, str]]:
     if data.status.peak_gib is not None:
         rows.append(("peak memory", f"{plain(data.status.peak_gib, 1)} GiB"))
     return rows
+
+
+def export_command(place: str) -> str:
+    """Return the command that writes figures and tables into a folder; nothing without a place (see below)."""
+    return f"suffix-analysis report {shlex.quote(visible(place))} --figures figures" if place else ""
 
 
 def repeat_command(place: str, name: str) -> str:

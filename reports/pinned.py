@@ -42,7 +42,11 @@ def pinned_heads(data: RunData) -> dict[str, Any]:
     for row in data.table("factors"):
         if row["arm"] == "adversarial" and row["layer"] != -1 and row["value"]:
             of(row["layer"], row["head"])["factors"].append(
-                [FACTOR_WORDS.get(row["factor"], visible(row["factor"])), row["value"], row["share"]]
+                [
+                    FACTOR_WORDS.get(row["factor"], visible(row["factor"])),
+                    _bounded(row, "value", "lo", "hi"),
+                    _bounded(row, "share", "share_lo", "share_hi"),
+                ]
             )
     for row in data.table("sweep"):
         of(row["layer"], row["head"])["effects"].append(

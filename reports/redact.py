@@ -27,10 +27,12 @@ def redact(data: RunData) -> RunData:
     Equal texts have equal stand-ins, so that what was the same can still be seen to be the same. Suffix tokens go from
     the prompts' token strips and attention views too, and token ids with them. Of local paths the last part stays.
 
-    Raises ReportError where suffixes.jsonl cannot be read: what is to be taken out is then unknown.
+    Raises ReportError where suffixes.jsonl is missing or cannot be read: what is to be taken out is then unknown.
     """
     if "suffixes" in data.unusable:
         raise ReportError(f"No page can be redacted without suffixes.jsonl, which is {data.unusable['suffixes']}")
+    if "suffixes" in data.missing:
+        raise ReportError("No page can be redacted without suffixes.jsonl, which is missing: restore it.")
     without = _removal(data)
     target = data.summary.target
     summary = data.summary.model_copy(

@@ -19,7 +19,7 @@ from reports.evidence import (
     refusal_change,
     the_suffixes,
 )
-from reports.numbers import NBSP, count, percent, percent_ci, plain, plain_ci
+from reports.numbers import NBSP, count, percent_ci, plain_ci
 
 FEW_SUFFIXES = 8
 """Below this many suffixes in an arm its numbers are descriptive about suffixes (METHODS §5)."""
@@ -64,7 +64,7 @@ def _refusals(data: RunData) -> Iterator[str]:
     if control:
         apart = refusal_change(data, control["arm"])
         text += f"; {CONTROL_WORDS[control['arm']]}, of the controls of the same length the nearest, "
-        text += percent(control["refusal_rate"])
+        text += percent_ci(control["refusal_rate"], control["refusal_lo"], control["refusal_hi"])
         text += "" if apart or not sign else f" (not clearly different from {the_suffixes(number)})"
     yield text + "."
 
@@ -100,7 +100,7 @@ def _projection(data: RunData) -> Iterator[str]:
         )
     here = [row for row in rows if row["measure"] == "normalised" and row["layer"] == direction.layer]
     if control := nearest(here, "mean", ours):
-        text += f"; {CONTROL_WORDS[control['arm']]}: {plain(control['mean'])}"
+        text += f"; {CONTROL_WORDS[control['arm']]}: {plain_ci(control['mean'], control['lo'], control['hi'])}"
     yield text + "."
 
 
@@ -143,7 +143,8 @@ def _attention(data: RunData) -> Iterator[str]:
     if suffix:
         text += f"; the suffix tokens took {percent_ci(suffix['attention'], suffix[keys[0]], suffix[keys[1]])}"
         if junk:
-            text += f", random text of the same length {percent(junk['attention'])}"
+            taken = percent_ci(junk["attention"], junk[keys[0]], junk[keys[1]])
+            text += f", random text of the same length {taken}"
     yield text + "."
 
 
@@ -156,8 +157,10 @@ def _interventions(data: RunData) -> Iterator[str]:
     ):
         base, done = find(rows, intervention="none", kind=kind), find(rows, intervention=name, kind=kind)
         if base and done and clearly(done, base, ("refusal_lo", "refusal_hi")) == sign:
-            after = percent_ci(done["refusal_rate"], done["refusal_lo"], done["refusal_hi"])
-            clauses.append(f"{words} from {percent(base['refusal_rate'])} to {after}")
+            before, after = (
+                percent_ci(row["refusal_rate"], row["refusal_lo"], row["refusal_hi"]) for row in (base, done)
+            )
+            clauses.append(f"{words} from {before} to {after}")
     if clauses:
         yield "Without any suffix, " + "; ".join(clauses) + "."
     edited = find(rows, intervention="orthogonalised", kind="harmful") or {}
@@ -211,6 +214,9 @@ def not_checked(data: RunData) -> list[str]:
         lines.append("Suffixes of the same optimiser that failed: what optimisation alone does is not separated.")
     if "random" not in arms:
         lines.append("Random text of the same length: what length alone does is not separated.")
+    weak = sum(row.get("verdict") == "not powered" for row in data.table("contrasts"))
+    if weak:
+        lines.append(f"{count(weak, 'difference')} between arms: too few prompts or suffixes to tell it from none.")
     if not data.table("adaptive"):
         lines.append("Adaptive attacks: not tested.")
     if data.checks == ():

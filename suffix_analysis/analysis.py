@@ -120,7 +120,7 @@ def analyze(
         patterns=[
             view
             for prompt in views
-            for suffix in (None, *first)
+            for suffix in (None, *first, *named["random"][:1])  # a control beside it
             for view in [pattern_view(model, direction, prompt, suffix, heads)]
         ],
     )

@@ -154,7 +154,7 @@ def circuit(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
 
     def edge(kind: str, weight: float, **where: Any) -> None:
         blank = dict.fromkeys(("source_layer", "source_head", "position", "region", "target_layer", "target_head"))
-        for arm, keep in (("none", 1.0), ("adversarial", 0.35)):
+        for arm, keep in (("none", 1.0), ("adversarial", 0.35), ("random", 0.9)):
             rows.append(
                 {"arm": arm, "kind": kind, **blank, **where, "weight": weight * keep, "lo": weight * keep - 0.1,
                  "hi": weight * keep + 0.1, "n_prompts": 32}

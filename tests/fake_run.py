@@ -47,7 +47,7 @@ HOSTILE = [
     "\x1b[31mred\x1b[0m \u202egnirts\u202c \u2066x",
     "{{ 7*7 }} {% raw %} ${alert(2)} \u2028\u2029",
     "<!--<script>\u0000",
-    "long" * 300,
+    "long" * 2500,
     "lone \ud800 \udfff surrogate",
     "Z" + "\u0300" * 60,
     "javascript:alert(3)\"' onmouseover=alert(4) x='",

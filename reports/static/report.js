@@ -12,8 +12,7 @@
     for (const child of children) node.append(child);
     return node;
   }
-  const nice = (value) => (typeof value === "number" ? String(+value.toPrecision(4)).replace("-", "−")
-    : typeof value === "boolean" ? (value ? "yes" : "no") : value ?? "–");
+  const nice = (value) => (typeof value === "number" ? String(+value.toPrecision(4)).replace("-", "−") : typeof value === "boolean" ? (value ? "yes" : "no") : value ?? "–");
   const percent = (value) => (value == null ? "–" : `${nice(Math.round(1000 * value) / 10)} %`);
   const bounded = (value, words) => (Array.isArray(value) ? el("span", words(value[0]), el("small.quiet", `${words(value[1]).replace(" %", "")} to ${words(value[2])}`)) : words(value));
   const options = (select, pairs) => select.replaceChildren(...pairs.map(([value, words]) => Object.assign(el("option", words), { value })));
@@ -39,7 +38,8 @@
   const linked = bench.flatMap(({ views }) => views), grids = linked.filter((view) => view.measure), lead = grids.length ? grids : linked;
 
   // --- state: what is pinned and shown, in the URL fragment as far as it is not as at first ------------------------
-  const first = { head: "", prompt: 0, measure: lead[0]?.measure, arm: lead[0]?.arm };
+  const start = lead.find((view) => view.measure === lead[0].measure && view.arm === "adversarial − none") || lead[0];  // what the suffix changed
+  const first = { head: "", prompt: 0, measure: start?.measure, arm: start?.arm };
   for (const { id, views } of switched) first[id] = views[0].label;
   const state = { ...first }, followers = [];  // these are called with the names of what changed
   function set(change) {
@@ -74,8 +74,7 @@
   const tip = byId("tip");
   function tooltip(_handler, event, _item, value) {
     if (value == null || value === "") { tip.hidden = true; return; }
-    tip.textContent = typeof value === "object"
-      ? Object.entries(value).map(([key, item]) => `${key}: ${nice(item)}`).join("\n") : String(value);
+    tip.textContent = typeof value === "object" ? Object.entries(value).map(([key, item]) => `${key}: ${nice(item)}`).join("\n") : String(value);
     tip.hidden = false;
     const { clientX: x, clientY: y } = event, box = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - box.width - 4))}px`;
@@ -89,7 +88,7 @@
     if (chart.result) { chart.plot.style.minHeight = `${chart.plot.offsetHeight}px`; chart.result.finalize(); }
     chart.plot.replaceChildren(stage);
     chart.result = null;
-    if (!view) { chart.plot.style.minHeight = ""; return; }
+    if (!view) { chart.plot.dataset.drawn = name; chart.plot.style.minHeight = ""; return; }
     const narrow = chart.plot.clientWidth < 420, above = narrow && view.spec.usermeta?.above;
     // on a phone legends stand in two columns, else they are cut, and long labels above their rows, not beside them
     const spec = JSON.parse(JSON.stringify(view.spec), (key, value) =>
@@ -147,12 +146,12 @@
   for (const key of ["measure", "arm"]) byId(key)?.addEventListener("change", () => set({ [key]: byId(key).value }));
   function choose() {
     if (!lead.length) return;
-    options(byId("measure"), unique("measure", lead));
-    options(byId("arm"), unique("arm", lead.filter((view) => view.measure === state.measure)));
-    byId("measure").value = state.measure;
-    byId("arm").value = state.arm;
+    options(byId("measure"), unique("measure", lead)), options(byId("arm"), unique("arm", lead.filter((view) => view.measure === state.measure)));
+    byId("measure").value = state.measure, byId("arm").value = state.arm;
+    const place = ({ views }) => views.findIndex((view) => (!view.measure || view.measure === state.measure) && view.arm === state.arm);
+    for (const chart of bench) chart.node.hidden = chart.id === "circuit-control" && place(chart) < 0;  // before the other is drawn, which is wider then
     for (const chart of bench) {
-      const at = chart.views.findIndex((view) => (!view.measure || view.measure === state.measure) && view.arm === state.arm);
+      const at = place(chart);
       chart.place.replaceChildren(el("span.quiet", at < 0 ? `No ${chart.id.split("-")[0]} for this arm (${state.arm}).` : chart.views[at].label));
       show(chart, at);
     }
@@ -162,8 +161,7 @@
   const headSelect = byId("head");
   if (headSelect) {
     options(headSelect, [["", "all heads"], ...Object.entries(heads).map(([name, { rank }]) => [name, rank ? `${name} (top ${rank})` : name])]);
-    headSelect.addEventListener("change", () => set({ head: headSelect.value }));
-  }
+    headSelect.addEventListener("change", () => set({ head: headSelect.value })); }
   followers.push((changed) => {
     if (!changed.includes("head")) return;
     if (headSelect) headSelect.value = state.head;
@@ -178,7 +176,7 @@
     const rows = Object.entries(record.arms).map(([arm, values]) => [arm, ...values.map((value, i) => bounded(value, i ? percent : nice))]);
     place.replaceChildren(el("h3", state.head, el("span.quiet", record.rank ? ` · rank ${record.rank} on the select split` : " · not among the top heads")),
       table(["arm", ...payload.pinned.columns], rows));
-    if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, nice(value), percent(share)])));
+    if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, bounded(value, nice), bounded(share, percent)])));
     for (const [run, effect, p] of record.effects) {
       place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}${p == null ? "" : `, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads`}.`));
     }
@@ -186,7 +184,7 @@
   followers.push((changed) => changed.includes("head") && pinned());
 
   // --- prompts: token strips and attention ------------------------------------------------------------------------
-  const armName = (view) => ({ none: "without suffix", adversarial: "with the suffix" }[view.arm] || view.arm);
+  const armName = (view) => ({ none: "without suffix", adversarial: "with the suffix", random: "with a random suffix" }[view.arm] || view.arm);
   // What each token gives: of the pinned head where its pattern is stored, else of all top heads.
   const given = (view) => (view.heads.includes(state.head) ? view.by_head[view.heads.indexOf(state.head)] : view.contribution);
 
@@ -219,6 +217,9 @@
       view.tokens.map((token, k) => [token, regions[k], nice(values[k]), ...(looks ? [percent(looks[k] / 1000)] : [])]))];
   }
 
+  // The pairs of tokens between which most attention passes, but for that to the first token, where idle heads look.
+  const pairs = (view, one) => view.attention.flatMap((head, h) => (one >= 0 && h !== one ? [] : head.flatMap((row, i) => row.map((share, k) => [view.heads[h], i, k, share]))))
+    .filter(([, , k]) => k > 0).sort((a, b) => b[3] - a[3]).slice(0, 12).map(([name, i, k, share]) => [name, `${i + 1}. ${view.tokens[i]}`, `${k + 1}. ${view.tokens[k]}`, percent(share / 1000)]);
   let serial = 0, inView = false;
   function patterns(record) {
     const place = byId("cv"), { most } = record;
@@ -226,7 +227,7 @@
     for (const view of record.arms) {
       const one = view.heads.indexOf(state.head), size = view.tokens.length, target = el("div.cv");
       target.id = `cv-${serial++}`;
-      place.append(el("div.paper", el("h4", armName(view)), target));
+      place.append(el("div.paper", el("h4", armName(view)), target, fold("details.data", "Largest token pairs", () => [table(["head", "looks", "at", "attention"], pairs(view, one))])));
       const say = () => target.querySelectorAll("canvas:not([aria-label])").forEach((canvas, i) =>  // drawn later, by React
         canvas.setAttribute("aria-label", `attention pattern ${i + 1}, ${armName(view)}`));
       new MutationObserver(say).observe(target, { childList: true, subtree: true });
@@ -260,8 +261,7 @@
     byId("prompt").addEventListener("change", () => set({ prompt: Number(byId("prompt").value) }));
     const watch = new IntersectionObserver((entries) => {
       if (inView || !entries.some((entry) => entry.isIntersecting)) return;
-      inView = true;
-      watch.disconnect();
+      inView = true, watch.disconnect();
       patterns(payload.prompts[state.prompt]);
     }, { rootMargin: "300px" });
     watch.observe(byId("cv"));
@@ -334,9 +334,9 @@
 
   // --- theme and start ---------------------------------------------------------------------------------------------
   const redraw = () => charts.forEach((chart) => chart.plot.dataset.drawn && draw(chart));
+  byId("data")?.addEventListener("click", () => Object.assign(el("a"), { href: URL.createObjectURL(new Blob([JSON.stringify(payload, null, 1)], { type: "application/json" })), download: "report-data.json" }).click());
   byId("theme").addEventListener("click", () => { root.dataset.theme = themeNow() === "dark" ? "light" : "dark"; redraw(); });
-  dark.addEventListener("change", () => { if (!root.dataset.theme) redraw(); });
-  addEventListener("hashchange", fromAddress);
+  dark.addEventListener("change", () => root.dataset.theme || redraw()), addEventListener("hashchange", fromAddress);
   for (const link of document.querySelectorAll("nav a")) link.addEventListener("click", (event) => { event.preventDefault(); go(link.hash.slice(1)); });
   const idle = () => new Promise((done) => (window.requestIdleCallback ? requestIdleCallback(done, { timeout: 200 }) : setTimeout(done, 0)));
   for (const chart of charts.slice(0, 4)) await draw(chart);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from cyclopts import Parameter
 
 from suffix_analysis.cli.common import AsJson, Out, app, held, print_result, renew_report
 from suffix_analysis.config import Whole
-from suffix_analysis.console import Console, ability_line, defence_lines
+from suffix_analysis.console import Console, ability_line, defence_lines, shown, tell
 from suffix_analysis.errors import UsageError, UserError
 
 
@@ -108,10 +109,15 @@ def report(
     try:
         if figures is not None:
             written = save_figures(run, figures)
-            print(f"{len(written)} files in {figures}")
+            print(shown(f"{len(written)} files in {figures}"))
         elif other is not None:
-            print(build_comparison(run, other, out, redact=redact))
+            print(shown(str(build_comparison(run, other, out, redact=redact))))
         else:
-            print(build_report(run, out, redact=redact))
+            damaged: list[str] = []
+            print(shown(str(build_report(run, out, redact=redact, on_unusable=damaged.append))))
+            for line in damaged:
+                tell(f"suffix-analysis: {line}")
+            if damaged:
+                sys.exit(3)  # a page of what is there
     except ReportError as error:
         raise UserError(str(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,29 +68,71 @@ def test_the_address_restores_what_was_chosen(browser: sync_api.Browser, report:
 
 def test_one_arm_drives_grid_and_circuit(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
-    texts = [page.locator(f"#fig-{name} .plot").inner_html() for name in ("heads", "circuit")]
-    page.select_option("#arm", "adversarial − none")
-    for name, before in zip(("heads", "circuit"), texts, strict=True):
+    names = ("heads", "circuit", "circuit-control")
+    texts = [page.locator(f"#fig-{name} .plot").inner_html() for name in names]
+    page.select_option("#arm", "adversarial − random")
+    for name, before in zip(names, texts, strict=True):
         page.wait_for_function(
             "([name, before]) => document.querySelector(`#fig-${name} .plot`).innerHTML !== before", arg=[name, before]
         )
     seen.quiet()
 
 
-def test_grid_and_circuit_show_one_arm_or_say_that_there_is_none(browser: sync_api.Browser, report: Path) -> None:
+def test_grid_and_circuits_show_one_arm_or_say_that_there_is_none(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
-    shown = [page.locator(f"#fig-{name} .switch") for name in ("heads", "circuit")]
-    assert [place.inner_text() for place in shown] == ["contribution: none", "without suffix"]
-    page.select_option("#measure", "attention to the instruction")  # there is none without a suffix: a difference
-    assert page.input_value("#arm") == "adversarial − none" and "arm=adversarial" in page.url
+    shown = [page.locator(f"#fig-{name} .switch") for name in ("heads", "circuit", "circuit-control")]
+    # the page opens on what the suffix changed, attacked beside not attacked
     assert [place.inner_text() for place in shown] == [
-        "attention to the instruction: adversarial − none", "adversarial − none",
+        "contribution: adversarial − none", "with the suffix", "without suffix",
     ]  # fmt: skip
-    page.select_option("#arm", "adversarial − random")
-    assert shown[1].inner_text() == "No circuit for this arm (adversarial − random)."
+    half = page.locator("#fig-circuit").bounding_box()
+    page.select_option("#arm", "none")
+    assert [place.inner_text() for place in shown[:2]] == ["contribution: none", "without suffix"]
+    assert not page.locator("#fig-circuit-control").is_visible()
+    page.wait_for_function("document.querySelector('#fig-circuit .plot svg')?.getBoundingClientRect().width > 700")
+    page.select_option("#measure", "attention to the instruction")  # there is none without a suffix: a difference
+    assert page.input_value("#arm") == "adversarial − none" and "measure=attention" in page.url
+    page.wait_for_selector("#fig-circuit-control .plot svg")
+    whole = page.locator("#fig-circuit").bounding_box()
+    assert half and whole and abs(half["width"] - whole["width"]) < 2
+    page.select_option("#arm", "adversarial − shuffled")
+    assert shown[1].inner_text() == "No circuit for this arm (adversarial − shuffled)."
     assert page.locator("#fig-circuit .plot svg").count() == 0
     page.select_option("#arm", "adversarial − none")
     page.wait_for_selector("#fig-circuit .plot svg")
+    seen.quiet()
+
+
+def test_a_page_that_opens_on_one_arm_can_still_compare(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report, fragment="arm=none")
+    assert not page.locator("#fig-circuit-control").is_visible()
+    page.select_option("#arm", "adversarial − none")
+    page.wait_for_selector("#fig-circuit-control .plot svg")
+    seen.quiet()
+
+
+def test_a_pinned_early_head_keeps_its_own_edges(browser: sync_api.Browser, report: Path) -> None:
+    rows = pq.read_table(report.parent / "findings" / "circuit.parquet").to_pylist()
+    early = next(row for row in rows if row["kind"] == "early → head")
+    page, seen = open_page(browser, report, fragment=f"head=L{early['source_layer']}.H{early['source_head']}")
+    edges = page.locator("#fig-circuit .plot .mark-rule path, #fig-circuit .plot .mark-rule line")
+    near = [i for i in range(edges.count()) if edges.nth(i).get_attribute("opacity") == "0.75"]
+    assert near, "at least the edge that leaves it"
+    seen.quiet()
+
+
+def test_the_pages_data_and_largest_token_pairs_can_be_taken_away(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    with page.expect_download() as saved:
+        page.click("#data")
+    data = json.loads(Path(saved.value.path()).read_text("utf-8"))
+    assert {"figures", "pinned", "prompts", "replies"} <= set(data)
+    draw_patterns(page)
+    page.locator("#cv summary", has_text="Largest token pairs").first.click()
+    lines = page.locator("#cv details.data").first.locator("tbody tr")
+    assert lines.count() == 12
+    shares = [float(lines.nth(i).locator("td").last.inner_text().split()[0]) for i in range(12)]
+    assert shares == sorted(shares, reverse=True)
     seen.quiet()
 
 
@@ -192,7 +235,7 @@ def test_two_runs_stand_side_by_side_under_one_control(
     assert page.locator(".note", has_text="Checks that did not hold").count() == 2
     page.select_option("#arm", "adversarial − none")
     shown = [page.locator(f"#fig-{name} .switch").inner_text() for name in ("heads-a", "heads-b", "circuit-a")]
-    assert shown == ["contribution: adversarial − none", "contribution: adversarial − none", "adversarial − none"]
+    assert shown == ["contribution: adversarial − none", "contribution: adversarial − none", "with the suffix"]
     assert page.locator("#fig-circuit-b .switch").inner_text() == "No circuit for this arm (adversarial − none)."
     page.locator("#fig-refusal-a summary").click()
     page.locator("#fig-refusal-a td", has_text="well-known").wait_for()  # a hyphen, not a minus sign

@@ -23,6 +23,7 @@ import tomli_w
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import reports
 from reports import ReportError, build_report
 from reports.charts_more import figures
 from reports.compare import build_comparison
@@ -215,3 +216,8 @@ def test_every_spec_is_valid_vega_lite(fake: Path) -> None:
             assert alt.Chart.from_dict(view.spec, validate=True) is not None, (name, view.label)
     with pytest.raises(Exception, match="wide"):
         alt.Chart.from_dict({**view.spec, "width": "wide"}, validate=True)
+
+
+def test_the_pages_script_stays_small() -> None:
+    script = Path(reports.__file__).parent / "static" / "report.js"
+    assert len(script.read_text("utf-8").splitlines()) <= 350
