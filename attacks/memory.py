@@ -12,6 +12,7 @@ import torch
 from attacks.config import AttackError
 
 SHARE = 0.5  # of the free memory that a batch may take
+_tasks = 1  # processes like this one on the machine (or on its GPU), among which that is divided
 LOGIT_BUDGET = 2**27  # on a CPU: logits held at once (512 MB in float32)
 TOKEN_BUDGET = 8192  # on a CPU: tokens in one forward; larger batches gain nothing there and only cost memory
 
@@ -21,6 +22,12 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def share_memory(tasks: int) -> None:
+    """Let this process's batches take only one of ``tasks`` parts of the memory, for as many processes side by side."""
+    global _tasks
+    _tasks = max(1, tasks)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -77,12 +84,12 @@ def most_tokens(model: Any, most: int) -> int:
     """Tokens that run and are cached at once: what half of the free memory holds, at most ``most``, at least 1."""
     size = model.dtype.itemsize
     each = cached_bytes(model.config, size) + run_bytes(model.config, size)
-    return max(1, min(most, int(SHARE * free_bytes(model.device)) // each))
+    return max(1, min(most, int(SHARE / _tasks * free_bytes(model.device)) // each))
 
 
 def most_candidates(model: Any, n_run: int, n_total: int, n_target: int, free: int) -> int:
     """Candidates in one forward: what half of ``free`` holds and, on a CPU, no more than is of use; at least 1."""
-    most = SHARE * free // candidate_bytes(model, n_run, n_total, n_target)
+    most = SHARE / _tasks * free // candidate_bytes(model, n_run, n_total, n_target)
     if model.device.type == "cpu":
         vocab = model.get_output_embeddings().weight.shape[0]
         most = min(most, LOGIT_BUDGET // (vocab * n_target), TOKEN_BUDGET // n_run)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from attacks.memory import share_memory
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.inputs import study_model
@@ -98,7 +100,15 @@ def _require(there: Mapping[str, float], config: StudyConfig) -> None:
 
 def _in_worker(task: Callable[..., Any], config: StudyConfig, part: tuple[Any, ...]) -> Any:
     torch.set_num_threads(config.attack_cpus)
+    share_memory(_side_by_side(config))
     return task(config, *part)
+
+
+def _side_by_side(config: StudyConfig) -> int:
+    """How many tasks may share this one's memory: that of its GPU, or this machine's."""
+    if config.attack_gpus:
+        return max(1, int(1 / config.attack_gpus))
+    return max(1, (os.cpu_count() or 1) // config.attack_cpus)
 
 
 def worker_model(config: StudyConfig) -> Model:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,8 @@ import attacks
 from suffix_analysis import attacking, files, replies, runs
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Console
-from suffix_analysis.direction_file import load_direction
+from suffix_analysis.direction_file import load_direction, save_direction
+from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.study import Study
@@ -189,3 +191,13 @@ def test_a_state_file_with_one_field_of_something_else(study: Study, name: str) 
             if changed is not ...:
                 refused += not read(study, name, json.dumps(changed).encode() + b"\n")
     assert refused >= len(_places(valid)), "most of these are wrong"
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9, 0.99])
+def test_a_direction_that_is_cut_off_is_refused(study: Study, keep: float) -> None:
+    zeros = torch.zeros(3, 8)
+    path = study.folder / "direction.safetensors"
+    save_direction(path, Direction(torch.ones(8), -1, 1, [], zeros, zeros, (5,), {"harmful": 2}))
+    whole = path.read_bytes()
+    assert read(study, path.name, whole)
+    assert not read(study, path.name, whole[: int(keep * len(whole))])

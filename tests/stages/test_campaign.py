@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_a_campaign_goes_on_and_is_analysed(
     monkeypatch.setattr(attacking, "build_attack", counted)
     assert run(monkeypatch, words) == 130 and len(made) == 3
     monkeypatch.setattr(attacking, "build_attack", build)
+    monkeypatch.setattr(time, "time", lambda: 1.0)  # and the clock has been set back to 1970
     capsys.readouterr()
     assert run(monkeypatch, words) == 0
     found = json.loads(capsys.readouterr().out)
@@ -72,3 +74,23 @@ def test_a_campaign_goes_on_and_is_analysed(
     told = capsys.readouterr()
     assert "campaign: done before" in told.err
     assert "search_width 4, 2 attacks: loss" in told.out and "instructions answered" in told.out
+
+
+def test_a_campaign_under_ray_is_the_same_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+) -> None:
+    """From the command line, with a cluster of its own: the same suffixes; what is there is not made again."""
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    assert run(monkeypatch, words) == 0
+    here = json.loads(capsys.readouterr().out)["attacks"]
+    there = tmp_path / "there"
+    side = [str(there) if word == str(tmp_path / "run") else word for word in words] + ["--executor", "ray"]
+    assert run(monkeypatch, side) == 0
+    found = json.loads(capsys.readouterr().out)["attacks"]
+    assert [(row["text"], row["arm"]) for row in found] == [(row["text"], row["arm"]) for row in here]
+    (there / "findings" / "campaign.parquet").unlink()
+    (there / "attacks" / "2" / "suffix.jsonl").unlink()
+    assert run(monkeypatch, side) == 0
+    again = capsys.readouterr()
+    assert [row["text"] for row in json.loads(again.out)["attacks"]] == [row["text"] for row in here]
+    assert "4/4 attacks done" in again.err and "3/4" not in again.err, "one attack was left"

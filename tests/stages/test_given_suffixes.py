@@ -94,3 +94,15 @@ def test_a_cut_off_file_of_suffixes_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_called_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no suffixes file"):
         given_suffixes(tmp_path / "none.jsonl", tiny.model("llama"))
+
+
+def test_a_csv_file_may_hold_ids(tmp_path: Path) -> None:
+    model, path = tiny.model("llama"), tmp_path / "s.csv"
+    chat = model.chat("Write a poem", "x y z")
+    ids = chat.ids[chat.regions["suffix"]].tolist()
+    path.write_text(f'text,ids\nx y z,"{ids}"\nx y,\n')
+    first, second = given_suffixes(path, model)
+    assert list(first.ids) == ids and second.text == "x y"
+    path.write_text('text,ids\nx y z,"[1, oops"\n')
+    with pytest.raises(UserError, match="row 1 has ids that are no whole numbers"):
+        given_suffixes(path, model)

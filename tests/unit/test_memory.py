@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from attacks import memory
 from attacks.memory import TOKEN_BUDGET, candidate_bytes, free_bytes, most_candidates
 
 
@@ -29,6 +30,15 @@ def test_half_of_the_free_memory_is_used_and_never_less_than_one_candidate() -> 
     each = candidate_bytes(model(), 30, 70, 10)
     assert most_candidates(model(), 30, 70, 10, 200 * each) == 100
     assert most_candidates(model(), 30, 70, 10, each) == 1
+
+
+def test_processes_side_by_side_divide_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = candidate_bytes(model(), 30, 70, 10)
+    monkeypatch.setattr(memory, "_tasks", 1)
+    memory.share_memory(4)
+    assert most_candidates(model(), 30, 70, 10, 200 * each) == 25
+    memory.share_memory(0)
+    assert most_candidates(model(), 30, 70, 10, 200 * each) == 100
 
 
 def test_logits_and_caches_are_counted() -> None:

@@ -173,3 +173,33 @@ def test_a_status_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     with pytest.raises(UserError, match=r"status\.json holds something else than this tool writes"):
         runs.is_done(tmp_path, "attack")
+
+
+def test_a_stage_without_one_of_its_findings_is_not_done(tmp_path: Path) -> None:
+    (tmp_path / "findings").mkdir()
+    before = runs.findings_now(tmp_path)
+    files.write_table(tmp_path / "findings" / "sweep.parquet", [{"layer": 1}])
+    now = runs.findings_now(tmp_path)
+    assert [name for name in now if now[name] != before.get(name)] == ["sweep.parquet"]
+    runs.add_seconds(tmp_path, "mechanism", 1.0, "done", ["sweep.parquet"])
+    assert runs.is_done(tmp_path, "mechanism")
+    files.write_table(tmp_path / "findings" / "sweep.parquet", [{"layer": 1}])
+    assert runs.findings_now(tmp_path) != now, "the same rows written again are seen"
+    (tmp_path / "findings" / "sweep.parquet").unlink()
+    assert not runs.is_done(tmp_path, "mechanism")
+
+
+def test_a_table_of_something_else_is_named(tmp_path: Path) -> None:
+    files.write_table(tmp_path / "t.parquet", [{"a": 1}])
+    with pytest.raises(UserError, match=r"t\.parquet has no column layer; delete it"):
+        files.read_table(tmp_path / "t.parquet", ["a", "layer"])
+
+
+def test_no_token_stands_in_the_environments_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "secret-7391")
+    found = environment.environment()
+    assert "secret-7391" not in json.dumps(found)
+    assert found["packages"]["torch"] and found["memory_gib"] > 0 and found["cores"] >= 1
+    assert found["gpus"] == [] or all("GiB" in name for name in found["gpus"])
+    assert str(Path.home()) not in json.dumps(found)
