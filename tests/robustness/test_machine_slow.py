@@ -72,7 +72,8 @@ def test_a_folder_that_cannot_be_written_is_said(words: list[str], tmp_path: Pat
 
 
 def test_a_second_process_on_the_same_folder_is_refused(words: list[str], tmp_path: Path) -> None:
-    command = [*words, "--out", str(tmp_path / "run"), "--steps", "1000000"]
+    command = [*words, "--out", str(tmp_path / "run")]
+    command[command.index("--steps") + 1] = "1000000"
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while first.poll() is None and not (tmp_path / "run" / "status.json").exists():
