@@ -48,11 +48,14 @@ def turns_of(messages: Messages) -> list[dict[str, str]]:
     """The conversation as a new list of turns, with the placeholder in it: at the end where it stands nowhere.
 
     Raises:
-        AttackError: no turn, or not exactly one placeholder.
+        AttackError: no turn, one without role or content, or not exactly one placeholder.
     """
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else copy.deepcopy(messages)
     if not turns:
         raise AttackError("The conversation is empty; give at least one user turn.")
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise AttackError(f"The turn {str(turn)[:60]} has no role and content; both must be text.")
     if not any(PLACEHOLDER in turn["content"] for turn in turns):
         turns[-1]["content"] += PLACEHOLDER
     count = sum(turn["content"].count(PLACEHOLDER) for turn in turns)
@@ -65,12 +68,15 @@ def render(tokenizer: Any, messages: Messages) -> tuple[str, str]:
     """The rendered conversation before and after the suffix.
 
     Raises:
-        AttackError: no chat template, or not exactly one placeholder.
+        AttackError: no chat template, one that refuses the conversation, or not exactly one placeholder.
     """
     turns = turns_of(messages)
     if not getattr(tokenizer, "chat_template", None):
         raise AttackError("The tokenizer has no chat template; set tokenizer.chat_template or use a chat model.")
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise whatever they like, e.g. for turns that do not alternate
+        raise AttackError(f"The chat template refuses the conversation: {str(error).partition(chr(10))[0]}") from error
     if text.count(PLACEHOLDER) != 1:
         raise AttackError(
             f"The chat template writes {PLACEHOLDER} {text.count(PLACEHOLDER)} times instead of once; put it into the "
