@@ -86,7 +86,8 @@ def _figure(
         beside = None if against is None else (_ARM_WORDS.get(against, against), states[against])
         edges = [_edge(key, row, most, end, tokens, slots, beside) for key, row in states[arm].items()]
         spec = finish(_chart(top, tokens), [*edges, *_nodes(edges)], 430, say, lines=1, step=620)
-        views.append(View(_ARM_WORDS.get(arm, arm), spec, arm=label))
+        words = _ARM_WORDS.get(arm, arm)
+        views.append(View(words if against is None else f"{label}: {words}", spec, arm=label))
     columns = (("from", "from"), ("to", "to"), ("weight", "along r̂"), ("lo", "CI from"), ("hi", "CI to"))
     return Figure(name, title, caption, say, columns, tuple(views))
 

@@ -52,3 +52,5 @@ def main() -> None:
                 "Please report it with what SUFFIX_ANALYSIS_DEBUG=1 and `suffix-analysis env` print."
             )
         sys.exit(1)
+    finally:
+        app.config = None  # the next call in this process has other words

@@ -18,8 +18,8 @@ pytestmark = NEEDED
 def test_draws_without_network_or_complaint(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     plots = page.locator("figure .plot")
-    assert plots.count() == 12
-    for i in range(12):
+    assert plots.count() == 14
+    for i in range(14):
         assert plots.nth(i).locator("svg path").count() > 3
     draw_patterns(page)
     assert page.locator("#cv .paper").count() == 2
@@ -60,7 +60,7 @@ def test_it_is_drawn_within_a_second_and_a_half(browser: sync_api.Browser, repor
 
 def test_theme_follows_the_system_and_switches(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report, scheme="dark")
-    assert page.locator(".plot[data-drawn=dark]").count() == 12
+    assert page.locator(".plot[data-drawn=dark]").count() == 14
     back = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(back)
     page.click("#theme")
@@ -76,7 +76,7 @@ def test_views_switch_and_tables_follow(browser: sync_api.Browser, report: Path)
     page.wait_for_selector("#fig-heads tbody tr")  # the toggle event comes a moment later
     assert figure.locator("tbody tr").count() == 270
     first = figure.locator("tbody tr").first.inner_text()
-    page.select_option("#arm", "adversarial − none")
+    page.select_option("#arm", "none")
     page.wait_for_function("first => document.querySelector('#fig-heads tbody tr').innerText !== first", arg=first)
     page.locator("#fig-profile").get_by_role("button", name="cosine").click()
     assert page.locator("#fig-profile button[aria-pressed=true]").inner_text() == "cosine"
@@ -167,6 +167,8 @@ def test_no_sideways_scroll(browser: sync_api.Browser, report: Path, hostile: Pa
 
 def test_keyboard_reaches_the_controls_and_focus_is_seen(browser: sync_api.Browser, report: Path) -> None:
     page, _ = open_page(browser, report)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "data"
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "theme"
     page.keyboard.press("Enter")

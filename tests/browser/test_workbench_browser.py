@@ -83,7 +83,7 @@ def test_grid_and_circuits_show_one_arm_or_say_that_there_is_none(browser: sync_
     shown = [page.locator(f"#fig-{name} .switch") for name in ("heads", "circuit", "circuit-control")]
     # the page opens on what the suffix changed, attacked beside not attacked
     assert [place.inner_text() for place in shown] == [
-        "contribution: adversarial − none", "with the suffix", "without suffix",
+        "contribution: adversarial − none", "adversarial − none: with the suffix", "adversarial − none: without suffix",
     ]  # fmt: skip
     half = page.locator("#fig-circuit").bounding_box()
     page.select_option("#arm", "none")
@@ -230,12 +230,17 @@ def test_two_runs_stand_side_by_side_under_one_control(
     rates = [{**row, "arm": "well-known" if row["arm"] == "benign" else row["arm"]} for row in rates]
     pq.write_table(pa.Table.from_pylist(rates), runs[0] / "findings" / "refusal.parquet")
     page, seen = open_page(browser, build_comparison(*runs))
-    assert page.locator("figure .plot svg").count() == page.locator("figure").count() == 14
+    assert page.locator("figure").count() == 14
+    assert page.locator("figure .plot svg").count() == 13, (
+        "the second run has no circuit of the arm that is shown first"
+    )
     assert "steps.jsonl" in page.locator(".note", has_text="Missing from this run").inner_text()
     assert page.locator(".note", has_text="Checks that did not hold").count() == 2
     page.select_option("#arm", "adversarial − none")
     shown = [page.locator(f"#fig-{name} .switch").inner_text() for name in ("heads-a", "heads-b", "circuit-a")]
-    assert shown == ["contribution: adversarial − none", "contribution: adversarial − none", "with the suffix"]
+    assert shown == [
+        "contribution: adversarial − none", "contribution: adversarial − none", "adversarial − none: with the suffix",
+    ]  # fmt: skip
     assert page.locator("#fig-circuit-b .switch").inner_text() == "No circuit for this arm (adversarial − none)."
     page.locator("#fig-refusal-a summary").click()
     page.locator("#fig-refusal-a td", has_text="well-known").wait_for()  # a hyphen, not a minus sign

@@ -92,7 +92,12 @@ def test_two_runs_stand_side_by_side(fake: Path, tmp_path: Path) -> None:
 def test_every_figure_comes_as_svg_and_png_and_every_table_as_csv(fake: Path, tmp_path: Path) -> None:
     written = save_figures(fake, tmp_path / "out")
     names = {path.name for path in written}
-    assert {"refusal.svg", "refusal.png", "circuit-adversarial-minus-none.svg", "profile-normalised.png"} <= names
+    assert {
+        "refusal.svg",
+        "refusal.png",
+        "circuit-adversarial-minus-none-with-the-suffix.svg",
+        "profile-normalised.png",
+    } <= names
     for path in written:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG")
@@ -109,7 +114,7 @@ def test_every_figure_comes_as_svg_and_png_and_every_table_as_csv(fake: Path, tm
 
 def test_the_circuit_is_a_graph_that_holds_together(fake: Path) -> None:
     graphs = circuit_graphs(read_run(fake))
-    assert set(graphs) == {"none", "adversarial"}
+    assert set(graphs) == {"none", "adversarial", "random"}
     graph = graphs["none"]
     ids = [node["node_id"] for node in graph["nodes"]]
     assert len(ids) == len(set(ids))

@@ -109,7 +109,7 @@ def test_headline_tells_what_the_data_hold(fake: Path) -> None:
     assert "its tokens shuffled, of the controls of the same length the nearest, " in text
     assert "At layer 17" in text and "0 = harmless mean, 1 = harmful mean" in text
     assert "The 8 heads" in text and "chosen on the select split, shown on the report split" in text
-    assert "ablating the direction takes refusals of harmful instructions from 96 % to 0.8 %" in text
+    assert "ablating the direction takes refusals of harmful instructions from 96 % (CI 92–100 %) to 0.8 %" in text
     assert "One suffix: intervals cover prompts only, descriptive about suffixes." in text
     assert "jailbreak" not in text
 

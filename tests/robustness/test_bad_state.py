@@ -195,9 +195,9 @@ def test_a_state_file_with_one_field_of_something_else(study: Study, name: str) 
 
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.9, 0.99])
 def test_a_direction_that_is_cut_off_is_refused(study: Study, keep: float) -> None:
-    zeros = torch.zeros(3, 8)
+    zeros, others = torch.zeros(3, 8), torch.zeros(3, 8)
     path = study.folder / "direction.safetensors"
-    save_direction(path, Direction(torch.ones(8), -1, 1, [], zeros, zeros, (5,), {"harmful": 2}))
+    save_direction(path, Direction(torch.ones(8), -1, 1, [], zeros, others, (5,), {"harmful": 2}))
     whole = path.read_bytes()
     assert read(study, path.name, whole)
     assert not read(study, path.name, whole[: int(keep * len(whole))])

@@ -20,7 +20,15 @@ def test_a_line_that_was_cut_off_is_made_again_and_damages_nothing(tmp_path: Pat
     def answer(cells: list[Cell]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         for i, (arm, suffix, some) in reversed(list(enumerate(cells))):  # any order will do
             made.append(arm)
-            yield i, [{"arm": arm, "suffix_id": suffix and suffix.id, "prompt_id": p.id} for p in some]
+            judged = {
+                "split": "report",
+                "kind": "",
+                "refused": True,
+                "verdict": "",
+                "refusal_score": 0.5,
+                "reply": "No.",
+            }
+            yield i, [{"arm": arm, "suffix_id": suffix and suffix.id, "prompt_id": p.id, **judged} for p in some]
 
     whole = measure_replies(PROMPTS, SUFFIXES, answer, journal)
     assert sorted(made) == ["harmless", "none", "random", "random"]
