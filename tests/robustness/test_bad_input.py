@@ -118,7 +118,7 @@ FILES = (
 )  # fmt: skip
 
 
-@MANY
+@settings(MANY, max_examples=150)  # each reads a whole folder
 @given(st.sampled_from(FILES), st.binary(max_size=60) | JSON, st.booleans())
 def test_run_folders_with_one_file_of_anything(fake: Path, name: str, content: Any, cut: bool) -> None:
     path = fake / name

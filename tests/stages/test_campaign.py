@@ -76,6 +76,7 @@ def test_a_campaign_goes_on_and_is_analysed(
     assert "search_width 4, 2 attacks: loss" in told.out and "instructions answered" in told.out
 
 
+@pytest.mark.slow
 def test_a_campaign_under_ray_is_the_same_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
 ) -> None:
