@@ -42,11 +42,11 @@ def search(
 ) -> None:
     """Loss against time and work of the search's variants: ``n`` instructions × seeds × ``steps``, table and CSV.
 
-    Every attack is read where it has done as much work (FLOP) as the plain search of that instruction and seed did in
-    all. Wins count the attacks in which a variant is then below the plain search; the interval is over instructions ×
-    seeds. An attack is written to the CSV when it ends, and what the CSV holds is not run again, so two processes may
-    share the work, each with its own ``--seed``. Seconds are worth something only where nothing else ran; losses and
-    FLOP do not depend on that.
+    Every attack is read where it has done half as much and as much work (FLOP) as the plain search of that instruction
+    and seed did in all. Wins count the attacks in which a variant is then below the plain search; the interval is over
+    instructions × seeds. An attack is written to the CSV when it ends, and what the CSV holds is not run again, so two
+    processes may share the work, each with its own ``--seed``. Seconds are worth something only where nothing else ran;
+    losses and FLOP do not depend on that.
     """
     hf, tokenizer = model_in(torch.float32)
     path = Path(out)
@@ -69,28 +69,33 @@ def search(
 
 
 def summary(done: Any) -> None:
-    """The table of ``search``: each variant beside the plain search of the same instruction and seed, at equal work."""
+    """The table of ``search``: each variant beside the plain search of the same instruction and seed, at equal work.
+
+    After half of the plain search's work and after all of it; only pairs that every variant has.
+    """
+    last = done[done.step == done.step.max()].groupby(["instruction", "seed"]).variant.nunique()
+    pairs = [pair for pair, count in last.items() if count == len(VARIANTS)]
     runs = {key: rows.sort_values("step") for key, rows in done.groupby(["variant", "instruction", "seed"])}
+    print(f"{len(pairs)} pairs of instruction and seed")
+
+    def reached(name: str, pair: Any, share: float) -> float:
+        budget = share * runs["plain", *pair].tflop.iloc[-1]
+        rows = runs[name, *pair]
+        return float(rows[rows.tflop <= budget].iloc[-1].best_loss)
+
     for name in VARIANTS:
-        gains, losses, seconds = [], [], []
-        for (variant, *rest), rows in runs.items():
-            plain = runs.get(("plain", *rest))
-            if variant != name or plain is None:
-                continue
-            within = rows[rows.tflop <= plain.tflop.iloc[-1]].iloc[-1]
-            losses.append(within.best_loss)
-            gains.append(plain.best_loss.iloc[-1] - within.best_loss)
-            seconds.append(within.seconds)
-        if not gains:
-            continue
-        told = "        "
-        if any(gains) and len(gains) > 1:
-            found = stats.bootstrap((gains,), statistics.fmean, n_resamples=2000, vectorized=False, random_state=0)
-            low, high = found.confidence_interval
-            wins = sum(gain > 0 for gain in gains)
-            told = f"better by {statistics.fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {wins} of {len(gains)}"
-        mean, took = statistics.fmean(losses), statistics.median(seconds)
-        print(f"{name:26} mean best loss {mean:.3f} in {took:.0f} s (median); {told}")
+        told = []
+        for share, words in ((0.5, "half of the work"), (1.0, "all of it")):
+            losses = [reached(name, pair, share) for pair in pairs]
+            gains = [reached("plain", pair, share) - loss for pair, loss in zip(pairs, losses, strict=True)]
+            line = f"{words}: {statistics.fmean(losses):.3f}"
+            if any(gains) and len(gains) > 1:
+                found = stats.bootstrap((gains,), statistics.fmean, n_resamples=2000, vectorized=False, random_state=0)
+                low, high = found.confidence_interval
+                wins = sum(gain > 0 for gain in gains)
+                line += f", better by {statistics.fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {wins} of {len(gains)}"
+            told.append(line)
+        print(f"{name:26} mean best loss after {'; '.join(told)}")
 
 
 if __name__ == "__main__":
