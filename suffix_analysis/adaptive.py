@@ -22,7 +22,7 @@ from suffix_analysis.generate import generate
 from suffix_analysis.judges import judge
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
-from suffix_analysis.refusal import opens_refusal
+from suffix_analysis.refusal import refused
 
 EVERY = 5  # steps between two looks at the prompts that the attack has not seen
 Defended = Callable[[int], contextlib.AbstractContextManager[None]]
@@ -136,8 +136,8 @@ def _attack_one(
         with context(behind):
             loss = float(plain(torch.tensor([list(ids)]))[0].mean())
         with context(0):
-            refused = opens_refusal(model, [model.chat(p.text, text).ids for p in held_out], trial.refusal_tokens)
-        looks.append((float((~refused).float().mean()), text))
+            still = refused(model, held_out, trial.refusal_tokens, text)
+        looks.append((float((~still).float().mean()), text))
         return {"target_loss": loss, "not_refused": looks[-1][0]}
 
     blank = {

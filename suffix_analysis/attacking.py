@@ -79,6 +79,11 @@ class Plan:
     alone: bool = False
     each: bool = False
 
+    @property
+    def result(self) -> Path:
+        """The file of its suffix, which is there once it is finished."""
+        return self.folder / "suffix.jsonl"
+
 
 def conversation(model: Model, instruction: str) -> list[dict[str, str]]:
     """The turns that :meth:`Model.chat` renders, with the suffix's place marked."""
@@ -243,8 +248,7 @@ def make_attack(
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Suffix:
     """Make a planned attack; what its folder holds of it is not done again."""
-    done = plan.folder / "suffix.jsonl"
-    if done.exists():
+    if plan.result.exists():
         return finished(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     attack, told = build_attack(model, plan.train, plan.config)
@@ -253,7 +257,7 @@ def make_attack(
     for progress in run_attack(attack, model, plan, tokens):
         on_progress(progress)
     suffix = best_suffix(steps_of(plan), plan)
-    write_suffixes(done, [suffix])
+    write_suffixes(plan.result, [suffix])
     return suffix
 
 
@@ -263,10 +267,9 @@ def finished(plan: Plan) -> Suffix:
     Raises:
         UserError: its file is damaged.
     """
-    path = plan.folder / "suffix.jsonl"
-    found = read_suffixes(path)
+    found = read_suffixes(plan.result)
     if not found:
-        raise UserError(f"{path} is empty; delete it and run again.")
+        raise UserError(f"{plan.result} is empty; delete it and run again.")
     return found[0]
 
 

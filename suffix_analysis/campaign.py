@@ -14,9 +14,10 @@ from numpy import ndarray
 
 from suffix_analysis.attacking import Plan, best_step, numbered, split_for_attack, steps_of
 from suffix_analysis.config import VARIED, CampaignConfig
-from suffix_analysis.pool import attack_all, refused
+from suffix_analysis.pool import attack_all
 from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import Suffix
+from suffix_analysis.refusal import refused
 from suffix_analysis.stats import interval
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def campaign_plans(
     cells = list(itertools.product(groups, seeds, config.settings()))
     plans, told = [], []
     for number, (group, seed, settings) in enumerate(cells, 1):
-        own = replace(config, seed=seed, n_instructions=len(group), **settings)
+        own = replace(config, seed=seed, n_instructions=len(group), vary=(), **settings)
         name = f"Attack {number} of {len(cells)}"
         where = folder / "attacks" / str(number)
         plans.append(Plan(name, own, group, tuple(held_out), where, each=config.each))
@@ -50,7 +51,8 @@ def campaign(study: Study) -> tuple[list[Suffix], list[dict[str, Any]]]:
     config = study.precise
     assert isinstance(config, CampaignConfig)
     harmful = prompts_of(study.prompts(), "harmful", "select", None)
-    plans, told = campaign_plans(study.folder, harmful, refused(study, harmful), config)
+    flags = refused(study.fast, harmful, study.refusal_tokens()).tolist()
+    plans, told = campaign_plans(study.folder, harmful, flags, config)
     suffixes = numbered(attack_all(study, plans))
     return suffixes, [
         row | outcome(s, steps_of(plan), plan) for row, s, plan in zip(told, suffixes, plans, strict=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from suffix_analysis import files
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
+from suffix_analysis.files import write_tensors
 
 
 def save_direction(path: Path, direction: Direction) -> None:
@@ -26,10 +26,7 @@ def save_direction(path: Path, direction: Direction) -> None:
         "refusal_tokens": ",".join(map(str, direction.refusal_tokens)),
         "n": ",".join(f"{key}={value}" for key, value in direction.n.items()),
     }
-    try:
-        files.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
-    except SafetensorError as error:  # a full disk, for one
-        raise UserError(f"{path} cannot be written: {error}; free space or choose --out.") from error
+    write_tensors(path, tensors, meta)
 
 
 def load_direction(path: Path, scores: list[dict[str, Any]]) -> Direction:

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,11 +128,28 @@ def read_jsonl(path: Path, *, journal: bool = False, like: Any = dict[str, Any])
     Raises:
         UserError: missing, damaged (a journal: before its last line), or a row of another kind.
     """
+    rows = []
+    for number, row in _lines(path, journal):
+        _as(like, row, f"{path}: line {number}", strict=True)
+        rows.append(row)
+    return rows
+
+
+def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
+    """Read records of a dataclass from JSONL.
+
+    Raises:
+        UserError: missing, damaged, or of another layout.
+    """
+    return [_as(kind, row, f"{path}: line {number}") for number, row in _lines(path)]
+
+
+def _lines(path: Path, journal: bool = False) -> Iterator[tuple[int, Any]]:
+    """What each line that is not blank holds, with its number."""
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -140,12 +157,25 @@ def read_jsonl(path: Path, *, journal: bool = False, like: Any = dict[str, Any])
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if journal and number == len(lines):  # no newline after it: the write was cut off
-                break
+                return
             how = "remove it and run again" if journal else "delete the file and run again"
             raise UserError(f"{path}: line {number} is damaged ({first_line(error)}); {how}.") from error
-        _as(like, row, f"{path}: line {number}", strict=True)
-        rows.append(row)
-    return rows
+        yield number, row
+
+
+def write_tensors(path: Path, tensors: dict[str, Any], meta: dict[str, str]) -> None:
+    """Write tensors as safetensors.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
+    except SafetensorError as error:  # a full disk, for one
+        raise UserError(f"{path} cannot be written: {error}; free space or choose --out.") from error
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -175,12 +205,3 @@ def read_table(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
     if lacking:
         raise UserError(f"{path} has no column {lacking[0]}; delete it and run the stage again.")
     return rows
-
-
-def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
-    """Read records of a dataclass from JSONL.
-
-    Raises:
-        UserError: missing, damaged, or of another layout.
-    """
-    return [_as(kind, row, f"{path}: line {n}") for n, row in enumerate(read_jsonl(path), 1)]

@@ -32,7 +32,7 @@ from suffix_analysis.models import Model
 from suffix_analysis.paper_table import nats_change, nats_of_each, reply_pairs
 from suffix_analysis.prompts import KINDS, Prompt, prompts_of
 from suffix_analysis.records import Suffix
-from suffix_analysis.refusal import opens_refusal
+from suffix_analysis.refusal import refused
 from suffix_analysis.stats import interval, rate_change, rate_interval
 
 COPIES, SWAPPED = 10, 0.1  # SmoothLLM: noisy copies of a prompt, and the share of characters that are swapped in each
@@ -230,8 +230,8 @@ def attack_defences(
     """
     own = [p for p in prompts if p.kind == "harmful" and p.split == "select"]
     tokens = direction.refusal_tokens
-    refused = opens_refusal(model, [model.chat(p.text).ids for p in own], tokens)
-    train, held_out = split_for_attack(own, config.n_instructions, config.seed, refused.tolist())
+    flags = refused(model, own, tokens).tolist()
+    train, held_out = split_for_attack(own, config.n_instructions, config.seed, flags)
     strength, cut, top = STRENGTHS[-1], fitted.gap, fitted.strongest(config.n_top_heads)
     defended: dict[str, Defended] = {
         "none": lambda behind: contextlib.nullcontext(),

@@ -20,7 +20,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.inputs import given_suffixes
 from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import Suffix
-from suffix_analysis.refusal import opens_refusal
+from suffix_analysis.refusal import refused
 
 if TYPE_CHECKING:
     from suffix_analysis.study import Study
@@ -35,17 +35,13 @@ def study_suffixes(study: Study) -> list[Suffix]:
         own = [s for s in given if s.arm == "adversarial"]
         lacking = [arm for arm in CONTROLS if arm not in {s.arm for s in given}]
         return [*given, *make_controls(model, own, harmful, config, study.skip, lacking)]
-    train, held_out = split_for_attack(harmful, config.n_instructions, config.seed, refused(study, harmful))
+    train, held_out = split_for_attack(
+        harmful, config.n_instructions, config.seed, refused(study.fast, harmful, study.refusal_tokens()).tolist()
+    )
     suffixes = attack_all(study, pool_plans(study.folder, train, held_out, study.precise))
     ranked = sorted(suffixes, key=lambda suffix: (suffix.arm == "failed", suffix.loss or 0.0))
     flipping = [suffix for suffix in ranked if suffix.arm == ranked[0].arm]
     return [*numbered(suffixes), *make_controls(model, flipping, held_out, config, study.skip)]
-
-
-def refused(study: Study, prompts: Sequence[Prompt]) -> list[bool]:
-    """Whether the model's reply to each prompt opens as a refusal."""
-    rows = [study.model.chat(p.text).ids for p in prompts]
-    return list(opens_refusal(study.fast, rows, study.refusal_tokens()).tolist())
 
 
 def pool_plans(folder: Path, train: Sequence[Prompt], held_out: Sequence[Prompt], config: StudyConfig) -> list[Plan]:

@@ -15,6 +15,7 @@ from suffix_analysis.forward import block_inputs, last_logits
 from suffix_analysis.generate import answers
 from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
+from suffix_analysis.prompts import Prompt
 
 FLOOR = 1e-8
 MIN_SHARE = 0.05  # of the refusals: rarer openings are left out
@@ -113,3 +114,10 @@ def opens_refusal(model: Model, rows: Sequence[Int[Tensor, " _"]], token_ids: Se
     A refusal score of 0 is half of the probability; greedy decoding refuses at less, where no other token has more.
     """
     return torch.isin(last_logits(model.hf, model.tokenizer, rows).argmax(dim=-1).cpu(), torch.tensor(list(token_ids)))
+
+
+def refused(
+    model: Model, prompts: Sequence[Prompt], token_ids: Sequence[int], suffix: str = ""
+) -> Bool[Tensor, " prompt"]:
+    """Whether the reply to each prompt, with a suffix or without, opens as a refusal (see :func:`opens_refusal`)."""
+    return opens_refusal(model, [model.chat(p.text, suffix).ids for p in prompts], token_ids)

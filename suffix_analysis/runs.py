@@ -7,12 +7,9 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import (
-    Any,
-    NotRequired,  # pydantic takes the standard library's from Python 3.12 on only
-)
+from typing import Any, NotRequired
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic takes the standard library's from Python 3.12 on only
 
 from suffix_analysis.environment import peak_gib
 from suffix_analysis.errors import UsageError, UserError

@@ -61,11 +61,9 @@ class Study:
         What "auto" measures may come out differently when a run goes on, perhaps on another machine.
         """
         path = self.folder / "fast_dtype.json"
-        return (
-            replace(self.config, score_dtype=files.read_as(path, Literal["float32", "bfloat16"]))
-            if path.exists()
-            else self.config
-        )
+        if not path.exists():
+            return self.config
+        return replace(self.config, score_dtype=files.read_as(path, Literal["float32", "bfloat16"]))
 
     @property
     def precise(self) -> StudyConfig:
@@ -156,7 +154,8 @@ class Study:
     def refusal_tokens(self) -> list[int]:
         """The tokens that open refusals; discovered once on the select split and kept for every later stage."""
         path = self.folder / "refusal_tokens.json"
-        if path.exists():
+        kept = path.exists()
+        if kept:
             tokens = list(files.read_as(path, list[NonNegativeInt]))
         elif self.config.refusal_tokens is not None:
             tokens = list(self.config.refusal_tokens)
@@ -166,9 +165,9 @@ class Study:
             tokens = discover_refusal_tokens(self.fast, chats["harmful"], chats["harmless"])
         size = self.model.hf.get_input_embeddings().weight.shape[0]
         if not tokens or max(tokens) >= size:
-            where = path if path.exists() else "refusal_tokens"
+            where = path if kept else "refusal_tokens"
             raise UserError(f"{where} holds {max(tokens, default='no token')}; the model has {size}, from 0.")
-        if not path.exists():
+        if not kept:
             files.write_json(path, tokens)
         return tokens
 

@@ -8,11 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from suffix_analysis import files
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
+from suffix_analysis.files import write_tensors
 from suffix_analysis.models import Model
 from suffix_analysis.traces import Job, Traces
 
@@ -63,10 +63,7 @@ def save_traces(path: Path, traces: Traces) -> None:
     """Write traces without rows; the conversations are rendered again when they are read."""
     tensors = {name: getattr(traces, name).contiguous() for name in TENSORS}
     meta = {"identity": repr(traces.identity), "closure": repr(traces.closure)}
-    try:
-        files.replace_with(path, lambda scratch: save_file(tensors, scratch, metadata=meta))
-    except SafetensorError as error:  # a full disk, for one
-        raise UserError(f"{path} cannot be written: {error}; free space or choose --out.") from error
+    write_tensors(path, tensors, meta)
 
 
 def load_traces(path: Path, model: Model, job: Job) -> Traces:

@@ -28,12 +28,12 @@ def attack_all(
 
     A finished attack never runs again. For errors see :func:`suffix_analysis.parallel.side_by_side`.
     """
-    left = [plan for plan in plans if not (plan.folder / "suffix.jsonl").exists()]
+    left = [plan for plan in plans if not plan.result.exists()]
     found = side_by_side(attack_task, [(plan, list(tokens)) for plan in left], config, lambda i: left[i].name)
     for done, (i, (suffix, steps)) in enumerate(found, 1 + len(plans) - len(left)):
         left[i].folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(left[i].folder / "steps.jsonl", steps)
-        write_suffixes(left[i].folder / "suffix.jsonl", [suffix])
+        write_suffixes(left[i].result, [suffix])
         on_done(done)
     return [finished(plan) for plan in plans]
 

@@ -80,10 +80,10 @@ def defend(
             write_table(findings / "adaptive.parquet", adapted)
         elif (findings / "adaptive.parquet").exists():  # of an earlier call, on the same suffixes and settings
             adapted = read_table(findings / "adaptive.parquet")
-        if adapted:
-            write_table(findings / "adaptive_budget.parquet", budgets(adapted))
+        prices = budgets(adapted)
+        if prices:
+            write_table(findings / "adaptive_budget.parquet", prices)
         renew_report(out)
-    prices = budgets(adapted)
     result = {
         "detectors": detectors, "mitigations": rows, "adaptive": adapted or "not tested", "adaptive_budget": prices,
     }  # fmt: skip
