@@ -19,6 +19,7 @@ from reports.data import missing_lines, read_run
 from reports.export import circuit_graphs, save_figures
 from reports.page import unfinished
 from reports.schema import CIRCUIT_ENDS, KEYS
+from suffix_analysis import cli
 from tests.fake_run import make_fake_run
 
 
@@ -69,6 +70,27 @@ def test_other_truncated_files_are_listed_with_the_reason(run: Path, name: str) 
 def test_tables_that_only_some_runs_have_are_listed_where_they_are_damaged(run: Path) -> None:
     (run / "findings" / "mitigations.parquet").write_bytes(b"PAR1")
     assert only_line(run).startswith("findings/mitigations.parquet – not used: is not a readable parquet file")
+
+
+def test_the_command_draws_what_is_there_names_what_is_damaged_and_says_so_by_its_exit_code(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report() -> int:
+        monkeypatch.setattr("sys.argv", ["suffix-analysis", "report", str(run), "--out", str(run / "page.html")])
+        try:
+            cli.main()
+        except SystemExit as done:
+            return int(done.code or 0)
+        return 0
+
+    assert report() == 0 and capsys.readouterr().err == ""
+    whole = (run / "page.html").read_bytes()
+    (run / "findings" / "factors.parquet").write_bytes(b"PAR1 cut")
+    (run / "page.html").unlink()
+    assert report() == 3
+    told = capsys.readouterr()
+    assert "factors.parquet" in told.err and "Traceback" not in told.err and "page.html" in told.out
+    assert 0 < (run / "page.html").stat().st_size != len(whole)
 
 
 def test_foreign_tables_and_columns_of_another_type_are_not_used(run: Path) -> None:

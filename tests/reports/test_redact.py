@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from reports import ReportError
+from reports import ReportError, build_report
 from reports.compare import build_comparison
 from reports.data import RunData
 from reports.redact import is_local, redact, stand_in
@@ -54,6 +54,19 @@ def test_a_suffix_that_is_part_of_another_or_of_a_stand_in_spoils_nothing() -> N
     suffixes = tuple(Suffix(id=text, arm="random", text=text, n_tokens=1) for text in texts)
     data = replace(bare(), suffixes=suffixes, config="# abc def and abc\n")
     assert redact(data).config == f"# {stand_in('abc def')} and {stand_in('abc')}\n"
+
+
+def test_a_page_is_not_redacted_where_the_suffixes_are_not_known(tmp_path: Path) -> None:
+    run = make_fake_run(tmp_path / "run", n_prompts=6)
+    page, path = tmp_path / "page.html", run / "suffixes.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + b"\n")
+    with pytest.raises(ReportError, match=r"without suffixes\.jsonl, which is not used"):
+        build_report(run, page, redact=True)
+    path.unlink()
+    with pytest.raises(ReportError, match=r"without suffixes\.jsonl, which is missing: restore it"):
+        build_report(run, page, redact=True)
+    assert not page.exists()
 
 
 def test_what_is_redacted_does_not_depend_on_the_hash_seed() -> None:

@@ -191,6 +191,14 @@ def test_checks_put_failures_first_and_silence_is_said(run: Path) -> None:
     assert "Adaptive attacks: not tested." in " ".join(not_checked(read_run(run)))
 
 
+def test_differences_that_are_not_powered_are_counted(run: Path) -> None:
+    assert "too few prompts" not in " ".join(not_checked(read_run(run)))
+    table = run / "findings" / "contrasts.parquet"
+    rewrite(table, lambda row: {**row, "verdict": "not powered" if row["against"] == "benign" else "within the bound"})
+    (line,) = (line for line in not_checked(read_run(run)) if "between arms" in line)
+    assert line == "2\xa0differences between arms: too few prompts or suffixes to tell it from none."
+
+
 def test_without_causal_tests_the_page_says_so(run: Path) -> None:
     (run / "findings" / "causal.parquet").unlink()
     assert any("attention edges" in sentence for sentence in not_checked(read_run(run)))
