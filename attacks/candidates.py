@@ -49,6 +49,9 @@ def token_gradient(
 
     Taken at the embedding layer's own output, so that models which scale their embeddings (Gemma) are differentiated
     at the point they run at; the product with every token's embedding gives the one-hot gradient.
+
+    Raises:
+        AttackError: the gradient is not finite.
     """
     embed = model.get_input_embeddings()
     total: Tensor | None = None

@@ -268,7 +268,11 @@ def _push(buffer: list[Entry], size: int, entry: Entry) -> list[Entry]:
 
 
 def result(steps: list[Step]) -> GCGResult:
-    """The attack's result from its steps: the best is the lowest loss over all goals that took part at last."""
+    """The attack's result from its steps: the best is the lowest loss over all goals that took part at last.
+
+    Raises:
+        AttackError: there are no steps.
+    """
     if not steps:
         raise AttackError("The attack made no step; num_steps must be at least 1.")
     last = steps[-1]

@@ -11,7 +11,11 @@ Conversations = Messages | list[Messages]
 
 
 def pair_up(messages: Conversations, target: str | list[str]) -> tuple[list[Messages], list[str]]:
-    """Conversations and targets as two equally long lists."""
+    """Conversations and targets as two equally long lists.
+
+    Raises:
+        AttackError: no conversation, or another number of targets.
+    """
     single = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
     conversations: list[Any] = [messages] if single else list(messages)
     if not conversations:
@@ -23,7 +27,11 @@ def pair_up(messages: Conversations, target: str | list[str]) -> tuple[list[Mess
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model whose tokens cannot be differentiated or whose logits cannot be taken."""
+    """Refuse a model whose tokens cannot be differentiated or whose logits cannot be taken.
+
+    Raises:
+        AttackError: it gives no embedding or no unembedding with a weight.
+    """
     for name, what in (("get_input_embeddings", "input embeddings"), ("get_output_embeddings", "vocabulary head")):
         try:
             found = getattr(model, name)()
@@ -37,7 +45,12 @@ def check_model(model: Any) -> None:
 
 
 def check_slots(slots: list[Slot], model: Any, config: GCGConfig) -> None:
-    """Refuse what cannot work before any time is spent."""
+    """Refuse what cannot work before any time is spent.
+
+    Raises:
+        AttackError: a suffix that is tokenised differently in different conversations, too long a conversation, or
+            more tokens to replace than the suffix has.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     lengths = {tuple(slot.suffix_ids.tolist()) for slot in slots}
     if len(lengths) > 1:

@@ -46,7 +46,11 @@ def out_of_memory(what: str, model: Any) -> AttackError:
 
 @contextlib.contextmanager
 def memory_for(what: str, model: Any) -> Iterator[None]:
-    """Turn running out of memory into an :class:`AttackError` that names ``what`` was to be done."""
+    """Turn running out of memory into an :class:`AttackError` that names ``what`` was to be done.
+
+    Raises:
+        AttackError: the memory was not enough.
+    """
     try:
         yield
     except RuntimeError as error:

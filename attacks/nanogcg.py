@@ -22,6 +22,9 @@ def compat_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) ->
 
     Every occurrence of the BOS text is cut from the rendered template when it starts with it. For tokenizers whose
     BOS opens every turn (SmolLM2) that attacks a broken prompt: give it a copy with ``bos_token = None``.
+
+    Raises:
+        AttackError: an empty target or suffix.
     """
     if not target.strip():
         raise AttackError("The target is empty; give the words that the reply should begin with, e.g. 'Sure, here is'.")

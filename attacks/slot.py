@@ -108,7 +108,11 @@ def build_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) -> 
 
 
 def split_ids(tokenizer: Any, before: str, suffix: str, after: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids of the three parts of ``before + suffix + after``, tokenised as one text; a token belongs where it ends."""
+    """Ids of the three parts of ``before + suffix + after``, tokenised as one text; a token belongs where it ends.
+
+    Raises:
+        AttackError: the suffix has no tokens of its own, or shares one with the text before it.
+    """
     encoded = tokenizer(before + suffix + after, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded.offset_mapping]
     first = sum(end <= len(before) for end in ends)

@@ -19,7 +19,10 @@ TOKEN_CHARS = 24
 
 
 def circuitsvis_bundle() -> str:
-    """Return the JavaScript of CircuitsVis from its installed wheel; its Python, which loads torch, is not imported."""
+    """Return the JavaScript of CircuitsVis from its installed wheel; its Python, which loads torch, is not imported.
+
+    Raises ReportError where the package is not installed whole.
+    """
     found = find_spec("circuitsvis")  # importlib.resources would import it before Python 3.12
     for folder in found.submodule_search_locations or () if found else ():
         script = Path(folder) / "dist" / "cdn" / "iife.js"

@@ -53,7 +53,10 @@ def build_report(
 
 
 def render(data: RunData) -> bytes:
-    """Return the page as UTF-8 bytes, at most MAX_BYTES long."""
+    """Return the page as UTF-8 bytes, at most MAX_BYTES long.
+
+    Raises ReportError where it would be longer even without replies and patterns.
+    """
     charts = figures(data)
     made = b""
     for budget in BUDGETS:
@@ -124,7 +127,10 @@ def _static(name: str) -> str:
 
 
 def write(target: Path, page: bytes) -> None:
-    """Write through a temporary file beside the target, so that readers see the old page or the new one."""
+    """Write through a temporary file beside the target, so that readers see the old page or the new one.
+
+    Raises ReportError where it cannot be written.
+    """
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")

@@ -54,7 +54,10 @@ def token_text(token: str) -> str:
 
 
 def lean(value: Any, digits: int = 4) -> Any:
-    """Return JSON-ready data with floats rounded to significant digits; NaN and infinities become null."""
+    """Return JSON-ready data with floats rounded to significant digits; NaN and infinities become null.
+
+    Raises TypeError where a value has no form in JSON.
+    """
     if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):

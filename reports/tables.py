@@ -74,7 +74,10 @@ def _check_type(rows: Sequence[dict[str, Any]], column: str, where: str) -> None
 
 
 def check_pattern(pattern: Pattern, where: str) -> None:
-    """Refuse a pattern whose parts do not fit together: tokens, regions, heads × dest × src."""
+    """Refuse a pattern whose parts do not fit together: tokens, regions, heads × dest × src.
+
+    Raises ReportError where they do not fit.
+    """
     size, heads = len(pattern.tokens), len(pattern.heads)
     fits = (
         len(pattern.regions) == size

@@ -158,6 +158,9 @@ def run_attack(attack: attacks.GCG, model: Model, plan: Plan, refusal_tokens: Se
 
     Every few steps the suffix is tried on the held-out select prompts; ``best_suffix`` later takes the step that
     left the fewest of them refused. An attack that is made alone stops early when ``stop_below`` is reached.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another attack.
     """
     steps_file, checkpoint = plan.folder / "steps.jsonl", plan.folder / "checkpoint.json"
     texts = [p.text for p in (*plan.train, *plan.held_out)]

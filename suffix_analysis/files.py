@@ -30,7 +30,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def replace_with(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write a temporary file beside ``path``, then move it there."""
+    """Let ``fill`` write a temporary file beside ``path``, then move it there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -110,7 +114,11 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to a journal; it is on the disk when this returns."""
+    """Add one line to a journal; it is on the disk when this returns.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         with path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(_plain(row)) + "\n")

@@ -105,7 +105,11 @@ def measure_replies(
 
 
 def crossed(rows: Sequence[dict[str, Any]], arm: str, value: Callable[[dict[str, Any]], float]) -> ndarray:
-    """One arm's values as [prompt suffix]; every prompt must have met every suffix."""
+    """One arm's values as [prompt suffix]; every prompt must have met every suffix.
+
+    Raises:
+        ValueError: replies are missing.
+    """
     own = [row for row in rows if row["arm"] == arm]
     prompts = list(dict.fromkeys(row["prompt_id"] for row in own))
     suffixes = list(dict.fromkeys(row["suffix_id"] for row in own))

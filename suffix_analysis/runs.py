@@ -131,7 +131,11 @@ def _lock(handle: Any, folder: Path) -> None:
 
 
 def status(folder: Path) -> Status:
-    """The status record; an empty one for a new folder."""
+    """The status record; an empty one for a new folder.
+
+    Raises:
+        UserError: it is damaged, or of another schema_version.
+    """
     path = folder / "status.json"
     if path.exists():
         found: Any = read_json(path)

@@ -116,7 +116,11 @@ def _is_certain(cells: Float[ndarray, "prompt suffix"]) -> bool:
 def contrast_table(
     arm: Float[ndarray, "prompt suffix measure"], against: Float[ndarray, "prompt_b suffix_b measure"], seed: int = 0
 ) -> tuple[Float[ndarray, " measure"], Float[ndarray, " measure"], Float[ndarray, " measure"]]:
-    """Differences of two arms' means over the same prompts, with lower and upper bounds; see :func:`contrast`."""
+    """Differences of two arms' means over the same prompts, with lower and upper bounds; see :func:`contrast`.
+
+    Raises:
+        ValueError: the arms have different numbers of prompts.
+    """
     if arm.shape[0] != against.shape[0]:
         raise ValueError(f"the arms have {arm.shape[0]} and {against.shape[0]} prompts; a contrast pairs them")
     draws = resampled_means(arm, seed) - resampled_means(against, seed, stream=1)

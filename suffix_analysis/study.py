@@ -152,7 +152,11 @@ class Study:
         files.write_table(self.folder / "findings" / "campaign.parquet", rows)
 
     def refusal_tokens(self) -> list[int]:
-        """The tokens that open refusals; discovered once on the select split and kept for every later stage."""
+        """The tokens that open refusals; discovered once on the select split and kept for every later stage.
+
+        Raises:
+            UserError: they are none, or not tokens of the model.
+        """
         path = self.folder / "refusal_tokens.json"
         kept = path.exists()
         if kept:

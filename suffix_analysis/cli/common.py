@@ -46,7 +46,12 @@ def open_study(config: StudyConfig, out: Path) -> Study:
 
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[Study]:
-    """The study that made a run folder, which stays locked meanwhile."""
+    """The study that made a run folder, which stays locked meanwhile.
+
+    Raises:
+        UsageError: the folder holds a campaign, or was made by another version.
+        UserError: it is no run folder, or another process holds it.
+    """
     from suffix_analysis.runs import open_run, read_config
 
     settings = read_config(out)
@@ -85,7 +90,11 @@ def renew_report(folder: Path) -> None:
 
 
 def build(folder: Path) -> Path:
-    """Build the report of findings that are there."""
+    """Build the report of findings that are there.
+
+    Raises:
+        UserError: the report cannot be built.
+    """
     from reports import ReportError, build_report
 
     try:
