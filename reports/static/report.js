@@ -39,7 +39,7 @@
 
   // --- state: what is pinned and shown, in the URL fragment as far as it is not as at first ------------------------
   const start = lead.find((view) => view.measure === lead[0].measure && view.arm === "adversarial − none") || lead[0];  // what the suffix changed
-  const first = { head: "", prompt: 0, measure: start?.measure, arm: start?.arm };
+  const first = { head: "", prompt: 0, measure: start?.measure, arm: start?.arm, find: "", kind: Object.keys(payload.replies.arms)[0], which: "all", sort: "" };
   for (const { id, views } of switched) first[id] = views[0].label;
   const state = { ...first }, followers = [];  // these are called with the names of what changed
   function set(change) {
@@ -59,7 +59,7 @@
   function fromAddress() {
     if (location.hash && !location.hash.includes("=")) return;  // a link to a section
     const given = new URLSearchParams(location.hash.slice(1)), wanted = { ...first };
-    for (const key of ["measure", "arm"]) if (given.has(key)) wanted[key] = given.get(key);
+    for (const key of ["measure", "arm", "find", "kind", "which", "sort"]) if (given.has(key)) wanted[key] = given.get(key);
     if (Object.hasOwn(heads, given.get("head"))) wanted.head = given.get("head");
     if (payload.prompts[Number(given.get("prompt"))]) wanted.prompt = Number(given.get("prompt"));
     for (const { id, views } of switched) if (views.some((view) => view.label === given.get(id))) wanted[id] = given.get(id);
@@ -83,8 +83,7 @@
   addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 
   async function draw(chart) {
-    const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1), view = chart.views[chart.at];
-    const stage = el("div");
+    const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1), view = chart.views[chart.at], stage = el("div");
     if (chart.result) { chart.plot.style.minHeight = `${chart.plot.offsetHeight}px`; chart.result.finalize(); }
     chart.plot.replaceChildren(stage);
     chart.result = null;
@@ -101,8 +100,7 @@
     if (turn !== chart.turn) { result.finalize(); return; }
     chart.result = result;
     result.view.addEventListener("click", (_event, item) => Object.hasOwn(heads, item?.datum?.name) && pin(item.datum.name));
-    chart.plot.dataset.drawn = name;
-    chart.plot.style.minHeight = "";
+    chart.plot.dataset.drawn = name, chart.plot.style.minHeight = "";
   }
   function show(chart, at) {
     if (at === chart.at) return;
@@ -177,9 +175,7 @@
     place.replaceChildren(el("h3", state.head, el("span.quiet", record.rank ? ` · rank ${record.rank} on the select split` : " · not among the top heads")),
       table(["arm", ...payload.pinned.columns], rows));
     if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, bounded(value, nice), bounded(share, percent)])));
-    for (const [run, effect, p] of record.effects) {
-      place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}${p == null ? "" : `, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads`}.`));
-    }
+    for (const [run, effect, p] of record.effects) place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}${p == null ? "" : `, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads`}.`));
   }
   followers.push((changed) => changed.includes("head") && pinned());
 
@@ -283,7 +279,7 @@
   function replies(data) {
     const place = byId("reply-table");
     if (!place) return;
-    const [find, kind, which, sort, more, hits] = ["find", "kind", "which", "sort", "more", "hits"].map(byId);
+    const [find, kind, which, sort, more, hits] = ["find", "kind", "which", "sort", "more", "hits"].map(byId), filters = { find, kind, which, sort };
     const PAGE = 25, views = new Map(payload.prompts.map((record, i) => [record.id, i])), arms = () => data.arms[kind.value] || [];
     const ways = () => options(sort, [["", "as in the file"], ["text", "by text"],
       ...arms().flatMap((arm) => [[`-${arm}`, `most refused: ${arm}`], [`+${arm}`, `least refused: ${arm}`]])]);
@@ -308,8 +304,7 @@
       const text = Object.assign(el("div", row.text || row.id), { dir: "auto" }), number = Object.values(row.cells).flat().length;
       const box = fold("details", `${number} model ${number === 1 ? "reply" : "replies"}, folded`, () => opened(row));
       const first = el("td", text, el("span.quiet", [row.topic, row.id].filter(Boolean).join(" · ")), box);
-      const jump = () => { set({ prompt: views.get(row.id) }); go("prompts"); };
-      if (views.has(row.id)) first.append(Object.assign(el("button.jump", "its tokens"), { type: "button", onclick: jump }));
+      if (views.has(row.id)) first.append(Object.assign(el("button.jump", "its tokens"), { type: "button", onclick: () => { set({ prompt: views.get(row.id) }); go("prompts"); } }));
       return el("tr", first, ...arms().map((arm) => Object.assign(el("td", badge(row.cells[arm])), { title: arm })));
     }
     function sorted(rows) {  // in one arm, by the share of its replies that refuse, then by their mean refusal score
@@ -325,11 +320,19 @@
       more.hidden = rows.length <= limit;
       more.textContent = `Show all ${rows.length}`;
     }
-    kind.addEventListener("change", ways);
-    for (const control of [find, kind, which, sort]) control.addEventListener("input", () => { limit = PAGE; list(); });
+    function follow(changed) {  // an address may ask for what this page has not: then the first choice is shown
+      for (const [key, control] of Object.entries(filters)) {
+        if (key === "sort") ways();
+        if (control.value !== state[key]) control.value = state[key];
+        if (control.selectedIndex < 0) set({ [key]: (control.selectedIndex = 0, control.value) });
+      }
+      if (changed) limit = PAGE;
+      list();
+    }
+    for (const [key, control] of Object.entries(filters)) control.addEventListener("input", () => set({ [key]: control.value, ...(key === "kind" && { sort: "" }) }));
+    followers.push((changed) => changed.some((key) => key in filters) && follow(changed));
     more.addEventListener("click", () => { limit = Infinity; list(); });
-    ways();
-    list();
+    follow();
   }
 
   // --- theme and start ---------------------------------------------------------------------------------------------
@@ -341,10 +344,7 @@
   const idle = () => new Promise((done) => (window.requestIdleCallback ? requestIdleCallback(done, { timeout: 200 }) : setTimeout(done, 0)));
   for (const chart of charts.slice(0, 4)) await draw(chart);
   root.dataset.firstMs = String(Math.round(performance.now()));
-  fromAddress();
-  pinned();
-  prompt();
-  replies(payload.replies);
+  fromAddress(), pinned(), prompt(), replies(payload.replies);
   for (const chart of charts.slice(4)) { await idle(); await draw(chart); }
   root.dataset.drawnMs = String(Math.round(performance.now()));
 })();

@@ -121,6 +121,32 @@ def test_replies_are_folded_found_and_filtered(browser: sync_api.Browser, report
     seen.quiet()
 
 
+def test_the_address_keeps_what_replies_were_looked_for(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    texts = "[...document.querySelectorAll('#reply-table tbody tr')].map(row => row.innerText)"
+    page.select_option("#kind", "harmless")
+    page.select_option("#sort", label="by text")
+    page.fill("#find", "a")
+    chosen, address = page.evaluate(texts), page.evaluate("location.hash")
+    assert chosen and all(f"{key}=" in address for key in ("kind", "sort", "find")) and "which" not in address
+    again, other = open_page(browser, report, fragment=address.removeprefix("#"))
+    assert again.evaluate(texts) == chosen
+    assert [again.locator(f"#{name}").input_value() for name in ("find", "kind", "which", "sort")] == [
+        "a", "harmless", "all", "text"
+    ]  # fmt: skip
+    again.evaluate("location.hash = 'kind=harmful&which=kept'")
+    again.wait_for_function("document.getElementById('kind').value === 'harmful'")
+    assert [again.locator(f"#{name}").input_value() for name in ("find", "which", "sort")] == ["", "kept", ""]
+    again.select_option("#kind", "harmless")
+    assert "kind=harmless" in again.evaluate("location.hash"), "another kind has other arms to sort by"
+    foreign, third = open_page(browser, report, fragment="kind=toString&which=none&sort=-nothing&find=zzzz")
+    assert [foreign.locator(f"#{name}").input_value() for name in ("kind", "which", "sort")] == ["harmful", "all", ""]
+    assert foreign.locator("#reply-table tbody tr").count() == 0
+    assert foreign.evaluate("location.hash") == "#find=zzzz"
+    for watched in (seen, other, third):
+        watched.quiet()
+
+
 def test_prompts_are_sorted_by_text_and_by_what_was_refused(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     first = page.locator("#reply-table tbody tr").first
