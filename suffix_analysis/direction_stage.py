@@ -12,6 +12,7 @@ from suffix_analysis.inputs import study_text
 from suffix_analysis.oneness import measure_oneness
 from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import Prompt, prompts_of
+from suffix_analysis.replies import made_once
 
 if TYPE_CHECKING:
     from suffix_analysis.study import Study
@@ -38,7 +39,7 @@ def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
     plain = {row["prompt_id"]: row["reply"] for row in study.answered([])}
     table, answers = measure_interventions(
         study.fast, direction, study.prompts(), config.reply_tokens,
-        alpha=config.alpha, seed=config.seed, plain=plain,
+        alpha=config.alpha, seed=config.seed, plain=plain, made=made_once(study.folder / "interventions.jsonl"),
         on_line=lambda done, total: study.narrator.progress(done, total, "interventions"),
     )  # fmt: skip
     fit = [split_prompts(kind, settings)[0] for kind in kinds]

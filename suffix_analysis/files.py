@@ -143,6 +143,19 @@ def read_jsonl(path: Path, *, journal: bool = False, like: Any = dict[str, Any])
     return rows
 
 
+def open_journal(path: Path, like: Any) -> list[dict[str, Any]]:
+    """What a journal holds so far, with a last line that was cut off taken out of it, so that lines can be added.
+
+    Raises:
+        UserError: see :func:`read_jsonl`.
+    """
+    if not path.exists():
+        return []
+    rows = read_jsonl(path, journal=True, like=like)
+    write_jsonl(path, rows)
+    return rows
+
+
 def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
     """Read records of a dataclass from JSONL.
 

@@ -43,6 +43,11 @@ class Plan:
     alpha: float | None = None
     control: int | None = None
 
+    @property
+    def key(self) -> str:
+        """What tells this line from all others."""
+        return f"{self.name}, {self.kind}" + ("" if self.control is None else f", {self.control}")
+
 
 def plans(model: Model, direction: Direction, alpha: float, n_controls: int, seed: int) -> list[Plan]:
     """The table's lines: interventions on harmful and on harmless prompts, then the same with random directions."""
@@ -86,6 +91,7 @@ def measure_interventions(
     n_controls: int = 1,
     seed: int = 0,
     plain: Mapping[str, str] | None = None,
+    made: Callable[[str, int, Callable[[], list[str]]], list[str]] = lambda name, number, make: make(),
     on_line: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Refusals and verdicts on report prompts under every plan, with exact intervals; and all replies.
@@ -101,6 +107,7 @@ def measure_interventions(
         n_controls: random directions.
         seed: of the random directions.
         plain: replies without an intervention by prompt id, where they are there already; made if left out.
+        made: is asked for the replies of each other plan, by its name, their number and what makes them.
         on_line: called with (done, total).
     """
     rows, replies = [], []
@@ -116,8 +123,7 @@ def measure_interventions(
             if plan.name == "none" and plain is not None:
                 texts = [plain[p.id] for p in some]
             else:
-                with plan.context():
-                    texts = generate(model.hf, model.tokenizer, [model.chat(p.text).ids for p in some], length)
+                texts = made(plan.key, len(some), partial(_replies, model, plan, some, length))
         except NotAvailable as reason:
             row["note"] = str(reason)
         else:
@@ -136,6 +142,11 @@ def measure_interventions(
         if on_line is not None:
             on_line(done, len(lines))
     return rows, replies
+
+
+def _replies(model: Model, plan: Plan, prompts: Sequence[Prompt], length: int) -> list[str]:
+    with plan.context():
+        return generate(model.hf, model.tokenizer, [model.chat(p.text).ids for p in prompts], length)
 
 
 @torch.no_grad()

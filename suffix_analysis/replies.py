@@ -10,7 +10,8 @@ import numpy as np
 from numpy import ndarray
 from typing_extensions import TypedDict
 
-from suffix_analysis.files import append_jsonl, read_jsonl, write_jsonl
+from suffix_analysis.errors import UserError
+from suffix_analysis.files import append_jsonl, open_journal
 from suffix_analysis.generate import answers
 from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.models import Model
@@ -40,6 +41,37 @@ class Answered(TypedDict):
     arm: str
     suffix_id: str | None
     rows: list[ReplyRow]
+
+
+class Made(TypedDict):
+    """A line of interventions.jsonl: the replies under one intervention."""
+
+    name: str
+    replies: list[str]
+
+
+Maker = Callable[[], list[str]]
+
+
+def made_once(journal: Path) -> Callable[[str, int, Maker], list[str]]:
+    """A function (name, number, maker) → replies, which asks the maker only for what ``journal`` does not hold yet.
+
+    Raises:
+        UserError: the journal is damaged, or holds another number of replies under a name.
+    """
+    have: dict[str, list[str]] = {row["name"]: row["replies"] for row in open_journal(journal, Made)}
+
+    def made(name: str, number: int, make: Maker) -> list[str]:
+        if name not in have:
+            have[name] = make()
+            append_jsonl(journal, {"name": name, "replies": have[name]})
+        if len(have[name]) != number:
+            raise UserError(
+                f"{journal} holds {len(have[name])} replies for {name!r}, not {number}; delete it and run again."
+            )
+        return have[name]
+
+    return made
 
 
 Cell = tuple[str, Suffix | None, list[Prompt]]  # an arm, one of its suffixes, and the prompts to answer
@@ -80,10 +112,7 @@ def measure_replies(
     Report prompts are answered in every arm, look-alikes only without a suffix. ``answer`` yields :func:`reply_rows` of
     cells in any order, each with its cell's number.
     """
-    done = read_jsonl(journal, journal=True, like=Answered) if journal.exists() else []
-    if done:
-        write_jsonl(journal, done)  # a line that was cut off is gone before the next one is appended
-    have = {(row["arm"], row["suffix_id"]): row["rows"] for row in done}
+    have = {(row["arm"], row["suffix_id"]): row["rows"] for row in open_journal(journal, Answered)}
     kinds = {
         kind: [p for p in prompts if p.kind == kind and p.split == "report"]
         for kind in ("harmful", "harmless", "lookalike")

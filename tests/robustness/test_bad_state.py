@@ -80,6 +80,9 @@ READERS: dict[str, Any] = {
     "prompts.jsonl": Study.prompts,
     "suffixes.jsonl": lambda study: runs.read_suffixes(study.folder / "suffixes.jsonl"),
     "replies.jsonl": _replies,
+    "interventions.jsonl": lambda study: replies.made_once(study.folder / "interventions.jsonl")(
+        "ablated, harmful", 1, lambda: ["Yes."]
+    ),
     "steps.jsonl": _steps,
     "checkpoint.json": _checkpoint,
     "table.parquet": _findings,
@@ -148,6 +151,7 @@ def _valid(study: Study) -> dict[str, Any]:
             "id": "a-1", "arm": "adversarial", "text": "x", "ids": [5], "n_tokens": 1, "loss": 1.0, "seed": 0,
         },
         "replies.jsonl": {"arm": "none", "suffix_id": None, "rows": [reply]},
+        "interventions.jsonl": {"name": "ablated, harmful", "replies": ["No."]},
         "steps.jsonl": step,
         "checkpoint.json": attack.state(),
         "refusal_tokens.json": [5, 6],
@@ -163,8 +167,8 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 OTHERS = (None, True, -1, 10**6, 0.5, "a", "5", [], {}, [1, 2, 3])
 FIELDS = (
-    "status.json", "prompts.jsonl", "suffixes.jsonl", "replies.jsonl", "steps.jsonl", "checkpoint.json",
-    "refusal_tokens.json", "fast_dtype.json",
+    "status.json", "prompts.jsonl", "suffixes.jsonl", "replies.jsonl", "interventions.jsonl", "steps.jsonl",
+    "checkpoint.json", "refusal_tokens.json", "fast_dtype.json",
 )  # fmt: skip
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from suffix_analysis import paper_table
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate, random_directions
@@ -16,6 +20,7 @@ from suffix_analysis.paper_table import (
     text_pairs,
 )
 from suffix_analysis.prompts import Prompt
+from suffix_analysis.replies import made_once
 from tests import tiny
 
 PROMPTS = [
@@ -52,6 +57,30 @@ def test_replies_that_are_there_are_not_made_again() -> None:
     assert told == {key: plain[key] for key in told}
     assert told
     assert all(row["reply"] != plain[row["prompt_id"]] for row in replies if row["intervention"] != "none")
+
+
+def test_interventions_that_were_made_before_a_crash_are_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = tiny.model("llama"), []
+
+    def interrupted(*args: Any) -> list[str]:
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(args)
+        return generate(*args)
+
+    def measure() -> Any:
+        once = made_once(tmp_path / "interventions.jsonl")
+        return measure_interventions(model, some_direction(model), PROMPTS, 4, n_controls=2, made=once)
+
+    whole = measure_interventions(model, some_direction(model), PROMPTS, 4, n_controls=2)
+    monkeypatch.setattr(paper_table, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure()
+    monkeypatch.setattr(paper_table, "generate", lambda *args: made.append(args) or generate(*args))
+    assert measure() == whole
+    assert len(made) == len(whole[0]), "each line once: two random directions of the same name are two lines"
 
 
 def test_table_has_every_line_and_the_replies_behind_it() -> None:

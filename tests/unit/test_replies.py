@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from suffix_analysis.errors import UserError
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
-from suffix_analysis.replies import Cell, measure_replies
+from suffix_analysis.replies import Cell, made_once, measure_replies
 
 PROMPTS = [Prompt("a", "Pick a lock", "harmful", "report"), Prompt("b", "Bake", "harmless", "report")]
 SUFFIXES = [Suffix(f"random-{i}", "random", "x") for i in (1, 2)]
@@ -40,3 +43,13 @@ def test_a_line_that_was_cut_off_is_made_again_and_damages_nothing(tmp_path: Pat
         assert measure_replies(PROMPTS, SUFFIXES, answer, journal) == whole
         assert len(made) <= times
     assert not made
+
+
+def test_a_journal_whose_only_line_was_cut_off_can_be_gone_on_from(tmp_path: Path) -> None:
+    journal = tmp_path / "interventions.jsonl"
+    journal.write_text('{"name": "ablated, harmful", "repl')
+    assert made_once(journal)("ablated, harmful", 1, lambda: ["No."]) == ["No."]
+    made = made_once(journal)
+    assert made("ablated, harmful", 1, list) == ["No."], "made once"
+    with pytest.raises(UserError, match=r"holds 1 replies for 'ablated, harmful', not 2; delete it"):
+        made("ablated, harmful", 2, list)
