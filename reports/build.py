@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import os
 import tempfile
+import zlib
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import jinja2
 import vl_convert
 from markupsafe import Markup
+from platformdirs import user_cache_path
 
 from reports.attention import circuitsvis_bundle
 from reports.charts_more import figures
@@ -85,10 +89,23 @@ def packed(payload: dict[str, Any]) -> str:
 def _scripts() -> tuple[tuple[str, str], ...]:
     """Return (name, source) of the page's scripts in the order in which they run."""
     sources = (
-        ("vega", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        ("vega", _vega_bundle("window.vegaEmbed = vegaEmbed;")),
         ("circuitsvis", circuitsvis_bundle()),
     )
     return tuple((name, script_for_html(source)) for name, source in (*sources, ("report", _static("report.js"))))
+
+
+def _vega_bundle(snippet: str) -> str:
+    """Return Vega's JavaScript with ``snippet``: bundling takes seconds, so it is kept in the user's cache."""
+    folder = Path(os.environ.get("SUFFIX_ANALYSIS_CACHE") or user_cache_path("suffix-analysis"))
+    kept = folder / f"vega-{version('vl-convert-python')}-{hashlib.sha256(snippet.encode()).hexdigest()[:12]}.js.gz"
+    with contextlib.suppress(OSError, EOFError, zlib.error, UnicodeDecodeError):  # not there, or damaged
+        return gzip.decompress(kept.read_bytes()).decode("utf-8")
+    made = vl_convert.javascript_bundle(snippet)
+    with contextlib.suppress(OSError, ReportError):  # a cache that cannot be written costs time only
+        folder.mkdir(parents=True, exist_ok=True)
+        write(kept, gzip.compress(made.encode("utf-8"), mtime=0))
+    return made
 
 
 def _policy(scripts: tuple[tuple[str, str], ...]) -> str:

@@ -47,22 +47,32 @@ class Figure:
     views: tuple[View, ...]
 
 
-def finish(chart: Any, rows: list[Row], height: int, description: str, *, lines: int = 0, step: int = 40) -> Spec:
-    """Return the spec as a dict over its rows: as wide as its box, no address in it, floats rounded to 4 digits.
+def outline(chart: Any, height: int, description: str, *, lines: int = 0, step: int = 40) -> Spec:
+    """Return the spec of a chart without its rows, as a dict: as wide as its box, no address in it.
 
     With ``lines``, the number of rows that long labels name, a narrow page puts each label above its row, ``step``
     pixels apart.
     """
-    done = chart.properties(width="container", height=height, description=description)
+    # unchecked: checking every spec against Vega-Lite's schema takes longer than making them (a test does it); and its
+    # properties are set on the dict, because every change of an Altair chart copies all of it
+    spec: Spec = chart.to_dict(validate=False)
+    spec |= {"width": "container", "height": height, "description": description}
     if lines:
         axis = {"labelAlign": "left", "labelPadding": -2, "labelOffset": 9 - step // 2}
-        done = done.properties(usermeta={"above": {"height": step * lines, "axis": axis}})
-    # unchecked: checking every spec against Vega-Lite's schema takes longer than making them (a test does it)
-    spec: Spec = done.configure_view(stroke=None).to_dict(validate=False)
-    spec.pop("$schema", None)
-    spec.pop("config", None)
+        spec["usermeta"] = {"above": {"height": step * lines, "axis": axis}}
+    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+
+
+def filled(spec: Spec, rows: list[Row]) -> Spec:
+    """Return a spec over its rows, floats rounded to 4 digits; views of one outline share all but these."""
+    spec = dict(spec)
     spec["datasets"] = {"main": [{k: v for k, v in row.items() if k not in _UNUSED} for row in rows]}
     return dict(lean(spec))
+
+
+def finish(chart: Any, rows: list[Row], height: int, description: str, *, lines: int = 0, step: int = 40) -> Spec:
+    """Return the :func:`outline` of a chart, :func:`filled` with its rows."""
+    return filled(outline(chart, height, description, lines=lines, step=step), rows)
 
 
 MAIN = alt.NamedData("main")
@@ -104,6 +114,11 @@ def arm_shape(arms: set[str], *, legend: bool = False) -> alt.Shape:
     )
 
 
+def opacity_where(test: str, yes: float, no: float) -> alt.OpacityValue:
+    """Return the opacity ``yes`` of marks for which the Vega expression ``test`` holds, ``no`` of all others."""
+    return alt.OpacityValue(no, condition={"test": test, "value": yes})
+
+
 def tips(*pairs: tuple[str, str]) -> list[alt.Tooltip]:
     """Return tooltips from (field, title) pairs."""
     return [alt.Tooltip(field, title=title) for field, title in pairs]
@@ -126,11 +141,11 @@ def refusal_rates(data: RunData) -> Figure | None:
     axis = alt.Axis(format=".0%", tickCount=5)
     bar = base.mark_rule(strokeWidth=3, opacity=0.55, strokeCap="round").encode(
         x=alt.X("refusal_lo:Q", title="refusal phrase rate", scale=alt.Scale(domain=[0, 1]), axis=axis),
-        x2="refusal_hi:Q",
+        x2=alt.X2("refusal_hi:Q"),
     )
-    dot = base.mark_point(size=75, filled=True, opacity=1).encode(x="refusal_rate:Q", shape=arm_shape(arms))
+    dot = base.mark_point(size=75, filled=True, opacity=1).encode(x=alt.X("refusal_rate:Q"), shape=arm_shape(arms))
     label = base.mark_text(dy=-11, fontSize=10).encode(
-        x="refusal_rate:Q", text=alt.Text("refusal_rate:Q", format=".0%")
+        x=alt.X("refusal_rate:Q"), text=alt.Text("refusal_rate:Q", format=".0%")
     )
     say = "Refusal phrase rate per arm, with 95 % intervals: " + ", ".join(
         f"{row['arm']} {100 * row['refusal_rate']:.0f} %"
@@ -228,15 +243,15 @@ def layer_lines(rows: list[Row], title: str, layer: int | None = None) -> Any:
         x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False), scale=alt.Scale(nice=False)),
         color=arm_colour(arms, legend=True).legend(legend),
     )
-    band = base.mark_area(opacity=0.14).encode(y=alt.Y("lo:Q", title=title), y2="hi:Q")
+    band = base.mark_area(opacity=0.14).encode(y=alt.Y("lo:Q", title=title), y2=alt.Y2("hi:Q"))
     line = base.mark_line().encode(
-        y="mean:Q",
+        y=alt.Y("mean:Q"),
         strokeDash=alt.StrokeDash(
             "arm:N", scale=alt.Scale(domain=domain, range=[theme.DASHES.get(a, [1, 1]) for a in domain]), legend=legend
         ),
     )
     hover = base.mark_circle(size=60, opacity=0).encode(
-        y="mean:Q",
+        y=alt.Y("mean:Q"),
         tooltip=tips(
             ("arm:N", "arm"), ("layer:Q", "layer"), ("mean:Q", "mean"), ("lo:Q", "CI from"), ("hi:Q", "CI to")
         ),
@@ -245,7 +260,7 @@ def layer_lines(rows: list[Row], title: str, layer: int | None = None) -> Any:
     if layer is not None:
         for row in [row for row in rows if row["layer"] == layer][:1]:
             row["marked"] = True
-        rule = alt.Chart(MAIN).mark_rule(strokeDash=[4, 3]).encode(x="layer:Q")
+        rule = alt.Chart(MAIN).mark_rule(strokeDash=[4, 3]).encode(x=alt.X("layer:Q"))
         layers.insert(0, rule.transform_filter("datum.marked"))
     return alt.layer(*layers)
 
@@ -312,14 +327,14 @@ def dots(
             (f"{value}_hi:Q", "CI to"),
         ),
     )
-    near = f"pinned == '' || datum.{field} == pinned" if pin else "true"
+    near = f"pinned == '' || datum.{field} == pinned"
     bar = base.mark_rule(strokeWidth=2.5).encode(
-        x=alt.X(f"{value}_lo:Q", title=title, axis=axis), x2=f"{value}_hi:Q",
-        opacity=alt.condition(near, alt.value(0.55), alt.value(0.12)),
+        x=alt.X(f"{value}_lo:Q", title=title, axis=axis), x2=alt.X2(f"{value}_hi:Q"),
+        opacity=opacity_where(near, 0.55, 0.12) if pin else alt.OpacityValue(0.55),
     )  # fmt: skip
     dot = base.mark_point(size=42, filled=True).encode(
-        x=f"{value}:Q", shape=arm_shape(arms, legend=True),
-        opacity=alt.condition(near, alt.value(1), alt.value(0.2)),
+        x=alt.X(f"{value}:Q"), shape=arm_shape(arms, legend=True),
+        opacity=opacity_where(near, 1, 0.2) if pin else alt.OpacityValue(1),
     )  # fmt: skip
     return alt.layer(bar, dot).add_params(PINNED) if pin else alt.layer(bar, dot)
 

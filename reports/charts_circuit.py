@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from reports import theme
-from reports.charts import MAIN, PINNED, Figure, View, differences, finish, head_name
+from reports.charts import MAIN, PINNED, Figure, View, differences, filled, head_name, opacity_where, outline
 from reports.data import Row, RunData
 from reports.escape import visible
 from reports.evidence import first_of
@@ -81,11 +81,12 @@ def _figure(
     most = max(abs(row["weight"]) for edges in states.values() for row in edges.values()) or 1.0
     slots = _slots(keys)
     say = "Graph of layers against sources: edges from regions and earlier heads into the top heads and the direction."
+    frame = outline(_chart(top, tokens), 430, say, lines=1, step=620)
     views = []
     for label, arm, against in wanted:
         beside = None if against is None else (_ARM_WORDS.get(against, against), states[against])
         edges = [_edge(key, row, most, end, tokens, slots, beside) for key, row in states[arm].items()]
-        spec = finish(_chart(top, tokens), [*edges, *_nodes(edges)], 430, say, lines=1, step=620)
+        spec = filled(frame, [*edges, *_nodes(edges)])
         words = _ARM_WORDS.get(arm, arm)
         views.append(View(words if against is None else f"{label}: {words}", spec, arm=label))
     columns = (("from", "from"), ("to", "to"), ("weight", "along r̂"), ("lo", "CI from"), ("hi", "CI to"))
@@ -222,8 +223,8 @@ def _chart(top: int, tokens: int) -> Any:
         .encode(
             x=x,
             y=y,
-            x2="x2:Q",
-            y2="y2:Q",
+            x2=alt.X2("x2:Q"),
+            y2=alt.Y2("y2:Q"),
             size=alt.Size("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.4, 9]), legend=None),
             color=alt.Color(
                 "sign:N",
@@ -233,7 +234,7 @@ def _chart(top: int, tokens: int) -> Any:
             strokeDash=alt.StrokeDash(
                 "sign:N", scale=alt.Scale(domain=["+", "−"], range=[[1, 0], [5, 4]]), legend=legend
             ),
-            opacity=alt.condition(near, alt.value(0.75), alt.value(0.08)),
+            opacity=opacity_where(near, 0.75, 0.08),
             tooltip=alt.Tooltip("tip:N", title="edge"),
         )
     )
@@ -241,7 +242,7 @@ def _chart(top: int, tokens: int) -> Any:
     marks = nodes.encode(
         x=x, y=y,
         shape=alt.Shape("kind:N", scale=alt.Scale(domain=["head", "other"], range=["circle", "square"]), legend=None),
-        opacity=alt.condition(f"datum.kind == 'other' || {near}", alt.value(1), alt.value(0.25)),
+        opacity=opacity_where(f"datum.kind == 'other' || {near}", 1, 0.25),
         tooltip=alt.Tooltip("tip:N", title="node"),
     )  # fmt: skip
     labels = (
@@ -257,8 +258,8 @@ def _chart(top: int, tokens: int) -> Any:
         .encode(
             x=x,
             y=y,
-            text="label:N",
-            opacity=alt.condition(f"datum.kind == 'other' || {near}", alt.value(1), alt.value(0.2)),
+            text=alt.Text("label:N"),
+            opacity=opacity_where(f"datum.kind == 'other' || {near}", 1, 0.2),
         )
     )
     return alt.layer(edges, marks, labels).add_params(PINNED)

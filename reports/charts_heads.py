@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import altair as alt
 
 from reports import theme
-from reports.charts import MAIN, OTHER_PROMPTS, PINNED, Figure, View, differences, finish, head_name
+from reports.charts import (
+    MAIN,
+    OTHER_PROMPTS,
+    PINNED,
+    Figure,
+    Spec,
+    View,
+    differences,
+    filled,
+    head_name,
+    opacity_where,
+    outline,
+    tips,
+)  # fmt: skip
 from reports.data import Row, RunData
 from reports.evidence import adversarial_count
 from reports.numbers import plain
@@ -152,24 +165,27 @@ def _cell(row: Row, value: float, top: dict[tuple[int, int], int], *, keep: bool
     }  # fmt: skip
 
 
-def _grid(cells: list[Row], bound: float, data: RunData, say: str, measure: str) -> dict[str, Any]:
+def _grid(cells: list[Row], bound: float, data: RunData, say: str, measure: str) -> Spec:
     for cell in cells:
         share = cell["value"] / bound
         cell["sign"] = "" if abs(share) < GLYPH_FROM else "+" if share > 0 else "−"
-    tips = [
-        alt.Tooltip(field, title=title)
-        for field, title in (
-            ("name:N", "head"), ("value:Q", measure), ("lo:Q", "CI from"), ("hi:Q", "CI to"), ("p:Q", "p (all heads)"),
-            ("rank:Q", "rank"),
-        )
-        if any(cell.get(field[:-2]) is not None for cell in cells)
-    ]  # fmt: skip
+    fields = tuple(field for field in ("lo", "hi", "p", "rank") if any(cell.get(field) is not None for cell in cells))
+    step = 20 if data.summary.n_heads <= 16 else 13
+    return filled(_outline(measure, bound, fields, step * len({cell["head"] for cell in cells}), say), cells)
+
+
+@functools.lru_cache(maxsize=32)  # a dozen views share a few outlines, and Altair takes 0.3 s for one
+def _outline(measure: str, bound: float, fields: tuple[str, ...], height: int, say: str) -> Spec:
+    """The map of a measure without its cells; ``fields`` are told beside a cell's name and value."""
+    words = {"lo": "CI from", "hi": "CI to", "p": "p (all heads)"}
     base = alt.Chart(MAIN).encode(
         x=alt.X(
             "layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True), scale=alt.Scale(paddingInner=0.06)
         ),
         y=alt.Y("head:O", title="head", scale=alt.Scale(paddingInner=0.06)),
-        tooltip=tips,
+        tooltip=tips(
+            ("name:N", "head"), ("value:Q", measure), *((f"{field}:Q", words.get(field, field)) for field in fields)
+        ),
     )
     colour = alt.Color(
         "value:Q",
@@ -177,15 +193,13 @@ def _grid(cells: list[Row], bound: float, data: RunData, say: str, measure: str)
         legend=alt.Legend(orient="bottom", title=measure, gradientLength=180, gradientThickness=8, tickCount=5),
     )
     cell_mark = base.mark_rect(cornerRadius=1, cursor="pointer").encode(
-        color=colour, opacity=alt.condition("datum.late", alt.value(0.3), alt.value(1))
+        color=colour, opacity=opacity_where("datum.late", 0.3, 1)
     )
     ring = base.mark_rect(style="marked", fillOpacity=0, strokeWidth=1.5, cornerRadius=1).transform_filter(
         "datum.rank != null"
     )
     pin = base.mark_rect(style="marked", fillOpacity=0, strokeWidth=4, cornerRadius=1).encode(
-        opacity=alt.condition("datum.name == pinned", alt.value(1), alt.value(0))
+        opacity=opacity_where("datum.name == pinned", 1, 0)
     )
-    glyph = base.mark_text(fontSize=10, fontWeight=600, baseline="middle").encode(text="sign:N")
-    step = 20 if data.summary.n_heads <= 16 else 13
-    chart = alt.layer(cell_mark, ring, pin, glyph).add_params(PINNED)
-    return finish(chart, cells, step * len({cell["head"] for cell in cells}), say)
+    glyph = base.mark_text(fontSize=10, fontWeight=600, baseline="middle").encode(text=alt.Text("sign:N"))
+    return outline(alt.layer(cell_mark, ring, pin, glyph).add_params(PINNED), height, say)

@@ -83,13 +83,13 @@ def interventions(data: RunData) -> Figure | None:
     axis = alt.Axis(format=".0%", tickCount=5)
     bar = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
         x=alt.X("refusal_lo:Q", title="refusal phrase rate", scale=alt.Scale(domain=[0, 1]), axis=axis),
-        x2="refusal_hi:Q",
+        x2=alt.X2("refusal_hi:Q"),
     )
     dot = base.mark_point(size=75, filled=True, opacity=1).encode(
-        x="refusal_rate:Q", shape=alt.Shape("kind:N", legend=None)
+        x=alt.X("refusal_rate:Q"), shape=alt.Shape("kind:N", legend=None)
     )
     label = base.mark_text(dy=-11, fontSize=10).encode(
-        x="refusal_rate:Q", text=alt.Text("refusal_rate:Q", format=".0%")
+        x=alt.X("refusal_rate:Q"), text=alt.Text("refusal_rate:Q", format=".0%")
     )
     say = "Refusal phrase rate without a suffix: " + ", ".join(
         f"{row['what']} {100 * row['refusal_rate']:.0f} %" for row in shown
@@ -230,9 +230,9 @@ def _candidate_chart(rows: list[Row], order: list[str], field: str, title: str) 
         base.mark_point(size=26, filled=False, strokeWidth=1.2).transform_filter("!datum.usable").encode(tooltip=tips)
     )
     full = base.mark_point(size=26, filled=True, opacity=1).transform_filter("datum.usable").encode(tooltip=tips)
-    chosen = alt.Chart().transform_filter("datum.status == 'chosen'").encode(x="layer:Q", y=f"{field}:Q")
+    chosen = alt.Chart().transform_filter("datum.status == 'chosen'").encode(x=alt.X("layer:Q"), y=alt.Y(f"{field}:Q"))
     ring = chosen.mark_point(size=190, filled=False, strokeWidth=2, style="marked")
-    name = chosen.mark_text(dy=-16, fontSize=11).encode(text=alt.value("chosen"))
+    name = chosen.mark_text(dy=-16, fontSize=11).encode(text=alt.TextValue("chosen"))
     return alt.layer(line, hollow, full, ring, name, data=MAIN)
 
 
@@ -252,8 +252,10 @@ def loss_curve(data: RunData) -> Figure | None:
     each = base.mark_line(strokeWidth=1, opacity=0.5, color=theme.POSITION_COLOURS[1]).encode(
         y=alt.Y("loss:Q", title="loss, nats per target token", scale=alt.Scale(zero=False))
     )
-    best = base.mark_line(strokeWidth=2.2, color=theme.POSITION_COLOURS[0], interpolate="step-after").encode(y="best:Q")
-    hover = base.mark_circle(size=50, opacity=0).encode(y="loss:Q", tooltip=tips)
+    best = base.mark_line(strokeWidth=2.2, color=theme.POSITION_COLOURS[0], interpolate="step-after").encode(
+        y=alt.Y("best:Q")
+    )
+    hover = base.mark_circle(size=50, opacity=0).encode(y=alt.Y("loss:Q"), tooltip=tips)
     views = [View("loss", finish(alt.layer(each, best, hover), rows, 200, say))]
     measured = [{"step": s.step, "refused": s.select_refusal} for s in steps if s.select_refusal is not None]
     if measured:
@@ -262,7 +264,10 @@ def loss_curve(data: RunData) -> Figure | None:
         y = alt.Y("refused:Q", title="select prompts still refused", axis=axis, scale=alt.Scale(domain=[0, 1]))
         views.append(
             View(
-                "refusals on select", finish(line.encode(x=x, y=y, tooltip=["step:Q", "refused:Q"]), measured, 200, say)
+                "refusals on select",
+                finish(
+                    line.encode(x=x, y=y, tooltip=[alt.Tooltip("step:Q"), alt.Tooltip("refused:Q")]), measured, 200, say
+                ),
             )
         )
     attacks = sum(suffix.arm in ("adversarial", "failed") for suffix in data.suffixes)

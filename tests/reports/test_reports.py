@@ -277,6 +277,25 @@ def test_the_file_appears_whole_or_not_at_all(run: Path, monkeypatch: pytest.Mon
     assert [p for p in run.iterdir() if p.suffix == ".tmp"] == []
 
 
+def test_vegas_script_is_bundled_once_and_a_damaged_or_closed_cache_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        build.vl_convert, "javascript_bundle", lambda snippet: made.append(snippet) or f"/* {snippet} */"
+    )
+    monkeypatch.setenv("SUFFIX_ANALYSIS_CACHE", str(tmp_path / "cache"))
+    assert [build._vega_bundle("a"), build._vega_bundle("a"), build._vega_bundle("b")] == ["/* a */"] * 2 + ["/* b */"]
+    assert made == ["a", "b"]
+    for kept in (tmp_path / "cache").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-4])
+    assert build._vega_bundle("a") == build._vega_bundle("a") == "/* a */"
+    assert made == ["a", "b", "a"]
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SUFFIX_ANALYSIS_CACHE", str(tmp_path / "file"))
+    assert build._vega_bundle("a") == "/* a */"
+
+
 def test_size(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read_run(fake)
     assert len(build.render(data)) <= build.MAX_BYTES
