@@ -216,9 +216,15 @@ def test_notebook_findings_may_hold_nan(fake: Path) -> None:
 
 
 def test_every_spec_is_valid_vega_lite(fake: Path) -> None:
+    seen = set()
     for name, figure in figures(read_run(fake)).items():
         for view in figure.views:
-            assert alt.Chart.from_dict(view.spec, validate=True) is not None, (name, view.label)
+            # most views of a figure differ in their rows only, which are plain numbers and words
+            outline = {**view.spec, "datasets": {"main": view.spec["datasets"]["main"][:2]}}
+            if (key := json.dumps({**outline, "datasets": None})) not in seen:
+                assert alt.Chart.from_dict(outline, validate=True) is not None, (name, view.label)
+            seen.add(key)
+    assert len(seen) > 20
     with pytest.raises(Exception, match="wide"):
         alt.Chart.from_dict({**view.spec, "width": "wide"}, validate=True)
 

@@ -48,14 +48,16 @@ def test_every_candidate_retokenises_in_context() -> None:
 
 
 EXTRAS: list[dict[str, Any]] = [
-    {"score_dtype": "float32", "buffer_size": 3},
     {"score_dtype": "bfloat16", "buffer_size": 3},
     {"momentum": 0.5, "n_replace_start": 3, "even_positions": True, "search_width_start": 40},
+    {"score_dtype": "float32", "buffer_size": 3},
     {"progressive_goals": True, "patience": 2, "merge": 4},
 ]
 
 
-@pytest.mark.parametrize("changes", EXTRAS, ids=str)
+@pytest.mark.parametrize(
+    "changes", [*EXTRAS[:2], *(pytest.param(extra, marks=pytest.mark.slow) for extra in EXTRAS[2:])], ids=str
+)
 def test_resume_is_bit_for_bit(changes: dict[str, Any]) -> None:
     model, tok = tiny.hf_model("qwen3"), tiny.tokenizer()
     config = attacks.GCGConfig(**{**SMALL, "num_steps": 12, **changes})

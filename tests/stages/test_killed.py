@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import attacks
 from suffix_analysis.attacking import Plan, make_attack
 from suffix_analysis.config import StudyConfig
@@ -39,6 +41,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
 
 
+@pytest.mark.slow
 def test_forty_steps_equal_twenty_a_kill_and_twenty_more(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):

@@ -35,8 +35,16 @@ def _quick_nanogcg(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_quick_nanogcg")
-@pytest.mark.parametrize("changes", SETTINGS, ids=str)
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        # every setting on one family and one setting on every family; the rest takes a minute
+        pytest.param(family, changes, id=f"{family}-{changes}", marks=[] if few else [pytest.mark.slow])
+        for family in (*tiny.FAMILIES, "gemma2", "gemma3_text")
+        for changes in SETTINGS
+        for few in [family == "llama" or changes == {"buffer_size": 4, "n_replace": 2}]
+    ],
+)
 def test_compat_mode_repeats_nanogcg(family: str, changes: dict[str, Any]) -> None:
     model = tiny.hf_model(family)
     config = attacks.GCGConfig.nanogcg(**{**SMALL, "num_steps": 20, **changes})
