@@ -30,7 +30,6 @@ def variants(width: int) -> dict[str, dict[str, Any]]:
     return {
         "no schedule": CONSTANT,
         "wide first": CONSTANT | wide,
-        "wide first, even positions": CONSTANT | wide | {"even_positions": True},
         "narrow first, all changes": {
             "n_replace_start": 3, "search_width_start": 5 * width // 8, "search_width": 9 * width // 8,
             "even_positions": True, "momentum": 0.6, "patience": 12,
@@ -55,7 +54,7 @@ def schedule(
     chats = {kind: [model.chat(p.text) for p in prompts] for kind, prompts in kinds.items()}
     tokens = discover_refusal_tokens(fast, chats["harmful"], chats["harmless"])
     whether = refused(fast, kinds["harmful"], tokens).tolist()
-    seeds = list(range(6)) if seed is None else seed
+    seeds = list(range(4)) if seed is None else seed
     for number in seeds:
         config = StudyConfig(steps=steps, search_width=width, n_instructions=n, seed=number, score_dtype="bfloat16")
         train, held_out = split_for_attack(kinds["harmful"], n, number, whether)
