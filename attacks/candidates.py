@@ -12,7 +12,7 @@ from torch import Tensor
 from attacks.caches import cache_argument, fresh
 from attacks.config import AttackError, GCGConfig
 from attacks.objective import target_loss
-from attacks.precision import contiguous_head
+from attacks.precision import contiguous_head, or_float32
 from attacks.slot import Slot
 from attacks.terms import Term, watched
 
@@ -78,7 +78,7 @@ def token_gradient(
         rows = embed(torch.arange(embed.weight.shape[0], device=model.device))
         gradient = (total / len(slots)) @ rows.T
     if not torch.isfinite(gradient).all():
-        raise AttackError(f"The gradient on the suffix is not finite in {model.dtype}; run the attack in float32.")
+        raise AttackError(f"The gradient on the suffix is not finite in {model.dtype}; {or_float32(model)}.")
     return gradient.float().cpu()
 
 
@@ -129,8 +129,8 @@ def draw(
 ) -> tuple[Int[Tensor, "cand suffix"], int]:
     """Distinct candidates that ``keep`` accepts, and how many drawn ones it refused.
 
-    Refused and repeated ones are drawn again, so the search width stays what was asked for. In compatibility mode
-    they are not, as in nanoGCG, so fewer are left.
+    Refused and repeated ones are drawn again, up to ``MAX_REDRAWS`` times, so the search width stays what was asked
+    for. In compatibility mode they are not, as in nanoGCG, so fewer are left.
 
     Raises:
         AttackError: nothing survives after many draws.

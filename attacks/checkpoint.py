@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import zlib
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +30,7 @@ class Packed(TypedDict):
 class State(TypedDict):
     """What an attack is made of between two steps."""
 
+    attack: str
     step: NonNegativeInt
     stopped: bool
     buffer: list[tuple[float, tuple[int, ...]]]
@@ -44,6 +48,7 @@ class State(TypedDict):
 def save(attack: GCG) -> dict[str, Any]:
     """Everything that :func:`restore` needs."""
     return {
+        "attack": digest(attack),
         "step": attack.step,
         "stopped": attack.stopped,
         "buffer": [[loss, list(ids)] for loss, ids in attack.buffer],
@@ -63,7 +68,7 @@ def restore(attack: GCG, state: Any) -> None:
     """Let ``attack`` go on from ``state``, which :func:`save` made and JSON may have carried.
 
     Raises:
-        AttackError: the state is damaged, or was written while searching in another precision.
+        AttackError: the state is damaged, of another attack, or was written while searching in another precision.
     """
     try:
         known: State = TypeAdapter(State).validate_python(state)
@@ -78,12 +83,33 @@ def restore(attack: GCG, state: Any) -> None:
         raise _damaged(str(error).partition("\n")[0]) from error
 
 
+# settings that an attack may change when it goes on; all others, and what is attacked, make it another one
+FREE = ("num_steps", "batch_size", "early_stop", "verbosity", "score_dtype")
+
+
+def digest(attack: GCG) -> str:
+    """What tells one attack from another: conversations, targets, initial suffix and settings."""
+    settings = {key: value for key, value in asdict(attack.config).items() if key not in FREE}
+    slots = [[part.tolist() for part in (s.before_ids, s.suffix_ids, s.after_ids, s.target_ids)] for s in attack.slots]
+    told = json.dumps([settings, slots, [repr(term) for term in attack.terms]], sort_keys=True, default=repr)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 def _damaged(told: str) -> AttackError:
     return AttackError(f"The attack's saved state is damaged ({told}); delete it and attack again.")
 
 
 def _restore(attack: GCG, state: State) -> None:
+    if state["attack"] != digest(attack):
+        raise AttackError(
+            "The saved state is of another attack: its conversations, target, initial suffix or settings differ from "
+            "these; give the same, or attack anew."
+        )
+    known = {str(kind): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
     dtype = str(attack.search.model.dtype)
+    if state["search_dtype"] != dtype and attack.config.score_dtype == "auto" and state["search_dtype"] in known:
+        attack._score_in(known[state["search_dtype"]])  # what was measured when it began, not what is measured now
+        dtype = state["search_dtype"]
     if state["search_dtype"] != dtype:
         raise AttackError(
             f"The attack was searching in {state['search_dtype']} and would go on in {dtype}; "

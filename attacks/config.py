@@ -36,7 +36,7 @@ class GCGConfig:
     """
 
     num_steps: int = 250
-    optim_str_init: str | tuple[str, ...] = "x x x x x x x x x x x x x x x x x x x x"
+    optim_str_init: str | tuple[str, ...] | list[str] = "x x x x x x x x x x x x x x x x x x x x"
     search_width: int = 512
     batch_size: int | None = None
     topk: int = 256
@@ -93,7 +93,13 @@ class GCGConfig:
 
         ``score_dtype="bfloat16"`` searches in bfloat16 and lets float32 rescoring decide. On a GPU nanoGCG draws from
         the GPU's generator and this engine from its own on the CPU, so trajectories are equal on a CPU only.
+
+        Raises:
+            AttackError: a setting that nanoGCG does not have.
         """
+        foreign = [name for name in keywords if name in NANOGCG or name in ("rescore", "compat")]
+        if foreign:
+            raise AttackError(f"nanoGCG has no {foreign[0]}; leave it out, or use GCGConfig(...) for it.")
         return cls(**{**NANOGCG, **keywords}, compat=True, score_dtype=score_dtype)
 
 

@@ -15,7 +15,7 @@ from attacks import checkpoint
 from attacks.candidates import compat_gradient, draw, forbidden_ids, token_gradient
 from attacks.config import AttackError, GCGConfig, GCGResult, Step, resolve_dtype
 from attacks.controls import random_suffixes
-from attacks.inputs import Conversations, check_model, check_slots, pair_up
+from attacks.inputs import Conversations, check_inits, check_model, check_slots, pair_up
 from attacks.memory import memory_for
 from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives
 from attacks.scorer import Scorer, rescored_best
@@ -61,13 +61,17 @@ class GCG:
         if config.compat and len(conversations) > 1:
             raise AttackError("nanoGCG knows one conversation at a time; leave compat mode for a universal suffix.")
         lead = " " if config.add_space_before_target else ""
-        self.slots: list[Slot] = [
-            build(tokenizer, talk, lead + aim, inits[0]) for talk, aim in zip(conversations, targets, strict=True)
-        ]
+        self.slots: list[Slot] = []
+        for i, (talk, aim) in enumerate(zip(conversations, targets, strict=True)):
+            try:
+                self.slots.append(build(tokenizer, talk, lead + aim, inits[0]))
+            except AttackError as error:
+                if len(conversations) == 1:
+                    raise
+                raise AttackError(f"Conversation {i}: {error}") from error
         check_slots(self.slots, model, config)
         self.model = model
-        self.search, self.exact = self._scorers(model)
-        self._both = [scorer for scorer in (self.search, self.exact) if scorer is not None]
+        self._score_in(resolve_dtype(config.score_dtype, model))
         self.forbidden = forbidden_ids(
             tokenizer,
             model.get_input_embeddings().weight.shape[0],
@@ -89,24 +93,24 @@ class GCG:
         for scorer in self._both:
             scorer.active = n_goals
 
-    def _scorers(self, model: Any) -> tuple[Scorer, Scorer | None]:
-        own = next(model.parameters()).dtype
-        dtype = resolve_dtype(self.config.score_dtype, model)
-        if dtype == own:
-            return Scorer(model, self.slots, self.config, self.terms), None
-        # the low-precision twin only shortlists; the model's own precision decides
-        with memory_for(f"a copy of the model in {dtype}", model):
-            twin = copy.deepcopy(model).to(dtype)
-        return (
-            Scorer(twin, self.slots, self.config, self.terms),
-            Scorer(model, self.slots, self.config, self.terms),
-        )
+    def _score_in(self, dtype: torch.dtype) -> None:
+        """Search in ``dtype``; where the model's own precision is another, a copy shortlists and the model decides."""
+        model, own = self.model, next(self.model.parameters()).dtype
+        twin = model
+        if dtype != own:
+            with memory_for(f"a copy of the model in {dtype}", model):
+                twin = copy.deepcopy(model).to(dtype)
+        self.search = Scorer(twin, self.slots, self.config, self.terms)
+        self.exact = None if dtype == own else Scorer(model, self.slots, self.config, self.terms)
+        self._both = [scorer for scorer in (self.search, self.exact) if scorer is not None]
 
     def _initial_buffer(self, inits: list[str]) -> list[Entry]:
         first, size, compat = self.slots[0].suffix_ids, self.config.buffer_size, self.config.compat
         rows = [first] if len(inits) == 1 else [build_init(self.tokenizer, self.slots[0], t, compat) for t in inits]
         if len({len(row) for row in rows}) > 1:
             raise AttackError(f"The initial suffixes have {[len(row) for row in rows]} tokens; give equal lengths.")
+        if not compat and self.config.filter_ids:
+            check_inits(self.tokenizer, self.slots, rows, inits)
         ids = torch.stack(rows)
         if size > 1 and len(inits) == 1 and not compat:
             seed = int(torch.randint(2**31, (1,), generator=self.generator))

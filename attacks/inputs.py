@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from attacks.config import AttackError, GCGConfig
-from attacks.slot import Messages, Slot
+from attacks.slot import Messages, Slot, survives
 
 Conversations = Messages | list[Messages]
 
@@ -48,9 +51,11 @@ def check_slots(slots: list[Slot], model: Any, config: GCGConfig) -> None:
     """Refuse what cannot work before any time is spent.
 
     Raises:
-        AttackError: a suffix that is tokenised differently in different conversations, too long a conversation, or
-            more tokens to replace than the suffix has.
+        AttackError: a suffix without tokens or tokenised differently in different conversations, too long a
+            conversation, or more tokens to replace than the suffix has.
     """
+    if not len(slots[0].suffix_ids):
+        raise AttackError(f"The initial suffix {config.optim_str_init!r} has no tokens; give a visible one.")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     lengths = {tuple(slot.suffix_ids.tolist()) for slot in slots}
     if len(lengths) > 1:
@@ -58,11 +63,29 @@ def check_slots(slots: list[Slot], model: Any, config: GCGConfig) -> None:
             f"The initial suffix {config.optim_str_init!r} is tokenised differently in different conversations; put a "
             "space before {optim_str} in each of them."
         )
-    for slot in slots:
-        total = len(slot.before_ids) + len(slot.suffix_ids) + len(slot.after_ids) + len(slot.target_ids)
+    for i, slot in enumerate(slots):
+        talk = len(slot.before_ids) + len(slot.after_ids)
+        total = talk + len(slot.suffix_ids) + len(slot.target_ids)
         if limit is not None and total > limit:
-            raise AttackError(f"Conversation, suffix and target are {total} tokens; the model takes {limit}.")
+            raise AttackError(
+                f"Conversation {i} has {total} tokens ({talk} with its template, {len(slot.suffix_ids)} of the suffix, "
+                f"{len(slot.target_ids)} of the target), but the model takes {limit}; shorten the longest of them."
+            )
     for name in ("n_replace", "n_replace_start"):
         value = getattr(config, name)
         if value is not None and value > len(slots[0].suffix_ids):
             raise AttackError(f"{name} is {value}, but the suffix has {len(slots[0].suffix_ids)} tokens.")
+
+
+def check_inits(tokenizer: Any, slots: list[Slot], rows: list[Tensor], inits: list[str]) -> None:
+    """Refuse initial suffixes that a model would not read as the tokens that the search begins with.
+
+    Raises:
+        AttackError: one decodes to a text that is tokenised otherwise in a conversation.
+    """
+    for text, fits in zip(inits, survives(tokenizer, slots, torch.stack(rows)).tolist(), strict=True):
+        if not fits:
+            raise AttackError(
+                f"The initial suffix {text!r} decodes to a text that is tokenised otherwise where it stands, as those "
+                "that end in white space; choose another, e.g. 'x x x'."
+            )

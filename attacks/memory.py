@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from attacks.config import AttackError
 
 SHARE = 0.5  # of the free memory that a batch may take
 _tasks = 1  # processes like this one on the machine (or on its GPU), among which that is divided
+WANT = re.compile(r"out of memory|(can't|cannot) allocate|not enough memory|failed to allocate", re.IGNORECASE)
 LOGIT_BUDGET = 2**27  # on a CPU: logits held at once (512 MB in float32)
 TOKEN_BUDGET = 8192  # on a CPU: tokens in one forward; larger batches gain nothing there and only cost memory
 
@@ -32,7 +34,7 @@ def share_memory(tasks: int) -> None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch failed for want of memory: on a GPU a kind of error of its own, on a CPU a plain one."""
-    return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or bool(WANT.search(str(error)))
 
 
 def out_of_memory(what: str, model: Any) -> AttackError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attacks.config import AttackError, GCGConfig, GCGResult
+from attacks.inputs import Conversations, pair_up
 from attacks.slot import Messages, Slot, render
 
 # the characters that fill nanoGCG's buffer at the start, in its order (the sampled ids depend on it)
@@ -30,7 +32,7 @@ def compat_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) ->
         raise AttackError("The target is empty; give the words that the reply should begin with, e.g. 'Sure, here is'.")
     if not suffix:
         raise AttackError("The initial suffix is empty; give at least one token.")
-    before, after = render(tokenizer, messages)
+    before, after = render(with_template(tokenizer), messages)
     bos = tokenizer.bos_token
     if bos and before.startswith(bos):
         before, after = before.replace(bos, ""), after.replace(bos, "")
@@ -41,6 +43,15 @@ def compat_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) ->
     return Slot(before, "", after, ids(before, special=True), ids(suffix), ids(after), ids(target))
 
 
+def with_template(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy that writes turns one after the other where it has no chat template."""
+    if tokenizer.chat_template:
+        return tokenizer
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return bare
+
+
 def isolated_survives(tokenizer: Any, ids: Int[Tensor, "cand suffix"]) -> Bool[Tensor, " cand"]:
     """Which suffixes, decoded and encoded on their own, give their ids back (nanoGCG's filter)."""
     texts = tokenizer.batch_decode(ids)
@@ -48,15 +59,21 @@ def isolated_survives(tokenizer: Any, ids: Int[Tensor, "cand suffix"]) -> Bool[T
     return torch.tensor([row == list(back) for row, back in zip(ids.tolist(), encoded, strict=True)])
 
 
-def run_nanogcg(model: Any, tokenizer: Any, messages: Messages, target: str, config: GCGConfig) -> GCGResult:
+def run_nanogcg(
+    model: Any, tokenizer: Any, messages: Conversations, target: str | list[str], config: GCGConfig | None = None
+) -> GCGResult:
     """The same call answered by the installed nanogcg package (0.2.3, prefix cache off: it fails on transformers 5).
 
     nanogcg seeds Python, numpy and torch globally and leaves deterministic algorithms switched on; all of that is put
-    back afterwards.
+    back afterwards. It tells no steps and no ids: ``steps`` is empty, and ``best_ids`` are the best string's.
 
     Raises:
-        AttackError: nanogcg is not installed.
+        AttackError: nanogcg is not installed, or there are several conversations.
     """
+    config = config or GCGConfig()
+    conversations, targets = pair_up(messages, target)
+    if len(conversations) > 1:
+        raise AttackError("nanoGCG knows one conversation at a time; attacks.run makes a universal suffix.")
     try:
         import nanogcg
     except ImportError as error:
@@ -79,12 +96,14 @@ def run_nanogcg(model: Any, tokenizer: Any, messages: Messages, target: str, con
         seed=config.seed,
         verbosity="WARNING",
     )
-    deterministic, states = torch.are_deterministic_algorithms_enabled(), (random.getstate(), np.random.get_state())
+    states = random.getstate(), np.random.get_state()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         with torch.random.fork_rng():  # all GPUs' generators too
-            found = nanogcg.run(model, tokenizer, messages, target, theirs)
+            # a copy where it has no template: nanogcg writes one into the tokenizer that it is given
+            found = nanogcg.run(model, with_template(tokenizer), conversations[0], targets[0], theirs)
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         random.setstate(states[0])
         np.random.set_state(states[1])
     ids = tuple(tokenizer(found.best_string, add_special_tokens=False).input_ids)

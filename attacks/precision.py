@@ -36,6 +36,13 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if bf16_speedup(torch.device(device)) >= 1.5 else torch.float32
 
 
+def or_float32(model: Any) -> str:
+    """What to do about numbers that are not finite."""
+    if model.dtype != torch.float32:
+        return "try float32"
+    return "the model's weights, or what is added to the loss, are broken"
+
+
 def stays_put(model: Any) -> bool:
     """Whether a model cannot be copied or cast: it is quantised, or its weights are spread by accelerate."""
     return bool(getattr(model, "is_quantized", False)) or len(set(getattr(model, "hf_device_map", {}).values())) > 1

@@ -17,7 +17,7 @@ from attacks.config import AttackError, GCGConfig
 from attacks.grouping import first_changes, group_by_start, overhead_tokens
 from attacks.memory import free_bytes, is_out_of_memory, memory_for, most_candidates, out_of_memory
 from attacks.objective import target_loss
-from attacks.precision import contiguous_head
+from attacks.precision import contiguous_head, or_float32
 from attacks.slot import Slot
 from attacks.terms import Term, watched
 
@@ -81,7 +81,10 @@ class Scorer:
             table[rows, goal], matched[rows, goal] = self._goal(goal, ids[rows], current)
             sums[rows] += table[rows, goal]
             if not torch.isfinite(sums).all():
-                raise AttackError(f"The loss of conversation {goal} is not finite in {self.model.dtype}; try float32.")
+                raise AttackError(
+                    f"The loss of conversation {goal} is not finite ({float(sums[~sums.isfinite()][0])}) in "
+                    f"{self.model.dtype}; {or_float32(self.model)}."
+                )
 
         rest, bound = torch.arange(len(ids)), float("inf")
         order = [((first or 0) + i) % self.active for i in range(self.active)]
@@ -121,7 +124,8 @@ class Scorer:
             overhead = overhead_tokens(self.model.dtype)
             groups = group_by_start(first_changes(ids, current), n_suffix, slot.n_behind, overhead)
             held = groups[-1][0]
-            cache = prefix_cache(self.model, current[:held], cache)
+            with memory_for("what candidates have in common", self.model):
+                cache = prefix_cache(self.model, current[:held], cache)
             self.flops += self.forward_flops(held, min(held, 1))
         losses = torch.empty(len(ids))
         matched = torch.empty(len(ids), dtype=torch.bool)

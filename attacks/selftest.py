@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from attacks.gcg import GCG
-from attacks.memory import candidate_bytes
+from attacks.memory import candidate_bytes, free_bytes, memory_for
 from attacks.slot import PLACEHOLDER, Messages, Slot, turns_of
 
 PROBE = 8  # candidates that are scored to measure the speed
 REPLY_TOKENS = 24
+FEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def self_test(attack: GCG) -> SelfTest:
     probe = ids.repeat(PROBE, 1)
     attack.search(probe)  # the first forward allocates
     started, flops = time.perf_counter(), attack.search.flops
-    losses, _ = attack.search(probe)
+    attack.search(probe)
     rate = (attack.search.flops - flops) / (time.perf_counter() - started)
+    losses, _ = (attack.exact or attack.search)(ids[None])
     per_candidate = sum(
         attack.search.forward_flops(len(slot.suffix_ids) + slot.n_behind, len(slot.target_ids)) for slot in attack.slots
     )
@@ -65,7 +67,18 @@ def self_test(attack: GCG) -> SelfTest:
             f"The target's loss is {float(losses.mean()):.1f} nats a token: the model would hardly ever say it; choose "
             "words closer to how it begins its replies."
         )
-    return SelfTest(tuple(replies), tuple(losses[0].tolist()), seconds, _gib(attack), tuple(warnings))
+    gib, free = _gib(attack), free_bytes(model.device) / 2**30
+    if gib > free:
+        warnings.append(
+            f"The largest batch may take {gib:.1f} GiB and {free:.1f} are free; a smaller batch_size or shorter "
+            "conversations take less."
+        )
+    if len(ids) < FEW_TOKENS:
+        warnings.append(
+            f"The initial suffix {init!r} is {len(ids)} tokens in this vocabulary, and stays as long; more leave the "
+            "search more room, e.g. 'x x x x x x x x x x'."
+        )
+    return SelfTest(tuple(replies), tuple(losses[0].tolist()), seconds, gib, tuple(warnings))
 
 
 def _with_suffix(talk: Messages, suffix: str) -> list[dict[str, str]]:
@@ -84,13 +97,14 @@ def _reply(model: Any, tokenizer: Any, talk: Messages) -> str:
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=REPLY_TOKENS,
-        do_sample=False,
-        pad_token_id=pad,
-    )
+    with memory_for(f"a reply of {REPLY_TOKENS} tokens", model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=REPLY_TOKENS,
+            do_sample=False,
+            pad_token_id=pad,
+        )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 

@@ -111,7 +111,7 @@ def split_ids(tokenizer: Any, before: str, suffix: str, after: str) -> tuple[Ten
     """Ids of the three parts of ``before + suffix + after``, tokenised as one text; a token belongs where it ends.
 
     Raises:
-        AttackError: the suffix has no tokens of its own, or shares one with the text before it.
+        AttackError: the suffix has no tokens of its own, or shares one with the text before or behind it.
     """
     encoded = tokenizer(before + suffix + after, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded.offset_mapping]
@@ -125,6 +125,12 @@ def split_ids(tokenizer: Any, before: str, suffix: str, after: str) -> tuple[Ten
     if start < stop and before[start:stop].strip():
         raise AttackError(
             f"The suffix {suffix!r} merges with the text before it ({before[start:]!r}); put a space before "
+            f"{PLACEHOLDER} in the conversation."
+        )
+    end = len(before) + len(suffix)
+    if last < len(ends) and encoded.offset_mapping[last][0] < end and after[: ends[last] - end].strip():
+        raise AttackError(
+            f"The suffix {suffix!r} merges with the text behind it ({after[: ends[last] - end]!r}); put a space behind "
             f"{PLACEHOLDER} in the conversation."
         )
     return parts

@@ -50,11 +50,21 @@ class Projection:
 
     @contextlib.contextmanager
     def watch(self, model: Any, slot: Slot) -> Iterator[Read]:
-        """See :class:`Term`."""
+        """See :class:`Term`.
+
+        Raises:
+            AttackError: no such layer, or a direction of another width or of length 0.
+        """
         blocks = decoder_layers(model)
         if not 0 <= self.layer < len(blocks):
             raise AttackError(f"layer {self.layer} does not exist; the model has {len(blocks)} blocks.")
-        unit = (self.direction / self.direction.norm()).to(model.device)
+        width, length = model.config.get_text_config().hidden_size, float(self.direction.norm())
+        if self.direction.shape != (width,) or not 0 < length < float("inf"):
+            raise AttackError(
+                f"The direction has the shape {list(self.direction.shape)} and the length {length:.3g}; the model's "
+                f"residual stream has {width} dimensions, and a direction must not be 0."
+            )
+        unit = (self.direction / length).to(model.device)
         seen: list[Tensor] = []
 
         def catch(module: Any, args: Any, kwargs: Any) -> None:
@@ -81,9 +91,15 @@ class SuffixAttention:
 
     @contextlib.contextmanager
     def watch(self, model: Any, slot: Slot) -> Iterator[Read]:
-        """See :class:`Term`. The model computes attention eagerly meanwhile: other kernels keep no attention rows."""
+        """See :class:`Term`. The model computes attention eagerly meanwhile: other kernels keep no attention rows.
+
+        Raises:
+            AttackError: no such layer, or a model that gives no attention rows.
+        """
         blocks = decoder_layers(model)
-        chosen = range(len(blocks)) if self.layers is None else self.layers
+        chosen = tuple(range(len(blocks))) if self.layers is None else self.layers
+        if not chosen or not all(0 <= layer < len(blocks) for layer in chosen):
+            raise AttackError(f"layers is {self.layers}; the model has blocks 0 to {len(blocks) - 1}.")
         n_target, n_after, n_suffix = len(slot.target_ids), len(slot.after_ids), len(slot.suffix_ids)
         last = n_target - 1  # tokens that stand behind chat[-1]
         seen: list[Tensor] = []

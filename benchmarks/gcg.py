@@ -217,7 +217,7 @@ def race(n: int = 6, steps: int = 60, width: int = 128, seeds: int = 1) -> None:
     hf, tokenizer = model_in(torch.float32)
     shares = []
     for text in instructions(n):
-        per_step = statistics.median(nanogcg_steps(hf, tokenizer, text, width, WARM_UP + 3)[0])
+        per_step = statistics.median(nanogcg_steps(hf, tokenizer, text, width, WARM_UP + 5)[0])
         for seed in range(seeds):
             setting = {**SETTINGS, "seed": seed}
             compat = attacks.GCGConfig.nanogcg(num_steps=steps, search_width=width, score_dtype="bfloat16", **setting)
@@ -261,7 +261,7 @@ def scaling(out: str = "benchmarks/gcg_scaling.svg") -> None:
             talk, width = make(value)
             slot = attacks.build_slot(tokenizer, talk, TARGET, str(SETTINGS["optim_str_init"]))
             size = {"candidates": width, "tokens after the suffix": len(slot.after_ids)}.get(name, len(slot.before_ids))
-            config = attacks.GCGConfig(num_steps=5, search_width=width, score_dtype="bfloat16", **SETTINGS)
+            config = attacks.GCGConfig(num_steps=WARM_UP + 5, search_width=width, score_dtype="bfloat16", **SETTINGS)
             seconds = statistics.median(our_steps(hf, tokenizer, talk, config)[0])
             rows.append({"what": name, "size": size, "seconds": seconds})
             print(f"{name:26} {size:5} {seconds:8.3f} s a step", flush=True)

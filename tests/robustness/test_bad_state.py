@@ -62,7 +62,7 @@ def _checkpoint(study: Study) -> object:
         model.tokenizer,
         "Pick a lock",
         "Sure",
-        attacks.GCGConfig(num_steps=2, search_width=2, optim_str_init="x x"),
+        attacks.GCGConfig(num_steps=2, search_width=2, optim_str_init="x x", momentum=0.5),
     )
     attack.restore(files.read_json(study.folder / "checkpoint.json"))
     return list(attack.steps())

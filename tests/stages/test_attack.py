@@ -147,6 +147,50 @@ def test_a_damaged_state_is_named(part: str, value: Any) -> None:
         attack.restore({key: kept for key, kept in state.items() if key != part})
 
 
+OTHER: list[dict[str, Any]] = [
+    {"target": "Yes"}, {"talks": TALKS[::-1]}, {"config": {"seed": 8}}, {"config": {"merge": 0}},
+    {"config": {"optim_str_init": INIT.replace("x", "y")}}, {"terms": (attacks.SuffixAttention(),)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", OTHER, ids=str)
+def test_a_state_of_another_attack_is_refused(change: dict[str, Any]) -> None:
+    def made(**changes: Any) -> attacks.GCG:
+        config = attacks.GCGConfig(**{**SMALL, **changes.get("config", {})})
+        talks, target = changes.get("talks", TALKS), changes.get("target", "Sure")
+        return attacks.GCG(model, tiny.tokenizer(), talks, target, config, changes.get("terms", ()))
+
+    model = tiny.hf_model("llama")
+    attack = made()
+    next(attack.steps())
+    state = json.loads(json.dumps(attack.state()))
+    with pytest.raises(attacks.AttackError, match="of another attack"):
+        made(**change).restore(state)
+    longer = made(config={"num_steps": 9, "batch_size": 4})
+    longer.restore(state)
+    assert [step.step for step in longer.steps()] == [2, 3, 4, 5, 6, 7, 8, 9], "more steps are the same attack"
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+def test_an_attack_goes_on_in_the_precision_it_began_in(first: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What "auto" measures may be otherwise when it goes on, on this machine or on another."""
+    model, config = tiny.hf_model("llama"), attacks.GCGConfig(**SMALL)
+    monkeypatch.setattr("attacks.precision.fast_dtype", lambda device: first)
+    whole = list(attacks.GCG(model, tiny.tokenizer(), TALKS, "Sure", config).steps())
+    attack = attacks.GCG(model, tiny.tokenizer(), TALKS, "Sure", config)
+    steps = attack.steps()
+    for _ in range(3):
+        next(steps)
+    state = json.loads(json.dumps(attack.state()))
+    other = {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[first]
+    monkeypatch.setattr("attacks.precision.fast_dtype", lambda device: other)
+    again = attacks.GCG(model, tiny.tokenizer(), TALKS, "Sure", config)
+    assert again.search.model.dtype == other
+    again.restore(state)
+    assert again.search.model.dtype == first
+    assert [(s.ids, s.loss) for s in again.steps()] == [(s.ids, s.loss) for s in whole[3:]]
+
+
 def test_a_state_of_another_precision_is_refused() -> None:
     tok, config = tiny.tokenizer(), attacks.GCGConfig(**SMALL, score_dtype="bfloat16")
     state = attacks.GCG(tiny.hf_model("llama"), tok, TALKS, "Sure", config).state()

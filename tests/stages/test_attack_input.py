@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import attacks
+from attacks import selftest
 from attacks.caches import cache_argument
+from attacks.candidates import draw
+from attacks.memory import is_out_of_memory
 from attacks.scorer import Scorer
 from attacks.slot import survives
 from tests import tiny
@@ -44,6 +47,30 @@ def test_self_test_warns_of_a_target_that_needs_no_suffix() -> None:
     assert any("without any suffix" in warning for warning in attacks.self_test(attack).warnings)
 
 
+def test_self_test_warns_of_what_takes_long_does_not_fit_or_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    config = attacks.GCGConfig(num_steps=10**9, search_width=8, topk=32, optim_str_init="x")
+    attack = attacks.GCG(model, tok, TALKS[0], "Sure", config)
+    monkeypatch.setattr(selftest, "free_bytes", lambda device: 0)
+    hours, room, few = attacks.self_test(attack).warnings
+    assert "1000000000 steps may take" in hours and "smaller search_width" in hours
+    assert "may take 0.0 GiB and 0.0 are free" in room and "batch_size" in room
+    assert "'x' is 2 tokens" in few
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+    told = attacks.self_test(attacks.GCG(model, tok, TALKS[0], "Sure", attacks.GCGConfig(**SMALL))).warnings
+    assert "the model would hardly ever say it" in told[0]
+
+
+def test_the_time_of_a_step_is_estimated() -> None:
+    """Within a factor of ten on a model whose steps are all overhead; benchmarks know more."""
+    config = attacks.GCGConfig(**{**SMALL, "search_width": 200})
+    attack = attacks.GCG(tiny.hf_model("llama"), tiny.tokenizer(), TALKS, "Sure", config)
+    found = attacks.self_test(attack).seconds_per_step
+    taken = sorted(step.seconds for step in attack.steps())[3]
+    assert taken / 10 < found < taken * 10
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"target": ""}, "target is empty"),
     ({"target": " "}, "target is empty"),
@@ -51,7 +78,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "no conversation"),
     ({"messages": "a {optim_str} b {optim_str}"}, "2 times"),
     ({"messages": ["a", "b"], "target": ["x"]}, "2 conversations but 1 targets"),
-    ({"messages": "word " * 700}, "the model takes 512"),
+    ({"messages": "word " * 700}, r"but the model takes 512; shorten"),
+    ({"target": "word " * 700}, r"16 of the suffix, 1401 of the target\), but the model takes 512"),
+    ({"messages": ["a", "b {optim_str} {optim_str}"]}, "Conversation 1: The conversation holds .* 2 times"),
+    ({"config": {"optim_str_init": "x x "}}, "'x x ' decodes to a text that is tokenised otherwise"),
+    ({"config": {"optim_str_init": ("x x", "x x ")}}, r"have \[4, 5\] tokens; give equal lengths"),
+    ({"messages": "Tell me th{optim_str}", "config": {"optim_str_init": "e x"}}, "'e x' merges with the text before"),
+    ({"messages": "Go {optim_str}e end", "config": {"optim_str_init": "x th"}}, "' x th' merges with the text behind"),
+    ({"messages": ["Go {optim_str}", "Go{optim_str}"]}, "tokenised differently in different conversations"),
     ({"config": {"optim_str_init": "  "}}, "initial suffix is '  '"),
     ({"config": {"n_replace": 20}}, "n_replace is 20, but the suffix has 16"),
     ({"config": {"topk": 5000}}, "topk is 5000"),
@@ -69,6 +103,8 @@ def test_bad_input_is_named(change: dict[str, Any], expected: str) -> None:
 def test_settings_that_cannot_work_are_named() -> None:
     with pytest.raises(attacks.AttackError, match="optim_str_init is"):
         attacks.GCGConfig(optim_str_init=())
+    with pytest.raises(attacks.AttackError, match="optim_str_init is ''"):
+        attacks.GCGConfig(optim_str_init="")
     with pytest.raises(attacks.AttackError, match="mellowmax_alpha is 0"):
         attacks.GCGConfig(mellowmax_alpha=0.0)
     with pytest.raises(attacks.AttackError, match="topk is 100000"):
@@ -96,12 +132,42 @@ def test_a_suffix_that_opens_its_turn_keeps_its_beginning() -> None:
     """Templates that trim a turn would take a first space away, and the model would read other tokens."""
     tok = tiny.tokenizer()
     ids = torch.tensor([tok(text, add_special_tokens=False).input_ids[:2] for text in (" rain wind", "rain wind")])
-    for talk, expected in (("{optim_str} Sing", [False, True]), ("Sing{optim_str} now", [True, False])):
+    for talk, expected in (("{optim_str} Sing", [False, True]), ("Sing{optim_str} now", [True, True])):
         slot = attacks.build_slot(tok, talk, "Sure", INIT)
-        fits = survives(tok, [slot], ids)
-        assert not fits[0] or expected[0], talk
+        assert survives(tok, [slot], ids).tolist() == expected, talk
     slot = attacks.build_slot(tok, "{optim_str} Sing", "Sure", INIT)
     assert slot.opens_turn and not attacks.build_slot(tok, "Sing{optim_str}", "Sure", INIT).opens_turn
+
+
+@pytest.mark.parametrize("width", [1, 12])
+def test_what_is_refused_or_repeated_is_drawn_again(width: int) -> None:
+    """8 positions × 4 tokens are 32 candidates, of which about half are refused: many draws repeat or fail."""
+    ids, forbidden = torch.full((8,), 300), torch.arange(10)
+    gradient = torch.randn(8, 700, generator=torch.Generator().manual_seed(0))
+    answers: list[bool] = []
+
+    def keep(rows: torch.Tensor) -> torch.Tensor:
+        fits = rows.sum(dim=1) % 2 == 0
+        answers.extend(fits.tolist())
+        return fits
+
+    config = attacks.GCGConfig(search_width=width, topk=4)
+    found, refused = draw(ids, gradient, forbidden, config, torch.Generator().manual_seed(1), keep)
+    rows = list(map(tuple, found.tolist()))
+    assert len(rows) == len(set(rows)) == width and tuple(ids.tolist()) not in rows
+    assert bool((found.sum(dim=1) % 2 == 0).all())
+    assert refused == answers.count(False) > 0 or width == 1
+    best = (-gradient.index_fill(1, forbidden, float("inf"))).topk(4, dim=1).indices
+    for row in found:
+        (place,) = (row != ids).nonzero().flatten().tolist()
+        assert int(row[place]) in best[place]
+
+
+def test_only_a_want_of_memory_is_taken_for_one() -> None:
+    told = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    assert is_out_of_memory(RuntimeError(told))
+    assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 class Starved(torch.nn.Module):
@@ -151,7 +217,7 @@ def test_losses_that_are_not_finite_are_named() -> None:
     model = tiny.hf_model("llama")
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(attacks.AttackError, match="conversation 0 is not finite"):
+    with pytest.raises(attacks.AttackError, match=r"conversation 0 is not finite \(nan\) in torch.float32; the"):
         attacks.run(model, tiny.tokenizer(), TALKS[0], "Sure", attacks.GCGConfig(**SMALL))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import fields
 from typing import Any
@@ -15,7 +16,7 @@ import attacks
 from attacks.candidates import compat_gradient, token_gradient
 from attacks.nanogcg import compat_slot, run_nanogcg
 from tests import tiny
-from tests.small_attacks import INIT, SMALL, plain_loss
+from tests.small_attacks import INIT, SMALL, TALKS, plain_loss
 
 SETTINGS = [
     {},
@@ -55,6 +56,61 @@ def test_compat_mode_repeats_nanogcg(family: str, changes: dict[str, Any]) -> No
     assert ours.best_string == theirs.best_string
 
 
+FORMS: list[dict[str, Any]] = [
+    {"format": "llama3", "tells": "the BOS text is cut from the template and put back by the tokenizer"},
+    {"format": "gemma", "add_space_before_target": True, "tells": "another BOS, and a space before the target"},
+    {"format": None, "optim_str_init": [INIT.replace("x", c) for c in "xqz!"], "buffer_size": 4, "tells": "a list"},
+    {"format": None, "use_mellowmax": True, "mellowmax_alpha": 2.0, "batch_size": 5, "tells": "alpha, batches"},
+    {"format": "bare", "tells": "a base model's tokenizer has no chat template"},
+]
+
+
+@pytest.mark.usefixtures("_quick_nanogcg")
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form["tells"])
+def test_compat_mode_tokenises_and_begins_as_nanogcg(form: dict[str, Any]) -> None:
+    changes = {key: value for key, value in form.items() if key not in ("format", "tells")}
+    tok = copy.deepcopy(tiny.tokenizer(None if form["format"] == "bare" else form["format"]))
+    if form["format"] == "bare":
+        tok.chat_template = None
+    model = tiny.hf_model("llama")
+    config = attacks.GCGConfig.nanogcg(**{**SMALL, **changes})
+    ours = attacks.run(model, tok, "Write a poem", "Sure, here", config)
+    theirs = run_nanogcg(model, tok, "Write a poem", "Sure, here", config)
+    assert ours.strings == theirs.strings
+    assert ours.losses == pytest.approx(theirs.losses, abs=2e-5)
+    assert form["format"] != "bare" or tok.chat_template is None, "the caller's tokenizer stays as it was"
+
+
+@pytest.mark.usefixtures("_quick_nanogcg")
+def test_compat_mode_stops_where_nanogcg_stops() -> None:
+    """The target is what the model says after a suffix that a few steps find, so that the stop happens on the way."""
+    model, tok = tiny.hf_model("llama"), tiny.tokenizer()
+    settings = {**SMALL, "num_steps": 20}
+    target = None
+    for step in attacks.run(model, tok, TALKS[1], "Sure", attacks.GCGConfig.nanogcg(**settings)).steps[3:]:
+        slot = compat_slot(tok, TALKS[1], "Sure", step.string)
+        whole = torch.cat([slot.before_ids, slot.suffix_ids, slot.after_ids])[None]
+        with torch.no_grad():
+            said = tok.decode(model(input_ids=whole).logits[0, -1].argmax())
+        if said.strip() and len(tok(said, add_special_tokens=False).input_ids) == 1:
+            target = said
+            break
+    assert target is not None
+    config = attacks.GCGConfig.nanogcg(**settings, early_stop=True)
+    ours = attacks.run(model, tok, TALKS[1], target, config)
+    theirs = run_nanogcg(model, tok, TALKS[1], target, config)
+    assert ours.losses == pytest.approx(theirs.losses, abs=2e-5) and ours.strings == theirs.strings
+    assert len(theirs.losses) < 20 and ours.steps[-1].matched
+
+
+def test_what_nanogcg_does_not_have_is_refused_in_its_mode() -> None:
+    for name, value in (("merge", 8), ("progressive_goals", True), ("rescore", 4)):
+        with pytest.raises(attacks.AttackError, match=f"nanoGCG has no {name}"):
+            attacks.GCGConfig.nanogcg(**{name: value})
+    with pytest.raises(attacks.AttackError, match="one conversation at a time"):
+        run_nanogcg(tiny.hf_model("llama"), tiny.tokenizer(), TALKS, "Sure")
+
+
 def test_nothing_global_is_left_behind() -> None:
     model, state = tiny.hf_model("llama"), torch.get_rng_state()
     attacks.run(model, tiny.tokenizer(), "Write a poem", "Sure", attacks.GCGConfig(**{**SMALL, "num_steps": 1}))
@@ -69,6 +125,13 @@ def test_nothing_global_is_left_behind() -> None:
     # the type checker draws from Python's generator too, so it stands somewhere later in the same stream
     assert random.getrandbits(32) in [word.getrandbits(32) for _ in range(10_000)]
     assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        run_nanogcg(model, tiny.tokenizer(), "Write a poem", "Sure", attacks.GCGConfig(**{**SMALL, "num_steps": 1}))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_nanogcgs_strings_stand_beside_other_losses_where_it_has_a_buffer() -> None:

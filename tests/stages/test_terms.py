@@ -97,7 +97,9 @@ def test_an_attack_follows_the_term() -> None:
     config = attacks.GCGConfig(num_steps=8, search_width=24, topk=32, optim_str_init=INIT, seed=1)
     before = plain_projection(model, slot, slot.suffix_ids)
     found = attacks.run(model, tok, TALK, "Sure", config, terms=[Projection(direction(model), 1, 100.0)])
-    assert plain_projection(model, slot, torch.tensor(found.best_ids)) < before
+    reached = plain_projection(model, slot, torch.tensor(found.best_ids))
+    without = attacks.run(model, tok, TALK, "Sure", config)  # the same seed
+    assert reached < before and reached < plain_projection(model, slot, torch.tensor(without.best_ids))
 
 
 def test_bad_terms_are_named() -> None:
@@ -105,5 +107,14 @@ def test_bad_terms_are_named() -> None:
     term = Projection(direction(model), 99)
     with pytest.raises(attacks.AttackError, match="layer 99 does not exist"):
         attacks.run(model, tok, TALK, "Sure", attacks.GCGConfig(optim_str_init=INIT), terms=[term])
+    bad = {
+        r"layers is \(99,\); the model has blocks 0 to 2": SuffixAttention(layers=(99,)),
+        r"layers is \(\)": SuffixAttention(layers=()),
+        r"shape \[3\]": Projection(torch.ones(3), 1),
+        "length 0": Projection(torch.zeros(32), 1),
+    }
+    for told, other in bad.items():
+        with pytest.raises(attacks.AttackError, match=told):
+            attacks.run(model, tok, TALK, "Sure", attacks.GCGConfig(optim_str_init=INIT), terms=[other])
     with pytest.raises(attacks.AttackError, match="compat mode"):
         attacks.run(model, tok, TALK, "Sure", attacks.GCGConfig.nanogcg(optim_str_init=INIT), terms=[term])
