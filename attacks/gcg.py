@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from attacks.controls import random_suffixes
 from attacks.inputs import Conversations, check_inits, check_model, check_slots, pair_up
 from attacks.memory import memory_for
 from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives
+from attacks.precision import copied
 from attacks.scorer import Scorer, rescored_best
 from attacks.slot import Messages, Slot, build_slot, split_ids, suffix_string, survives
 from attacks.terms import Term
@@ -99,7 +99,7 @@ class GCG:
         twin = model
         if dtype != own:
             with memory_for(f"a copy of the model in {dtype}", model):
-                twin = copy.deepcopy(model).to(dtype)
+                twin = copied(model, dtype)
         self.search = Scorer(twin, self.slots, self.config, self.terms)
         self.exact = None if dtype == own else Scorer(model, self.slots, self.config, self.terms)
         self._both = [scorer for scorer in (self.search, self.exact) if scorer is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Iterator
@@ -46,6 +47,20 @@ def or_float32(model: Any) -> str:
 def stays_put(model: Any) -> bool:
     """Whether a model cannot be copied or cast: it is quantised, or its weights are spread by accelerate."""
     return bool(getattr(model, "is_quantized", False)) or len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+def copied(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of a model with its weights in ``dtype``, as if it had been loaded so.
+
+    Each weight is cast while it is copied, so nothing is held twice. Buffers stay as they are: rotary frequencies in
+    bfloat16 would place tokens wrongly, the more the longer the text.
+    """
+    cast = {
+        id(weight): torch.nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+        if weight.is_floating_point()
+    }
+    return copy.deepcopy(model, cast)
 
 
 @contextlib.contextmanager

@@ -75,6 +75,10 @@ def status(
     return "kept"
 
 
+def _finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def select(
     rows: Sequence[Mapping[str, Any]],
     n_layers: int,
@@ -103,18 +107,31 @@ def select(
     told = [(row, status(row, n_layers=n_layers, **rules)) for row in rows if row.get("status") != "zero"]
     kept = [row for row, why in told if why == "kept"]
     if not kept:
-        finite = [(row, why) for row, why in told if why not in ("not finite", "too late")]
-        if not finite:
-            raise UserError(f"None of {len(rows)} candidate directions has finite scores in an allowed layer.")
-        row, why = min(
-            finite,
-            key=lambda pair: (
-                max(0.0, (pair[0]["kl_div_score"] or 0.0) - kl_threshold)  # NaN, where not taken, counts as 0 too
-                + max(0.0, induce_threshold - pair[0]["steering_score"])
-            ),
-        )
+        scored = [(row, why) for row, why in told if _finite(row["steering_score"])]
+        if not scored:
+            raise UserError(
+                f"None of {len(rows)} candidate directions has finite scores (layers "
+                f"{min(row['layer'] for row in rows)} to {max(row['layer'] for row in rows)})."
+                if rows
+                else "The candidate table is empty."
+            )
+        spread = max(1e-9, *(abs(row["steering_score"] - induce_threshold) for row, _ in scored))
+
+        def missed(row: Mapping[str, Any], why: str) -> tuple[bool, float]:
+            """How far a row is from passing: late ones last; KL in units of its bound, induce of its largest miss."""
+            over = (row["kl_div_score"] - kl_threshold) / max(kl_threshold, 1e-9) if _finite(row["kl_div_score"]) else 0
+            return why == "too late", max(0.0, over) + max(0.0, (induce_threshold - row["steering_score"]) / spread)
+
+        row, why = min(scored, key=lambda pair: missed(*pair))
+        late = why == "too late"
+        misses = [f"too late (from layer {first_late(n_layers, layer_share)} on)"] if late else []
+        if _finite(row["kl_div_score"]) and row["kl_div_score"] > kl_threshold:
+            misses.append("KL too high")
+        if row["steering_score"] < induce_threshold:
+            misses.append("does not induce")
+        why = " and ".join(misses) or why
         names = {"bypass": "refusal_score", "induce": "steering_score", "KL": "kl_div_score"}
-        scores = {name: row[key] for name, key in names.items() if row[key] is not None and math.isfinite(row[key])}
+        scores = {name: row[key] for name, key in names.items() if _finite(row[key])}
         raise UserError(
             f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
             f"{row['layer']}: {why} ({', '.join(f'{name} {value:.3f}' for name, value in scores.items())}; allowed: "

@@ -236,7 +236,8 @@ def direction_lines(result: dict[str, Any]) -> list[str]:
     ]
     controls = [row for row in result["two_directions"] if row["control"]]
     lines += [
-        f"{row['direction']:11} cosine {row['cosine_with_refusal']:+.2f}; refusal score of harmful prompts when "
+        f"{row['direction']:11} cosine with the chosen {row['cosine_with_refusal']:+.2f}, with that at chat[-1] "
+        f"{row.get('cosine_with_chat_end', float('nan')):+.2f}; refusal score of harmful prompts when "
         f"ablated {row['ablated_change']:+.1f} [{row['ablated_lo']:+.1f}, {row['ablated_hi']:+.1f}], of harmless ones "
         f"when added {row['added_change']:+.1f} [{row['added_lo']:+.1f}, {row['added_hi']:+.1f}]"
         for row in result["two_directions"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from suffix_analysis.direction_file import save_direction
-from suffix_analysis.directions import Direction, DirectionConfig, find_direction, split_prompts
+from suffix_analysis.directions import Direction, DirectionConfig, NoDirection, find_direction, split_prompts
+from suffix_analysis.errors import UserError
 from suffix_analysis.files import write_table
 from suffix_analysis.inputs import study_text
 from suffix_analysis.oneness import measure_oneness
@@ -15,6 +17,7 @@ from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.replies import made_once
 
 if TYPE_CHECKING:
+    from suffix_analysis.config import StudyConfig
     from suffix_analysis.study import Study
 
 
@@ -24,17 +27,7 @@ def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
     tokens = study.refusal_tokens()
     kinds = [[p for p in prompts if p.kind == kind] for kind in ("harmful", "harmless")]
     config = study.config
-    settings = DirectionConfig(
-        n_fit=config.n_fit,
-        n_select=config.n_select,
-        layer_step=config.layer_step,
-        kl_threshold=config.kl_threshold,
-        induce_threshold=config.induce_threshold,
-        layer_share=config.layer_share,
-        score_excluded=config.score_excluded,
-        alpha=config.alpha,
-        seed=config.seed,
-    )
+    settings = settings_of(config)
     direction = _kept(study) or _found(study, kinds, settings, tokens)
     plain = {row["prompt_id"]: row["reply"] for row in study.answered([])}
     table, answers = measure_interventions(
@@ -53,6 +46,29 @@ def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def settings_of(config: StudyConfig) -> DirectionConfig:
+    """The direction's settings among a study's."""
+    names = (field.name for field in fields(DirectionConfig))
+    return DirectionConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+
+
+def check_counts(prompts: Sequence[Prompt], config: StudyConfig) -> list[str]:
+    """Refuse too few prompts before any time is spent, and tell where there are fewer than were asked for.
+
+    Raises:
+        UserError: too few of a kind for a direction (see :func:`suffix_analysis.directions.split_prompts`).
+    """
+    told = []
+    for kind in ("harmful", "harmless"):
+        fit, chosen = split_prompts([p for p in prompts if p.kind == kind], settings_of(config))
+        if len(fit) < config.n_fit or len(chosen) < config.n_select:
+            told.append(
+                f"The direction comes from {len(fit)} {kind} prompts and is chosen on {len(chosen)}; asked for were "
+                f"{config.n_fit} and {config.n_select}."
+            )
+    return told
+
+
 def _kept(study: Study) -> Direction | None:
     """The direction that an interrupted attempt has found."""
     files = (study.folder / "direction.safetensors", study.folder / "findings" / "candidates.parquet")
@@ -60,14 +76,22 @@ def _kept(study: Study) -> Direction | None:
 
 
 def _found(study: Study, kinds: list[list[Prompt]], settings: DirectionConfig, tokens: Sequence[int]) -> Direction:
-    direction = find_direction(
-        study.model, kinds[0], kinds[1], settings, refusal_tokens=tokens, search_dtype=study.fast_dtype,
-        on_candidate=lambda done, total: study.narrator.progress(done, total, "candidate directions"),
-    )  # fmt: skip
     chat = study.model.chat(kinds[0][0].text)
     names = [study.model.tokenizer.decode([i]) for i in chat.ids[chat.regions["chat"]].tolist()]
-    rows = [row | {"token": names[row["position"] + len(names)]} for row in direction.scores]
-    rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
-    write_table(study.folder / "findings" / "candidates.parquet", rows)
+
+    def write(scores: list[dict[str, Any]]) -> None:
+        rows = [row | {"token": names[row["position"] + len(names)]} for row in scores]
+        rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+        write_table(study.folder / "findings" / "candidates.parquet", rows)
+
+    try:
+        direction = find_direction(
+            study.model, kinds[0], kinds[1], settings, refusal_tokens=tokens, search_dtype=study.fast_dtype,
+            on_candidate=lambda done, total: study.narrator.progress(done, total, "candidate directions"),
+        )  # fmt: skip
+    except NoDirection as error:
+        write(error.scores)
+        raise UserError(f"{error} All candidates are in {study.folder / 'findings' / 'candidates.parquet'}.") from error
+    write(direction.scores)
     save_direction(study.folder / "direction.safetensors", direction)
     return direction

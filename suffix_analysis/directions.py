@@ -20,6 +20,8 @@ from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, same_words, to_prompts
 from suffix_analysis.refusal import discover_refusal_tokens, scores_of
 
+LEAST_FIT, LEAST_SELECT = 8, 2  # prompts of a kind
+
 __all__ = ["Direction", "DirectionConfig", "chat_means", "find_direction", "select", "split_prompts"]
 
 
@@ -46,6 +48,14 @@ class Direction:
     def unit(self) -> Float[Tensor, " d_model"]:
         """r̂, the direction at length 1."""
         return self.vector / self.vector.norm()
+
+
+class NoDirection(UserError):
+    """No candidate passes; ``scores`` is the candidate table, with why each is out."""
+
+    def __init__(self, sentence: str, scores: list[dict[str, Any]]) -> None:
+        super().__init__(sentence)
+        self.scores = scores
 
 
 @torch.no_grad()
@@ -80,12 +90,19 @@ def split_prompts(prompts: Sequence[Prompt], config: DirectionConfig) -> tuple[l
     ``n_fit + n_select`` of them, four fifths are used for extraction. Those of the report split are never used.
 
     Raises:
-        UserError: fewer than 10 prompts, fewer than 8 for extraction or 2 for selection, or one that is in both.
+        UserError: fewer than 8 for extraction or 2 for selection, one that stands in two parts (report is one) or
+            twice without any, or some with a split and some without.
     """
     rng = random.Random(config.seed)
+    _refuse_overlap(prompts)
     prompts = [p for p in prompts if p.split != "report"]
     fit = [p for p in prompts if p.split == "fit"]
     chosen = [p for p in prompts if p.split == "select"]
+    if 0 < len(fit) + len(chosen) < len(prompts):
+        raise UserError(
+            f"{len(fit) + len(chosen)} of {len(prompts)} prompts have a split; give all of them one (fit, select or "
+            "report), or none."
+        )
     if not (fit and chosen):
         pool = list(prompts)
         rng.shuffle(pool)
@@ -95,18 +112,28 @@ def split_prompts(prompts: Sequence[Prompt], config: DirectionConfig) -> tuple[l
         rng.shuffle(fit)
         rng.shuffle(chosen)
     fit, chosen = fit[: config.n_fit], chosen[: config.n_select]
-    fitted = {same_words(p.text) for p in fit}
-    both = [p.text for p in chosen if same_words(p.text) in fitted]
-    if both:
+    if len(fit) < LEAST_FIT or len(chosen) < LEAST_SELECT:
+        kinds = "/".join(sorted({p.kind for p in prompts if p.kind}))
         raise UserError(
-            f"{len(both)} prompts are in both the fit and the select part, e.g. {min(both)!r}; give each of them once."
-        )
-    if len(fit) < 8 or len(chosen) < 2:
-        raise UserError(
-            f"{len(prompts)} prompts beside the report split's are too few for a direction: {len(fit)} for extraction "
-            f"(at least 8) and {len(chosen)} for selection (at least 2); the paper uses 128 + 32 of each kind."
+            f"{len(prompts)} {kinds + ' ' if kinds else ''}prompts beside the report split's are too few for a "
+            f"direction: {len(fit)} for extraction (at least {LEAST_FIT}) and {len(chosen)} for selection (at least "
+            f"{LEAST_SELECT}); the paper uses 128 + 32 of each kind."
         )
     return fit, chosen
+
+
+def _refuse_overlap(prompts: Sequence[Prompt]) -> None:
+    """Refuse a text that stands in two splits, the report split among them, or twice where there are none."""
+    seen: dict[str, str] = {}
+    for prompt in prompts:
+        words = same_words(prompt.text)
+        before = seen.get(words)
+        seen[words] = prompt.split
+        if before is not None and (before != prompt.split or not before):
+            where = (
+                f"is in both the {before} and the {prompt.split} part" if before and prompt.split else "stands twice"
+            )
+            raise UserError(f"The prompt {prompt.text[:60]!r} {where}; give each of them once.")
 
 
 def find_direction(
@@ -134,7 +161,8 @@ def find_direction(
         on_candidate: called with (done, total) as candidates are scored.
 
     Raises:
-        UserError: too few prompts, overlapping kinds, a model that does not refuse, or no candidate that passes.
+        UserError: too few prompts, overlapping kinds or parts, or a model that does not refuse.
+        NoDirection: no candidate passes.
     """
     config = config or DirectionConfig()
     bad, good = to_prompts(harmful), to_prompts(harmless)
@@ -152,7 +180,8 @@ def find_direction(
     tokens = list(refusal_tokens or discover_refusal_tokens(model, chats(sel_bad), chats(sel_good)))
     sets = [chats(part) for part in (fit_bad, fit_good, sel_bad, sel_good)]
     if config.keep_by_score:
-        sets = [_keep(model, part, tokens, i % 2 == 0) for i, part in enumerate(sets)]
+        least = (LEAST_FIT, LEAST_FIT, LEAST_SELECT, LEAST_SELECT)
+        sets = [_keep(model, part, tokens, i % 2 == 0, least[i]) for i, part in enumerate(sets)]
     means_bad, scale = chat_means(model, sets[0])
     means_good, _ = chat_means(model, sets[1])
     candidates = (means_bad - means_good)[:-1].float()
@@ -160,7 +189,10 @@ def find_direction(
     if fast is not model:
         rows = rescore_leaders(model, candidates, scale, rows, sets[2], sets[3], tokens, config)
     rules = config.rules
-    position, layer = select(rows, model.n_layers, **rules)
+    try:
+        position, layer = select(rows, model.n_layers, **rules)
+    except UserError as error:  # the table says more than the sentence
+        raise NoDirection(str(error), [_with_status(row, None, model.n_layers, rules) for row in rows]) from error
     rows = [_with_status(row, (position, layer), model.n_layers, rules) for row in rows]
     n_chat = candidates.shape[1]
     return Direction(
@@ -180,18 +212,21 @@ def _search_dtype(model: Model) -> torch.dtype:
     return fast_dtype(model.hf.device) if own == torch.float32 else own
 
 
-def _keep(model: Model, chats: list[Chat], tokens: list[int], refused: bool) -> list[Chat]:
-    """Harmful prompts with a refusal score above 0, harmless ones below (the paper, §C)."""
+def _keep(model: Model, chats: list[Chat], tokens: list[int], refused: bool, least: int) -> list[Chat]:
+    """Harmful prompts with a refusal score above 0, harmless ones with one below (the paper, §C)."""
     scores = scores_of(model, [chat.ids for chat in chats], tokens).tolist()
-    kept = [chat for chat, score in zip(chats, scores, strict=True) if (score > 0) == refused]
-    if len(kept) < 2:
+    kept = [chat for chat, score in zip(chats, scores, strict=True) if (score > 0 if refused else score < 0)]
+    if len(kept) < least:
         kind = "harmful prompts are refused" if refused else "harmless prompts are answered"
-        raise UserError(f"Only {len(kept)} of {len(chats)} {kind}; the direction needs more of them.")
+        raise UserError(
+            f"Only {len(kept)} of {len(chats)} {kind} (by the tokens {tokens} that open refusals); the direction needs "
+            f"at least {least} of them."
+        )
     return kept
 
 
 def _with_status(
-    row: dict[str, Any], choice: tuple[int, int], n_layers: int, rules: dict[str, float]
+    row: dict[str, Any], choice: tuple[int, int] | None, n_layers: int, rules: dict[str, float]
 ) -> dict[str, Any]:
     if row["status"] == "zero":
         return row

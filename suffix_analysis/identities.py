@@ -55,6 +55,7 @@ def check_identities(model: Model) -> tuple[Identity, ...]:
         left = max(left, float((x.float() @ unit).abs().max() / x.float().norm(dim=-1).max()))
 
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(1, model.n_layers)]
+    names.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
     with ablate(model, vector), model.bridge.hooks(fwd_hooks=[(name, remember) for name in names]):
         model.hf(input_ids=ids)
     after = model.hf(input_ids=ids).logits.float()
@@ -75,6 +76,9 @@ def check_identities(model: Model) -> tuple[Identity, ...]:
 def first_blocks(model: Model) -> Model:
     """A copy of the model's first blocks, every kind of block among them: what wraps it does not wrap the model.
 
+    In float32, whatever the model's own precision: along one direction of a wide model bfloat16 rounds by as much as
+    a missing factor would change. What makes an identity hold does not depend on the precision.
+
     Blocks are of one kind if they have the same modules, shapes and entry in the configuration's ``layer_types``.
     Weights that are not in memory (offloaded ones) are random in the copy.
     """
@@ -84,7 +88,7 @@ def first_blocks(model: Model) -> Model:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     with torch.random.fork_rng(devices=[]):
-        small = type(model.hf)(config).to(model.hf.dtype)
+        small = type(model.hf)(config).float()
     names = small.state_dict().keys()
     own = {name: x for name, x in model.hf.state_dict().items() if name in names and not x.is_meta}
     small.load_state_dict(own, strict=False)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from attacks.precision import stays_put
+from attacks.precision import copied, stays_put
 from suffix_analysis.chat import Chat, render_chat
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.families import known_architectures
@@ -86,9 +86,7 @@ class Model:
         if dtype not in self._twins:
             if "bridge" in self.__dict__:
                 raise RuntimeError("Model.twin must come before Model.bridge: the bridge wraps the model in place")
-            self._twins[dtype] = Model(
-                self.name, copy.deepcopy(self.hf).to(dtype), self.tokenizer, self.system, self.path
-            )
+            self._twins[dtype] = Model(self.name, copied(self.hf, dtype), self.tokenizer, self.system, self.path)
         twin: Model = self._twins[dtype]
         return twin
 
@@ -189,7 +187,8 @@ def load_model(
     if not is_spread(device) and not stays_put(hf):
         hf = hf.to(device or default_device())
     model = Model(name if adapter is None else f"{name} + {Path(adapter).name}", hf.eval(), tokenizer, system, path)
-    if hf.config.get_text_config().model_type not in known_architectures():
+    # a model with further parts (images, say) is another than its text model, which may be known
+    if not {hf.config.model_type, hf.config.get_text_config().model_type} <= known_architectures():
         from suffix_analysis.identities import require_identities
 
         require_identities(model)

@@ -186,9 +186,12 @@ def effects(
     Effects are mean refusal scores: of harmful prompts with the vector ablated, of harmless ones with it added, and the
     paired changes with their intervals over prompts. Harmfulness and refusal need not agree: a model may know that a
     request is harmful and yet not refuse it (Zhao et al. 2025, "LLMs Encode Harmfulness and Refusal Separately").
+    Cosines are with the direction, and with the vector named "refusal" (fitted at chat[-1], where the chosen one need
+    not have been taken).
     """
     tokens, length = direction.refusal_tokens, direction.vector.norm()
-    bad, good = ([chat.ids for chat in chats[:EFFECT_PROMPTS]] for chats in held_out)
+    last = vectors.get("refusal", direction.vector)
+    bad, good = ([chat.ids for chat in spread(chats, EFFECT_PROMPTS)] for chats in held_out)
     plain = [refusal_score(last_logits(model.hf, model.tokenizer, rows), tokens) for rows in (bad, good)]
     stacked = torch.stack([vector / vector.norm() * length for vector in vectors.values()])
     ablated, added = ablated_logits(model, bad)(stacked), added_logits(model, good, alpha)(stacked, direction.layer)
@@ -198,6 +201,7 @@ def effects(
         row = {
             "direction": name, "control": name in controls,
             "cosine_with_refusal": float(torch.cosine_similarity(vector, direction.vector, dim=0)),
+            "cosine_with_chat_end": float(torch.cosine_similarity(vector, last, dim=0)),
             "harmful": float(plain[0].mean()), "harmful_ablated": float(scores[0].mean()),
             "harmless": float(plain[1].mean()), "harmless_added": float(scores[1].mean()),
         }  # fmt: skip
@@ -206,6 +210,12 @@ def effects(
             row |= {f"{what}_change": change.estimate, f"{what}_lo": change.lo, f"{what}_hi": change.hi}
         rows.append(row | {"n_harmful": len(bad), "n_harmless": len(good)})
     return rows
+
+
+def spread(items: Sequence[Chat], most: int) -> list[Chat]:
+    """At most ``most`` of them, evenly spread, so that no topic is cut off."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def control_vectors(vector: Float[Tensor, " d_model"], seed: int = 0) -> dict[str, Float[Tensor, " d_model"]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from suffix_analysis.errors import UserError
 from suffix_analysis.interventions import ablate
 from suffix_analysis.models import Model
+from suffix_analysis.residual import has_post_norms
 
 TOLERANCE = {
     torch.float64: 1e-8,
@@ -37,6 +38,11 @@ def orthogonalised(model: Model, vector: Float[Tensor, " d_model"]) -> Iterator[
     Raises:
         NotAvailable: a norm stands between a matrix and the residual stream, or weights are quantised or offloaded.
     """
+    if has_post_norms(model):
+        raise NotAvailable(
+            f"Weight orthogonalisation is not available for {model.name}: a norm stands between its matrices and the "
+            "residual stream."
+        )
     unit = (vector / vector.norm()).to(model.hf.device)
     sites = _writers(model)
     probe = model.chat(PROBE).ids[None].to(model.hf.device)

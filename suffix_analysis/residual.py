@@ -45,6 +45,11 @@ def post_norms(model: Model) -> list[PostNorm | None]:
     return [post_norm(block, model.d_model) for block in model.bridge.blocks]
 
 
+def has_post_norms(model: Model) -> bool:
+    """Whether a norm stands between any block's attention or MLP and the residual stream."""
+    return any(name in (block.submodules or {}) for block in model.bridge.blocks for name in ("ln1_post", "ln2_post"))
+
+
 @torch.no_grad()
 def rms_norm(norm: Any, d_model: int) -> PostNorm:
     """An RMS norm module's effective weight and epsilon."""

@@ -19,7 +19,7 @@ from suffix_analysis.causal_tests import ATTENTION
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Narrator
 from suffix_analysis.direction_file import load_direction
-from suffix_analysis.direction_stage import direction_tables
+from suffix_analysis.direction_stage import check_counts, direction_tables
 from suffix_analysis.directions import Direction
 from suffix_analysis.environment import environment
 from suffix_analysis.errors import UserError
@@ -132,10 +132,13 @@ class Study:
     def _prompts(self) -> None:
         prompts = study_prompts(self.config)
         study_text(self.config)  # says now, and not after the attack, that it cannot be read
+        short = check_counts(prompts, self.config)
         for prompt in prompts:
             self.model.chat(prompt.text)  # or that a prompt is too long
         files.write_atomic(self.folder / "prompts.jsonl", to_jsonl(prompts))
         files.write_json(self.folder / "env.json", environment())
+        for sentence in short:
+            self.skip(sentence)
 
     def prompts(self) -> list[Prompt]:
         """The run's prompts."""

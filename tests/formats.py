@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ FORMATS = {
     "chatml": _chatml(None),
     "qwen2.5": _chatml("You are a helpful assistant."),
     "qwen3": _chatml(None, "<think>\n\n</think>\n\n"),
+    # its BOS token opens every turn
+    "smollm2": replace(
+        _chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"), bos="<|im_start|>"
+    ),
     "smollm3": _chatml("## Metadata\n\nReasoning Mode: /no_think", "<think>\n\n</think>\n"),
     "llama2": Format(
         LOOP + "{% if m['role'] == 'system' %}<s>[INST] <<SYS>>\n{{ m['content'] }}\n<</SYS>>\n\n"
@@ -58,6 +62,21 @@ FORMATS = {
         "<|eot_id|>",
         "<|begin_of_text|>",
     ),
+    # from 3.1 on there is always a system turn, with two dates in it
+    "llama3.1": Format(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
+        "<|eot_id|>"
+        + LOOP
+        + "{% if m['role'] != 'system' %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        + "{{ m['content'] | trim }}<|eot_id|>{% endif %}"
+        + END
+        + REPLY
+        + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+    ),
     "gemma": Format(
         "<bos>"
         + _NO_SYSTEM
@@ -71,16 +90,35 @@ FORMATS = {
         "<bos>",
         system=False,
     ),
+    # a system turn stands before the first user's words in the same turn, and turns are trimmed
+    "gemma3": Format(
+        "<bos>{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+        "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+        "{% for m in turns %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ first if loop.first }}{{ m['content'] | trim }}<end_of_turn>\n"
+        + END
+        + REPLY
+        + "<start_of_turn>model\n{% endif %}",
+        ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<end_of_turn>",
+        "<bos>",
+    ),
+    # of the 7B models; no system turn
     "mistral": Format(
-        "<s>" + LOOP + "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ m['content'] }}[/SYSTEM_PROMPT]"
-        "{% elif m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}</s>{% endif %}"
-        + END,
-        ("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        "<s>" + _NO_SYSTEM + LOOP + "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}</s>{% endif %}" + END,
+        ("<s>", "</s>"),
         "</s>",
         "<s>",
+        system=False,
     ),
     "phi3": Format(
         LOOP + "<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n" + END + REPLY + "<|assistant|>\n{% endif %}",
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "<|end|>",
+    ),
+    "phi4-mini": Format(
+        LOOP + "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>" + END + REPLY + "<|assistant|>{% endif %}",
         ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
         "<|end|>",
     ),
@@ -104,8 +142,12 @@ FORMATS = {
         "<|endoftext|>",
         "<|endoftext|>",
     ),
+    # from 3.1 on there is always a system turn, with two dates in it
     "granite": Format(
-        LOOP
+        "{% if messages[0]['role'] != 'system' %}<|start_of_role|>system<|end_of_role|>"
+        "Knowledge Cutoff Date: April 2024.\nToday's Date: November 27, 2026.\n"
+        "You are Granite, developed by IBM.<|end_of_text|>\n{% endif %}"
+        + LOOP
         + "<|start_of_role|>{{ m['role'] }}<|end_of_role|>{{ m['content'] }}<|end_of_text|>\n"
         + END
         + REPLY

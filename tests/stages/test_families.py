@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import attacks
+from suffix_analysis import models
 from suffix_analysis.analysis import analyze
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.directions import DirectionConfig, find_direction
@@ -20,25 +23,53 @@ from suffix_analysis.identities import check_identities, first_blocks, require_i
 from suffix_analysis.interventions import ablate, add, set_projection
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
+from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import Prompt, load_prompts
 from suffix_analysis.traces import trace
 from tests import tiny
 
 FORMATS = {
     "Yi Chat": "chatml", "Gemma it": "gemma", "Llama 2 Chat": "llama2", "Llama 3 Instruct": "llama3",
-    "Qwen1.5, Qwen2.5": "qwen2.5", "Qwen3": "qwen3", "Gemma 2 it": "gemma", "Gemma 3 it": "gemma",
-    "Mistral Instruct": "mistral", "Phi-3": "phi3", "Phi-4": "phi4", "OLMo 2 Instruct": "olmo2",
-    "OLMo 3 Instruct": "chatml", "SmolLM2 Instruct": "chatml", "SmolLM3": "smollm3", "Granite Instruct": "granite",
+    "Llama 3.1 Instruct": "llama3.1", "Qwen1.5, Qwen2.5": "qwen2.5", "Qwen3": "qwen3", "Gemma 2 it": "gemma",
+    "Gemma 3 it": "gemma3", "Mistral Instruct": "mistral", "Phi-3": "phi3", "Phi-4": "phi4", "Phi-4 mini": "phi4-mini",
+    "OLMo 2 Instruct": "olmo2", "OLMo 3 Instruct": "chatml", "SmolLM2 Instruct": "smollm2", "SmolLM3": "smollm3",
+    "Granite Instruct": "granite",
 }  # fmt: skip
-# what the tiny random models have in common with the real ones, beside the architecture
+WINDOW = {"sliding_window": 8}
+MIXED = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+# what the tiny random models have in common with the real ones, beside the architecture: every kind of block is there,
+# and windows are shorter than the prompts
 CHANGES: dict[str, dict[str, Any]] = {
-    **{name: {"tie_word_embeddings": False} for name in ("Llama 2 Chat", "Mistral Instruct", "Phi-3", "Phi-4")},
-    "Granite Instruct": {"residual_multiplier": 0.4, "embedding_multiplier": 3.0},
-}
+    **{name: {"tie_word_embeddings": False} for name in ("Llama 2 Chat", "Phi-3", "Phi-4")},
+    "Mistral Instruct": {"tie_word_embeddings": False, **WINDOW},
+    "Gemma 2 it": WINDOW,
+    "Gemma 3 it": {"num_hidden_layers": 4, "layer_types": MIXED, **WINDOW},
+    "OLMo 3 Instruct": {"num_hidden_layers": 4, "layer_types": MIXED, **WINDOW},
+    "SmolLM3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "Phi-4 mini": {"partial_rotary_factor": 0.75},
+    "Granite Instruct": {
+        "residual_multiplier": 0.4, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+    },
+}  # fmt: skip
 CASES = {family.name: family for family in FAMILIES if family.verified}
 # random models do not refuse, so no filter may apply
 ANY = DirectionConfig(n_fit=10, n_select=4, kl_threshold=math.inf, induce_threshold=-math.inf, keep_by_score=False)
 SUFFIX = "x y z"
+
+
+def _repeats(name: str) -> bool:
+    """Whether an earlier family has the same mathematics, so that only the chat format is another."""
+    before = list(CASES)[: list(CASES).index(name)]
+    own = CASES[name].architecture, CHANGES.get(name)
+    return any((CASES[other].architecture, CHANGES.get(other)) == own for other in before)
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] if _repeats(name) else []) for name in CASES], ids=list(CASES)
+)
+def line_case(request: pytest.FixtureRequest) -> Family:
+    """One family after the other; in `make test` each mathematics once, because the whole line takes seconds."""
+    return CASES[request.param]
 
 
 @pytest.fixture(params=CASES)
@@ -47,8 +78,15 @@ def case(request: pytest.FixtureRequest) -> Family:
     return CASES[request.param]
 
 
-def make(case: Family) -> Model:
-    return tiny.model(case.architecture, format_name=FORMATS[case.name], **CHANGES.get(case.name, {}))
+def make(case: Family, dtype: torch.dtype = torch.float32) -> Model:
+    changes = CHANGES.get(case.name, {})
+    model = tiny.model(case.architecture, dtype=dtype, format_name=FORMATS[case.name], **changes)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.hf.parameters():
+            if parameter.dim() == 1:  # biases and the weights of norms, which are neutral as they are made
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
+    return model
 
 
 def some(kind: str, n: int) -> list[Prompt]:
@@ -65,7 +103,8 @@ def test_the_format_renders_into_regions(case: Family) -> None:
     assert chat.text == model.tokenizer.decode(chat.ids)
 
 
-def test_the_whole_line(case: Family) -> None:
+def test_the_whole_line(line_case: Family) -> None:
+    case = line_case
     model = make(case)
     config = attacks.GCGConfig(num_steps=2, search_width=8, topk=32, optim_str_init=SUFFIX + " x", seed=0)
     suffix = attacks.run(model.hf, model.tokenizer, ["Pick a lock {optim_str}"], "Sure", config).best_string
@@ -78,6 +117,11 @@ def test_the_whole_line(case: Family) -> None:
         for prompts in (harmful[:8], harmless[:8])
         for i, p in enumerate(prompts)
     ]
+    table, _ = measure_interventions(model, direction, report, 3)
+    available = {row["intervention"]: row["note"] is None for row in table}
+    assert available.pop("orthogonalised") is case.orthogonalises and all(available.values())
+    (cost,) = measure_cost(model, direction, report)
+    assert math.isfinite(cost["change"]) and cost["none"] > 0
     found = analyze(model, direction, report, [suffix])
     passed = {check["name"]: check["passed"] for check in found.checks}
     assert passed.pop("several suffixes per arm") is False  # one adversarial suffix is descriptive
@@ -89,6 +133,37 @@ def test_the_check_at_load_finds_nothing_wrong(case: Family) -> None:
     found = check_identities(make(case))
     assert len(found) == 5
     assert all(identity.holds for identity in found), found
+
+
+@pytest.mark.parametrize("name", ["SmolLM3", "Gemma 3 it", "OLMo 3 Instruct", "Gemma 2 it", "Qwen1.5, Qwen2.5"])
+def test_what_differs_in_a_family_is_in_its_tiny_model(name: str) -> None:
+    hf = make(CASES[name]).hf
+    if name == "SmolLM3":
+        assert sorted({layer.self_attn.use_rope for layer in hf.model.layers}) == [0, 1]
+    elif name.startswith("Qwen"):
+        assert float(hf.model.layers[0].self_attn.q_proj.bias.detach().abs().min()) > 0
+    else:
+        assert {"sliding_attention", "full_attention"} == set(hf.config.layer_types) and hf.config.sliding_window == 8
+
+
+def test_identities_in_float64(case: Family) -> None:
+    """To rounding, so that no term of a block's mathematics can be missing (METHODS §2)."""
+    model = make(case, torch.float64)
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ids = model.chat("Pick a lock", SUFFIX).ids[None]
+    states: list[torch.Tensor] = []
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.n_layers)]
+    names.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
+    hooks = [(name, lambda x, hook: states.append(x)) for name in names]
+    with torch.no_grad(), ablate(model, vector):
+        with model.bridge.hooks(fwd_hooks=hooks):
+            wanted = model.hf(input_ids=ids).logits
+        assert len(states) == model.n_layers + 1
+        for x in states:
+            assert float((x @ (vector / vector.norm())).abs().max()) < 1e-12 * float(x.norm(dim=-1).max())
+    if case.orthogonalises:
+        with torch.no_grad(), orthogonalised(model, vector):
+            torch.testing.assert_close(model.hf(input_ids=ids).logits, wanted, atol=1e-8, rtol=1e-8)
 
 
 def test_identities(case: Family) -> None:
@@ -151,6 +226,18 @@ def test_an_architecture_that_is_not_in_the_table_is_checked_when_it_is_loaded(
         tiny.tokenizer().save_pretrained(folder)
         load_model(str(folder))
     assert checked == [str(tmp_path / "stablelm")]
+    # its text model is one that is known, and the whole is another
+    real = models._load_hf
+
+    def with_images(*args: Any) -> Any:
+        hf, tok, source = real(*args)
+        hf.config.model_type = "llama_with_images"
+        monkeypatch.setattr(type(hf.config), "get_text_config", lambda self: SimpleNamespace(model_type="llama"))
+        return hf, tok, source
+
+    monkeypatch.setattr(models, "_load_hf", with_images)
+    load_model(str(tmp_path / "llama"))
+    assert checked[1:] == [str(tmp_path / "llama")]
 
 
 @pytest.mark.parametrize("architecture", ["stablelm", "starcoder2"])
@@ -166,6 +253,32 @@ def test_an_unknown_architecture_that_fails_an_identity_is_refused(monkeypatch: 
     monkeypatch.setattr("suffix_analysis.traces.multiplier", lambda model: 1.0)
     with pytest.raises(UserError, match=r"does not hold that head contributions add up .*granite"):
         require_identities(tiny.model("granite", residual_multiplier=0.4))
+
+
+@pytest.mark.parametrize("wrong", ["multiplier", "ablate"])
+def test_the_check_sees_through_bfloat16(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along one direction of a wide model bfloat16 rounds by as much as what is missing here."""
+    model = tiny.model("granite", dtype=torch.bfloat16, residual_multiplier=0.4, hidden_size=1024)
+    require_identities(model)
+    if wrong == "multiplier":
+        monkeypatch.setattr("suffix_analysis.traces.multiplier", lambda model: 1.0)
+    else:
+        monkeypatch.setattr("suffix_analysis.identities.ablate", lambda model, vector: contextlib.nullcontext())
+    with pytest.raises(UserError, match=r"does not hold that"):
+        require_identities(model)
+
+
+def test_norms_behind_the_writes_leave_no_orthogonalised_weights_however_little_they_would_change() -> None:
+    model = tiny.model("gemma2", dtype=torch.bfloat16, hidden_size=512)
+    quiet = torch.zeros(512)
+    quiet[7] = 1.0
+    with torch.no_grad():
+        model.hf.model.embed_tokens.weight[:, 7] = 0  # hardly anything is written along it
+        for block in model.hf.model.layers:
+            block.self_attn.o_proj.weight[7] *= 0.01
+            block.mlp.down_proj.weight[7] *= 0.01
+    with pytest.raises(NotAvailable, match="a norm stands between"), orthogonalised(model, quiet):
+        pass
 
 
 def test_an_architecture_that_the_bridge_does_not_know_is_refused_with_a_sentence() -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
 from attacks.caches import prefix_cache
 from suffix_analysis import candidate_table
 from suffix_analysis.candidate_table import MARGIN
-from suffix_analysis.directions import DirectionConfig, chat_means, find_direction, select, split_prompts
+from suffix_analysis.directions import DirectionConfig, NoDirection, chat_means, find_direction, select, split_prompts
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import PART, answers, generate
@@ -99,10 +101,23 @@ def test_find_direction_names_what_is_wrong() -> None:
         find_direction(model, TEXTS[:3], ["a", "b", "c"])
     with pytest.raises(UserError, match="both harmful and harmless"):
         find_direction(model, TEXTS, TEXTS)
-    with pytest.raises(UserError, match="2 prompts are in both the fit and the select part"):
+    with pytest.raises(UserError, match="is in both the fit and the select part"):
         split = [Prompt(str(i), f"Cut {i % 8}", "harmful", "select" if i >= 8 else "fit") for i in range(10)]
         find_direction(model, split, [f"Make cake number {i}" for i in range(20)])
     many = [f"Do thing number {i}" for i in range(20)]
+    with pytest.raises(UserError, match=r"'do  thing number 0' stands twice"):
+        find_direction(model, [*many, "do  thing number 0"], [f"Make cake number {i}" for i in range(20)])
+    for place in ("fit", "select"):
+        split = [Prompt(str(i), text, "harmful", "fit" if i < 12 else "select") for i, text in enumerate(many)]
+        seen = Prompt("seen", next(p.text for p in split if p.split == place), "harmful", "report")
+        with pytest.raises(UserError, match=f"is in both the {place} and the report part"):
+            find_direction(model, [*split, seen], [f"Make cake number {i}" for i in range(20)])
+    some = [Prompt(str(i), text, "harmful", "fit" if i < 12 else "") for i, text in enumerate(many)]
+    with pytest.raises(UserError, match=r"12 of 20 prompts have a split; give all of them one"):
+        find_direction(model, some, [f"Make cake number {i}" for i in range(20)])
+    few = [Prompt(str(i), text, "harmless", "fit" if i < 7 else "select") for i, text in enumerate(many)]
+    with pytest.raises(UserError, match=r"20 harmless prompts .* 7 for extraction"):
+        find_direction(model, many, [Prompt(p.id, f"Bake {p.text}", p.kind, p.split) for p in few])
     with pytest.raises(UserError, match="refuses 0 of"):
         find_direction(model, many, [f"Make cake number {i}" for i in range(20)])
 
@@ -119,6 +134,39 @@ def test_activations_that_are_not_finite_are_named_with_their_layer(
     texts = [[f"{word} thing number {i}" for i in range(12)] for word in ("Do", "Make")]
     with pytest.raises(UserError, match=r"not finite (in .* from layer 2 on|at layer 2)"):
         find_direction(model, *texts, DirectionConfig(**settings), refusal_tokens=tokens)
+
+
+def test_too_few_prompts_that_are_refused_are_counted() -> None:
+    """A random model never gives half of its probability to one token."""
+    model = tiny.model("llama")
+    texts = [[f"{word} thing number {i}" for i in range(20)] for word in ("Do", "Make")]
+    with pytest.raises(UserError, match=r"Only \d of 16 harmful prompts are refused .*\[5\].* at least 8"):
+        find_direction(model, *texts, refusal_tokens=[5])
+
+
+def test_the_table_of_candidates_that_all_fail_comes_with_the_error() -> None:
+    model = tiny.model("llama")
+    texts = [[f"{word} thing number {i}" for i in range(12)] for word in ("Do", "Make")]
+    config = DirectionConfig(induce_threshold=1e6, kl_threshold=math.inf, keep_by_score=False)
+    with pytest.raises(NoDirection, match="does not induce") as error:
+        find_direction(model, *texts, config, refusal_tokens=[5])
+    assert len(error.value.scores) == model.n_layers * model.chat("x").n_chat
+    assert {row["status"] for row in error.value.scores} <= {"does not induce", "too late", "zero"}
+
+
+def test_a_twin_is_what_loading_in_its_precision_gives(tmp_path: Path) -> None:
+    """Weights are cast, rotary frequencies are not; and the model itself stays as it was."""
+    hf = tiny.hf_model("llama")
+    hf.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    twin = Model("m", hf, tiny.tokenizer(), None).twin(torch.bfloat16)
+    assert twin.hf.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert all(p.dtype == torch.bfloat16 for p in twin.hf.parameters())
+    assert twin.hf.lm_head.weight is twin.hf.model.embed_tokens.weight, "tied as in the model"
+    ids = torch.arange(5, 305)[None]
+    with torch.no_grad():
+        assert torch.equal(twin.hf(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    assert all(p.dtype == torch.float32 for p in hf.parameters())
 
 
 def test_report_prompts_never_take_part() -> None:

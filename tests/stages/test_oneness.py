@@ -133,8 +133,10 @@ def test_all_tables_are_made(family: str) -> None:
     assert set(found) == {"separation", "cascade", "stability", "two_directions"}
     chosen, refusal, harmfulness, *controls = found["two_directions"]
     assert [row["direction"] for row in (chosen, refusal, harmfulness)] == ["chosen", "refusal", "harmfulness"]
-    assert chosen["cosine_with_refusal"] == pytest.approx(1)
+    assert chosen["cosine_with_refusal"] == pytest.approx(1) == refusal["cosine_with_chat_end"]
+    assert chosen["cosine_with_chat_end"] == pytest.approx(refusal["cosine_with_refusal"], abs=1e-6)
     assert -1 <= harmfulness["cosine_with_refusal"] < 1
+    assert -1 <= harmfulness["cosine_with_chat_end"] < 1
     assert chosen["harmful"] == harmfulness["harmful"] != chosen["harmful_ablated"]
     for row in found["two_directions"]:
         assert row["ablated_change"] == pytest.approx(row["harmful_ablated"] - row["harmful"], abs=1e-4)

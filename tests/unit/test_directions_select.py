@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,23 @@ def test_layer_cutoff_is_the_papers(n_layers: int, cutoff: int) -> None:
 def test_no_candidate_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"position -2, layer 2: KL too high .*KL 0\.120"):
         select([row(-1, 2, -9.0, kl=5.0), row(-2, 2, -3.0, kl=0.12)], n_layers=10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([row(-1, 2, -9.0, kl=0.5, induce=-1.0)], r"layer 2: KL too high and does not induce \(bypass"),
+        ([row(-1, 9, -9.0)], r"layer 9: too late \(from layer 8 on\) \(bypass"),
+        ([row(-1, 9, -9.0), row(-1, 3, -9.0, kl=0.3)], "layer 3: KL too high"),
+        # an induce score is a matter of ten units here, a KL one of tenths
+        ([row(-1, 2, -9.0, induce=-10.0), row(-1, 3, -9.0, kl=0.15, induce=-0.2)], "layer 3: KL too high and"),
+        ([row(-1, 3, math.nan, kl=math.nan, induce=math.nan)], r"has finite scores \(layers 3 to 3\)"),
+        ([], "candidate table is empty"),
+    ],
+)
+def test_no_candidate_names_all_that_the_nearest_missed(rows: list[dict[str, Any]], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        select(rows, n_layers=10)
 
 
 @given(st.permutations(range(6)))

@@ -1,0 +1,60 @@
+"""The direction as a stage of a study: what is said early, and what is kept when it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from suffix_analysis.config import StudyConfig
+from suffix_analysis.console import Console
+from suffix_analysis.errors import UserError
+from suffix_analysis.files import read_table
+from suffix_analysis.study import Study
+from tests import tiny
+
+
+def study(folder: Path, n: int, **settings: Any) -> Study:
+    """A study of a tiny model on ``n`` prompts of each kind and split."""
+    for kind, word in (("harmful", "Break"), ("harmless", "Bake")):
+        rows = [
+            {"id": f"{kind}-{split}-{i}", "text": f"{word} thing {i} of {split}", "split": split}
+            for split in ("fit", "select", "report")
+            for i in range(n)
+        ]
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {kind: str(folder / f"{kind}.jsonl") for kind in ("harmful", "harmless")}
+    made = Study(
+        folder / "run", StudyConfig(**files, refusal_tokens=(5,), score_dtype="float32", **settings), Console()
+    )
+    made.folder.mkdir()
+    (made.folder / "findings").mkdir()
+    made._model = tiny.model("llama")
+    return made
+
+
+def test_too_few_prompts_are_refused_before_the_attack(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"14 harmful prompts .* 7 for extraction \(at least 8\)"):
+        study(tmp_path, 7)._prompts()
+
+
+def test_fewer_prompts_than_asked_for_are_told(tmp_path: Path) -> None:
+    made = study(tmp_path, 9, n_fit=9, n_select=10)
+    made._prompts()
+    assert json.loads((made.folder / "skipped.json").read_text()) == [
+        f"The direction comes from 9 {kind} prompts and is chosen on 9; asked for were 9 and 10."
+        for kind in ("harmful", "harmless")
+    ]
+
+
+def test_the_table_is_kept_where_no_candidate_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = study(tmp_path, 10, n_fit=10, n_select=10, induce_threshold=1e6)
+    monkeypatch.setattr("suffix_analysis.directions._keep", lambda model, chats, *others: chats)
+    made._prompts()
+    with pytest.raises(UserError, match=r"does not induce .* All candidates are in .*candidates\.parquet"):
+        made._direction()
+    rows = read_table(made.folder / "findings" / "candidates.parquet")
+    assert len(rows) == 3 * made.model.chat("x").n_chat and {"token", "status"} <= rows[0].keys()
+    assert not (made.folder / "direction.safetensors").exists()
