@@ -207,7 +207,8 @@ def direction_lines(result: dict[str, Any]) -> list[str]:
     counts = result["n"]
     lines = [
         f"position {result['position']}, layer {result['layer']}, norm {result['norm']:.3f}; prompts used: "
-        + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+        + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
+        "refusals open with " + ", ".join(f"{token['text']!r} ({token['id']})" for token in result["refusal_tokens"]),
     ]
     others = sorted(
         (row for row in result["candidates"] if row["status"] == "kept"), key=lambda row: row["refusal_score"]
@@ -234,6 +235,14 @@ def direction_lines(result: dict[str, Any]) -> list[str]:
         "held-out AUROC of directions taken out one after the other: "
         + ", ".join(format(row["auroc"], ".2f") for row in result["cascade"]),
     ]
+    places = {(row["position"], row["layer"]): row["auroc"] for row in result["separation"] if row["auroc"] is not None}
+    if places:
+        best = max(places, key=lambda place: places[place])
+        chosen = places.get((result["position"], result["layer"]))
+        lines.append(
+            f"held-out AUROC of differences of means: {places[best]:.3f} at position {best[0]}, layer {best[1]}"
+            + ("" if chosen is None else f"; {chosen:.3f} where the direction was taken")
+        )
     controls = [row for row in result["two_directions"] if row["control"]]
     lines += [
         f"{row['direction']:11} cosine with the chosen {row['cosine_with_refusal']:+.2f}, with that at chat[-1] "

@@ -87,12 +87,13 @@ def direction(
     found = study.direction()
     rows = read_table(out / "findings" / "interventions.parquet")
     cost = read_table(out / "findings" / "cost.parquet")
-    more = {
-        name: read_table(out / "findings" / f"{name}.parquet") for name in ("stability", "cascade", "two_directions")
-    }
+    names = ("stability", "cascade", "two_directions", "separation")
+    more = {name: read_table(out / "findings" / f"{name}.parquet") for name in names}
+    tokens = [{"id": i, "text": study.model.tokenizer.decode([i])} for i in found.refusal_tokens]
     result = {
         "position": found.position, "layer": found.layer, "norm": float(found.vector.norm()), "n": found.n,
-        "candidates": found.scores, "interventions": rows, "cost": cost, **more,
+        "refusal_tokens": tokens, "candidates": found.scores, "interventions": rows, "cost": cost, **more,
+        "replies": str(out / "findings" / "intervention_replies.parquet"),
     }  # fmt: skip
     print_result(result, as_json, lambda: direction_lines(result))
 

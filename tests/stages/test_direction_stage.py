@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from suffix_analysis import cli
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Console
 from suffix_analysis.errors import UserError
@@ -58,3 +60,34 @@ def test_the_table_is_kept_where_no_candidate_passes(tmp_path: Path, monkeypatch
     rows = read_table(made.folder / "findings" / "candidates.parquet")
     assert len(rows) == 3 * made.model.chat("x").n_chat and {"token", "status"} <= rows[0].keys()
     assert not (made.folder / "direction.safetensors").exists()
+
+
+def test_the_command_tells_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study(tmp_path, 10)  # its prompt files
+    folder = tmp_path / "model"
+    tiny.hf_model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    monkeypatch.setattr("suffix_analysis.directions._keep", lambda model, chats, *others: chats)
+    words = [
+        "direction", "--model", str(folder), "--out", str(tmp_path / "new"), "--reply-tokens", "8",
+        "--harmful", str(tmp_path / "harmful.jsonl"), "--harmless", str(tmp_path / "harmless.jsonl"),
+        "--n-fit", "10", "--n-select", "10", "--refusal-tokens", "[40, 41]", "--score-dtype", "float32",
+        "--induce-threshold", "-1e6", "--kl-threshold", "1e6",
+    ]  # fmt: skip
+    said = (
+        "refusals open with ", "(40), ", "held-out AUROC of differences of means", "split-half cosine",
+        "with the direction ablated", "cosine with the chosen", "8 random and orthogonal",
+    )  # fmt: skip
+    for more in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["suffix-analysis", *words, *more])
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        told = capsys.readouterr()
+        if more:
+            found = json.loads(told.out)
+            assert [token["id"] for token in found["refusal_tokens"]] == [40, 41] and Path(found["replies"]).exists()
+            assert {row["intervention"] for row in found["interventions"]} >= {"ablated", "added", "orthogonalised"}
+        else:
+            assert [phrase for phrase in said if phrase not in told.out] == [], told.err
