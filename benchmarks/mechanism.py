@@ -131,7 +131,8 @@ def time_sweep(count: int, sample: int = 12) -> None:
     heads = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     padded = left_pad([chat.ids for chat in chats], pad_token(model.tokenizer), "cpu")
     seen: list[Tensor] = []
-    worst, whole = 0.0, 0.0
+    errors: list[float] = []
+    whole = 0.0
 
     def look(x: Tensor, hook: Any) -> None:
         seen.append(x[:, -1] @ unit)
@@ -152,8 +153,9 @@ def time_sweep(count: int, sample: int = 12) -> None:
             model.hf(**padded, logits_to_keep=1)
         whole += time.perf_counter() - started
         effect = seen.pop() - base
-        worst = max(worst, float((effect - found.projection[:, layer, head]).abs().max() / base.abs().max()))
+        errors.append(float((effect - found.projection[:, layer, head]).abs().max() / base.abs().max()))
     theirs = whole * len(heads) / len(heads[:: len(heads) // sample])
+    worst = float(torch.tensor(errors).max())  # NaN where one is, which Python's max may hide
     print(f"sweep over {len(heads)} heads: {ours:.1f} s, whole forwards {theirs:.0f} s, {theirs / ours:.1f}× faster, "
           f"largest difference {worst:.1e} of the projection ({count} prompts)")  # fmt: skip
 

@@ -217,7 +217,10 @@ def identity_checks(
 ) -> list[dict[str, Any]]:
     """The identities of this run, with their bounds (METHODS §0 and §3), or the precision's ``rounding`` if larger."""
     bounds = [max(bound, rounding) for bound in (IDENTITY_BOUND, CLOSURE_BOUND)]
-    identity, closure = max(t.identity for t in traces), max(t.closure for t in traces)
+    # of tensors, because Python's max may hide a value that is not a number
+    identity, closure = (
+        torch.tensor([[t.identity, t.closure] for t in traces], dtype=torch.float64).amax(dim=0).tolist()
+    )
     several = {arm.arm: len(arm.suffixes) for arm in arms if arm.suffixes}
     few = ", ".join(name for name, n in several.items() if n < MIN_SUFFIXES and not name.startswith("harmless"))
     return [

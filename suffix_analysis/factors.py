@@ -97,8 +97,10 @@ def split_change(plain: Prepared, attacked: Prepared, unit: Float[Tensor, " d_mo
                 found[some | {"scale"}] = mixed * scales["attacked"]
     names = FACTORS if with_norm else movable
     first, last = found[frozenset()], found[frozenset(names)]
-    largest = max(float(ends["plain"].abs().max()), float(ends["attacked"].abs().max()), 1e-30)
-    error = max(float((first - ends["plain"]).abs().max()), float((last - ends["attacked"]).abs().max())) / largest
+    # of tensors, because Python's max may hide a value that is not a number
+    both = torch.stack([ends["plain"], ends["attacked"]])
+    missed = (torch.stack([first, last]) - both).abs().max() / both.abs().max().clamp(min=1e-30)
+    error = float(missed)
     if model.hf.dtype == torch.float32 and not error <= BOUND:
         raise UserError(
             f"{model.name}: the instruction's contribution is a function of more than {', '.join(names)}; the two "

@@ -19,7 +19,7 @@ from suffix_analysis.causal_tests import PATCHED, UNCHANGED, Reference, Runs, ra
 from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
 from suffix_analysis.directions import Direction
 from suffix_analysis.factors import FACTORS, split_change
-from suffix_analysis.judges import is_refusal
+from suffix_analysis.judges import is_refusal, judge
 from suffix_analysis.lens import measure_lens
 from suffix_analysis.mechanism_checks import check_rows, replay_error, state_error
 from suffix_analysis.mechanism_tables import (
@@ -67,7 +67,9 @@ def measure_mechanism(
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Tables carried, factors, causal, circuit, sweep, ranking, lens, logits (docs/run-folder.md) and checks.
+    """Tables carried, factors, causal, causal_replies, circuit, sweep, ranking, lens, logits, and checks.
+
+    Their columns are in docs/run-folder.md.
 
     Args:
         model: the model.
@@ -96,6 +98,7 @@ def measure_mechanism(
     for suffix in (*suffixes, *controls):
         firsts.setdefault(suffix.arm, suffix)
     arms: dict[str, list[Paths]] = {name: [] for name in ("none", *firsts)}
+    replies: list[dict[str, Any]] = []
     errors: dict[str, list[float]] = {"replays": [], "states": [], "factors": []}
     for done, group in enumerate(parts, 1):
         plain = prepare(model, [model.chat(p.text) for p in group])
@@ -132,7 +135,17 @@ def measure_mechanism(
                 cells.add_outcome(f"test {i}", causal.measure(this, hooks, readout), number)
                 if test.replies:
                     told = reply(this, hooks, reply_tokens)
-                    cells.add(f"replies {i}", torch.tensor([float(is_refusal(text)) for text in told]), number)
+                    verdicts = [judge(p.text, text) for p, text in zip(group, told, strict=True)]
+                    refused = [is_refusal(text) for text in told]
+                    cells.add(f"replies {i}", torch.tensor(refused, dtype=torch.float64), number)
+                    complied = [verdict == "complied" for verdict in verdicts]
+                    cells.add(f"complied {i}", torch.tensor(complied, dtype=torch.float64), number)
+                    replies += [
+                        {"test": test.name, "heads": test.heads, "on": test.on, "dose": test.dose,
+                         "n_heads": test.n_heads, "suffix_id": None if test.once else suffix.id, "prompt_id": p.id,
+                         "refused": refused[k], "verdict": verdicts[k], "reply": told[k]}
+                        for k, p in enumerate(group)
+                    ]  # fmt: skip
             if number == 0:
                 errors["replays"] += [replay_error(plain), replay_error(run)]
                 for name, one in (("none", plain), ("adversarial", run)):
@@ -156,6 +169,7 @@ def measure_mechanism(
         "carried": [row for arm in firsts for row in carried_rows(cells, arm)],
         "factors": [row for arm in firsts for row in factor_rows(cells, top, arm)],
         "causal": tested,
+        "causal_replies": replies,
         "circuit": edge_rows(
             {name: joined(parts) for name, parts in arms.items()}, _edges(model, select, suffixes[0], readout, top)
         ),

@@ -125,17 +125,22 @@ def causal_row(cells: Cells, number: int, test: Test, bases: Mapping[str, int]) 
             f"{measure}_recovered": share, f"{measure}_recovered_lo": lo, f"{measure}_recovered_hi": hi,
         }  # fmt: skip
     refused = cells.get(f"replies {number}")
-    rate: tuple[float | None, float | None, float | None] = (None, None, None)
-    if refused is not None and refused.shape[1] == 1:
-        rate = rate_interval(refused[:, 0])
-    elif refused is not None:
-        both = interval(refused, rate=True)
-        rate = (both.estimate, both.lo, both.hi)
-    row |= dict(zip(("refused", "refused_lo", "refused_hi"), rate, strict=True))
+    for name, found in (("refused", refused), ("complied", cells.get(f"complied {number}"))):
+        row |= dict(zip((name, f"{name}_lo", f"{name}_hi"), _rate(found), strict=True))
     base = cells.get(f"replies {bases[test.on]}")
     change = (None, None, None) if refused is None or base is None else rate_change(refused, base)
     row |= dict(zip(("refused_change", "refused_change_lo", "refused_change_hi"), change, strict=True))
     return row | {"n_prompts": len(after), "n_suffixes": n_suffixes}
+
+
+def _rate(found: ndarray | None) -> tuple[float | None, float | None, float | None]:
+    """The mean of zeros and ones [prompt suffix] with its interval; of one suffix the exact one over prompts."""
+    if found is None:
+        return None, None, None
+    if found.shape[1] == 1:
+        return rate_interval(found[:, 0])
+    both = interval(found, rate=True)
+    return both.estimate, both.lo, both.hi
 
 
 def sweep_rows(cells: Cells, run: str) -> list[dict[str, Any]]:

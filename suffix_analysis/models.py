@@ -45,9 +45,15 @@ class Model:
         """One rendered conversation: ``.ids``, ``.regions`` (name → mask) and ``.text``.
 
         Raises:
-            UserError: it is longer than the model's context, or cannot be rendered (see :func:`render_chat`).
+            UserError: it is longer than the model's context, its instruction or suffix has no token of its own, or it
+                cannot be rendered (see :func:`render_chat`).
         """
         chat = render_chat(self.tokenizer, instruction, suffix, self.system)
+        for name, text in (("instruction", instruction), ("suffix", suffix)):
+            if text.strip() and not chat.regions[name].any():
+                raise UserError(
+                    f"The {name} {text[:40]!r} has no token of its own in {self.name}'s chat format; give another."
+                )
         limit = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(chat.ids) > limit:
             raise UserError(

@@ -215,7 +215,7 @@ class Study:
     def _analysis(self) -> None:
         suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
         direction, prompts, config = self.direction(), self.prompts(), self.config
-        traced = [s for s in suffixes if s.arm in ("adversarial", "failed") or s.number <= config.n_traced_controls]
+        traced = traced_of(suffixes, config)
         total = n_forwards(prompts, traced, config.n_traced)
         done = 0
 
@@ -270,7 +270,7 @@ class Study:
         try:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
-                controls=[s for s in everything if s.arm != "adversarial" and s.number <= config.n_traced_controls],
+                controls=[s for s in traced_of(everything, config) if s.arm != "adversarial"],
                 reply_tokens=config.reply_tokens, seed=config.seed,
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
             )  # fmt: skip
@@ -313,3 +313,8 @@ class Study:
         if summary.exists():  # a stage after the analysis
             files.write_json(summary, files.read_as(summary, dict[str, Any]) | {"skipped": sentences})
         self.narrator.say(sentence)
+
+
+def traced_of(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
+    """What is traced: all that an attack has made, failed ones too, and the first controls of each arm."""
+    return [s for s in suffixes if s.arm in ("adversarial", "failed") or s.number <= config.n_traced_controls]

@@ -11,6 +11,7 @@ import torch
 from suffix_analysis.causal_tests import ATTENTION, random_heads
 from suffix_analysis.directions import Direction
 from suffix_analysis.mechanism import measure_mechanism
+from suffix_analysis.mechanism_checks import check_rows
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
 from tests.planted.models import (
@@ -115,6 +116,31 @@ def test_the_identities_of_a_run_hold() -> None:
         assert set(found) == {"replays", "states", "factors add up", "paths add up", "logit attribution adds up",
                               "all heads patched"}  # fmt: skip
         assert all(row["passed"] for row in found.values()), found
+
+
+def test_replies_under_the_tests_are_kept_with_their_verdicts() -> None:
+    kept = tables("softmax")["causal_replies"]
+    for row in tables("softmax")["causal"]:
+        own = [
+            reply for reply in kept
+            if all(reply[key] == row[key] for key in ("test", "heads", "on", "dose", "n_heads"))
+        ]  # fmt: skip
+        if row["refused"] is None:
+            assert row["complied"] is None
+            continue
+        assert len(own) == row["n_prompts"] * max(1, row["n_suffixes"]), row["test"]
+        assert row["refused"] == pytest.approx(sum(reply["refused"] for reply in own) / len(own))
+        assert row["complied"] == pytest.approx(sum(reply["verdict"] == "complied" for reply in own) / len(own))
+    assert {reply["suffix_id"] for reply in kept} == {None, "adversarial-0", "adversarial-1"}
+
+
+def test_a_control_that_is_not_defined_is_told_and_not_left_out() -> None:
+    row = check_rows([0.0], [0.0], [float("nan"), 0.0], [0.0], [0.0], None)
+    assert {check["name"]: check["passed"] for check in row} == {
+        "replays": True, "states": True, "factors add up": False, "paths add up": True,
+        "logit attribution adds up": True, "all heads patched": None,
+    }  # fmt: skip
+    assert "Not defined here" in row[-1]["sentence"]
 
 
 def test_replies_flip_with_the_projection() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from suffix_analysis import causal
+from suffix_analysis import causal, causal_tests
 from suffix_analysis.causal import Readout
 from suffix_analysis.circuits import edge_weights, find_paths
 from suffix_analysis.errors import UserError
@@ -125,6 +125,49 @@ def test_patching_all_heads_gives_the_other_run(runs: tuple[Model, Prepared, Pre
     expected = causal.base(plain, readout(model))
     torch.testing.assert_close(found.score, expected.score, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.projection, expected.projection, atol=1e-5, rtol=1e-5)
+
+
+def test_transplanted_attention_is_the_controls_and_the_values_stay(runs: tuple[Model, Prepared, Prepared]) -> None:
+    """Against a whole forward in which each prompt's rows at the chat tokens are written over one by one."""
+    model, _, attacked = runs
+    other = "y x z ! more"
+    control = prepare(model, [model.chat(chat.instruction, other) for chat in attacked.chats])
+    assert torch.equal(control.mask, attacked.mask) and other != SUFFIX
+    heads = [(layer, head) for layer in range(model.n_layers) for head in (1, 2)]
+    n, found = attacked.n_chat, []
+    for i, chat in enumerate(attacked.chats):
+        one = prepare(model, [chat])
+        length = len(chat.ids)
+
+        def put(x: torch.Tensor, hook: Any, i: int = i, length: int = length) -> torch.Tensor:
+            x = x.clone()
+            layer = int(hook.name.split(".")[1])
+            x[0, 1:3, -n:] = control.pattern[i, layer, 1:3, :, -length:].to(x)
+            return x
+
+        hooks: list[causal.Hook] = [(f"blocks.{layer}.attn.hook_pattern", put) for layer in range(model.n_layers)]
+        found.append(whole(model, one, hooks))
+    outcome = causal.measure(attacked, causal.transplanted(attacked, control, heads), readout(model))
+    close(outcome, (torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])))
+    base = causal.base(attacked, readout(model))
+    assert float((outcome.projection - base.projection).abs().max()) > 1e-3, "it changes something"
+
+
+def test_a_step_along_a_random_direction_is_as_long_and_leaves_the_projection(
+    runs: tuple[Model, Prepared, Prepared],
+) -> None:
+    model, plain, attacked = runs
+    read = readout(model)
+    steps = causal.base(plain, read).projection - causal.base(attacked, read).projection
+    seen: list[torch.Tensor] = []
+    hooks = causal_tests._elsewhere(causal_tests.Runs(plain, attacked), read, seed=5)
+    name = f"blocks.{read.layer}.hook_resid_pre"
+    look = [(name, lambda x, hook: seen.append(x[:, -1].clone()))]
+    replay(attacked, [*look, *hooks, *look])
+    moved = (seen[1] - seen[0]).detach().float()
+    torch.testing.assert_close(moved.norm(dim=-1), steps.abs(), atol=1e-4, rtol=1e-4)
+    assert float((moved @ read.unit).abs().max()) < 1e-4 * float(moved.norm(dim=-1).max())
+    assert float(steps.abs().min()) > 0
 
 
 def test_a_runs_own_attention_transplanted_changes_nothing(runs: tuple[Model, Prepared, Prepared]) -> None:
