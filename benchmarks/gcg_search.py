@@ -71,7 +71,8 @@ def search(
 def summary(done: Any) -> None:
     """The table of ``search``: each variant beside the plain search of the same instruction and seed, at equal work.
 
-    After half of the plain search's work and after all of it; only pairs that every variant has.
+    After 30 %, half and all of the plain search's work; and beside merging alone, which all variants contain. Only
+    pairs that every variant has.
     """
     last = done[done.step == done.step.max()].groupby(["instruction", "seed"]).variant.nunique()
     pairs = [pair for pair, count in last.items() if count == len(VARIANTS)]
@@ -83,19 +84,18 @@ def summary(done: Any) -> None:
         rows = runs[name, *pair]
         return float(rows[rows.tflop <= budget].iloc[-1].best_loss)
 
-    for name in VARIANTS:
-        told = []
-        for share, words in ((0.5, "half of the work"), (1.0, "all of it")):
+    for base, share in itertools.product(("plain", "merge 8"), (0.3, 0.5, 1.0)):
+        print(f"after {share:.0%} of the plain search's work, better than {base} by")
+        for name in VARIANTS:
             losses = [reached(name, pair, share) for pair in pairs]
-            gains = [reached("plain", pair, share) - loss for pair, loss in zip(pairs, losses, strict=True)]
-            line = f"{words}: {statistics.fmean(losses):.3f}"
+            gains = [reached(base, pair, share) - loss for pair, loss in zip(pairs, losses, strict=True)]
+            line = f"  {name:26} "
             if any(gains) and len(gains) > 1:
                 found = stats.bootstrap((gains,), statistics.fmean, n_resamples=2000, vectorized=False, random_state=0)
                 low, high = found.confidence_interval
                 wins = sum(gain > 0 for gain in gains)
-                line += f", better by {statistics.fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {wins} of {len(gains)}"
-            told.append(line)
-        print(f"{name:26} mean best loss after {'; '.join(told)}")
+                line += f"{statistics.fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {wins} of {len(gains)}"
+            print(f"{line:60} mean best loss {statistics.fmean(losses):.3f}")
 
 
 if __name__ == "__main__":
