@@ -27,6 +27,9 @@ def context(data: RunData) -> dict[str, Any]:
                 "n": count(row["n_tokens"] or 0, "token"),
                 "none": plain(row["none"], 3),
                 "change": plain_ci(row["change"], row.get("lo"), row.get("hi"), 3),
+                "edited": "–"
+                if row.get("orthogonalised_change") is None
+                else plain_ci(row["orthogonalised_change"], row["orthogonalised_lo"], row["orthogonalised_hi"], 3),
             }
             for row in data.table("cost")
         ],

@@ -224,7 +224,13 @@ def direction_lines(result: dict[str, Any]) -> list[str]:
     lines += [intervention_line(row) for row in result["interventions"]]
     lines += [
         f"cross-entropy on {row['material']} ({row['n_tokens']} tokens): {row['none']:.3f} nats, with the direction "
-        f"ablated {row['change']:+.3f}" + ("" if row["lo"] is None else f" [{row['lo']:+.3f}, {row['hi']:+.3f}]")
+        f"ablated {row['change']:+.3f}"
+        + ("" if row["lo"] is None else f" [{row['lo']:+.3f}, {row['hi']:+.3f}]")
+        + (
+            ""
+            if row.get("orthogonalised_change") is None
+            else f", taken out of the weights {row['orthogonalised_change']:+.3f}"
+        )
         for row in result["cost"]
     ]
     cosine, rank = result["stability"]

@@ -228,8 +228,9 @@ def measure_cost(
 ) -> list[dict[str, Any]]:
     """Cross-entropy (nats per token) with and without ablation: on harmless replies and on a text of the user's.
 
-    The change comes with its 95 % interval over replies (or windows of the text). ``plain`` holds the model's replies
-    by prompt id, where they are there already.
+    The change comes with its 95 % interval over replies (or windows of the text), and beside it that of orthogonalised
+    weights (None where they are not available). ``plain`` holds the model's replies by prompt id, where they are there
+    already.
     """
     harmless = [p for p in prompts if p.kind == "harmless" and p.split == "report"]
     material = {"the model's own replies to harmless prompts": reply_pairs(model, harmless, plain)}
@@ -244,8 +245,12 @@ def measure_cost(
             after = nats_of_each(model.hf, model.tokenizer, pairs)
         (nats, n_tokens), ablated = before.sum(axis=0).tolist(), float(after[:, 0].sum())
         change, lo, hi = nats_change(before, after)
+        edited: tuple[float | None, float | None, float | None] = (None, None, None)
+        with contextlib.suppress(NotAvailable), orthogonalised(model, direction.vector):
+            edited = nats_change(before, nats_of_each(model.hf, model.tokenizer, pairs))
         rows.append({
             "material": name, "n_tokens": int(n_tokens), "none": nats / n_tokens, "ablated": ablated / n_tokens,
-            "change": change, "lo": lo, "hi": hi,
+            "change": change, "lo": lo, "hi": hi, "orthogonalised_change": edited[0], "orthogonalised_lo": edited[1],
+            "orthogonalised_hi": edited[2],
         })  # fmt: skip
     return rows

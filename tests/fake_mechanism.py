@@ -190,7 +190,8 @@ def direction_tables(prompts: list[dict[str, Any]], bad: list[str]) -> dict[str,
             for i, (name, (ablated, added)) in enumerate(zip(names, effects, strict=True))
         ],
         "cost": [{"material": "the model's own replies to harmless prompts", "n_tokens": 1500, "none": 0.4,
-                  "ablated": 0.42, "change": 0.02, "lo": 0.01, "hi": 0.03}],
+                  "ablated": 0.42, "change": 0.02, "lo": 0.01, "hi": 0.03, "orthogonalised_change": 0.021,
+                  "orthogonalised_lo": 0.011, "orthogonalised_hi": 0.031}],
         "intervention_replies": [
             {"intervention": name, "kind": kind, "control": None, "prompt_id": p["id"], "refused": name == "none",
              "verdict": "refused" if name == "none" else "complied",

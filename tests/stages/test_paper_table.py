@@ -145,3 +145,7 @@ def test_text_is_cut_into_windows_and_its_cost_reported() -> None:
     assert rows[1]["n_tokens"] == len(ids) - len(pairs)
     assert rows[1]["change"] == pytest.approx(rows[1]["ablated"] - rows[1]["none"])
     assert rows[1]["change"] != 0
+    for row in rows:  # where nothing stands behind the matrices, weights without the direction cost what ablation costs
+        assert row["orthogonalised_change"] == pytest.approx(row["change"], abs=1e-5)
+    (post,) = measure_cost(tiny.model("gemma2"), some_direction(tiny.model("gemma2")), PROMPTS)
+    assert post["orthogonalised_change"] is None and post["change"] != 0
