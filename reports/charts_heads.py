@@ -83,7 +83,8 @@ def _tested(data: RunData) -> str:
         return ""
     found = sum(row["p"] <= LEVEL for row in rows)
     return (
-        f"{found} of {len(rows)} heads write something else with the suffixes than without (p ≤ 0.05 over all heads). "
+        f"{found} of {len(rows)} heads write something else with these suffixes than without (p ≤ 0.05 over all heads; "
+        "of other suffixes it says nothing). "
     )
 
 

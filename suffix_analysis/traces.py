@@ -1,7 +1,8 @@
 """The instrumented forward: projections by layer, attention rows and exact head contributions at chat[-1].
 
 Runs through the TransformerBridge over the weights the attack used. Only the destination's row of every pattern is
-kept, so memory does not grow with the square of the prompt.
+kept, so what is held does not grow with the square of the prompt; while it runs, one block's whole pattern is there
+(behind what all prompts begin with), because the bridge computes attention eagerly.
 """
 
 from __future__ import annotations
@@ -198,7 +199,8 @@ def _batch(
             seen["row", layer] = a[:, :, at].float()
             with in_memory(model.bridge.blocks[layer].attn):
                 weight = model.bridge.blocks[layer].attn.W_O.detach().float()
-            seen["share", layer] = _shares(seen["row", layer], seen.pop(("v", layer)), weight)
+            if ("v", layer) in seen:  # or it is among the missing ones, which are named
+                seen["share", layer] = _shares(seen["row", layer], seen.pop(("v", layer)), weight)
 
         return take
 

@@ -228,3 +228,16 @@ def test_shuffles_of_few_suffixes_claim_nothing_about_shuffles() -> None:
     assert [r["verdict"] for r in of_few_texts([row, other], one)] == ["descriptive", "differs from 0"]
     many = [Suffix(f"shuffled-{i}", "shuffled", f"text {i}", ids=(i, 2, 3)) for i in range(8)]
     assert of_few_texts([row, other], many) == [row, other]
+
+
+@pytest.mark.parametrize("gone", ["hook_v", "hook_pattern"])
+def test_attention_that_shows_no_rows_is_named(gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    real = model.bridge.hooks
+
+    def without(*, fwd_hooks: list[tuple[str, Any]]) -> Any:
+        return real(fwd_hooks=[(name, hook) for name, hook in fwd_hooks if name != f"blocks.1.attn.{gone}"])
+
+    monkeypatch.setattr(model.bridge, "hooks", without)
+    with pytest.raises(UserError, match=r"No attention rows came from layers \[1\]"):
+        trace(model, ["Pick a lock", "Sing"], tiny.unit(model.d_model))
