@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -240,4 +242,4 @@ def test_attention_that_shows_no_rows_is_named(gone: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(model.bridge, "hooks", without)
     with pytest.raises(UserError, match=r"No attention rows came from layers \[1\]"):
-        trace(model, ["Pick a lock", "Sing"], tiny.unit(model.d_model))
+        trace(model, ["Pick a lock", "Sing"], unit(model.d_model))
