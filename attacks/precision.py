@@ -52,13 +52,17 @@ def stays_put(model: Any) -> bool:
 def copied(model: Any, dtype: torch.dtype) -> Any:
     """A copy of a model with its weights in ``dtype``, as if it had been loaded so.
 
-    Each weight is cast while it is copied, so nothing is held twice. Buffers stay as they are: rotary frequencies in
-    bfloat16 would place tokens wrongly, the more the longer the text.
+    Each weight is cast while it is copied, so nothing is held twice. Buffers that no file holds stay as they are:
+    rotary frequencies in bfloat16 would place tokens wrongly, the more the longer the text.
     """
-    cast = {
+    cast: dict[int, Any] = {
         id(weight): torch.nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=weight.requires_grad)
         for weight in model.parameters()
         if weight.is_floating_point()
+    }
+    saved = model.state_dict().keys()
+    cast |= {
+        id(x): x.to(dtype, copy=True) for name, x in model.named_buffers() if name in saved and x.is_floating_point()
     }
     return copy.deepcopy(model, cast)
 

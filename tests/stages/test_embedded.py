@@ -75,7 +75,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
              "direction.safetensors"}  # fmt: skip
     assert named <= {p.name for p in finished.iterdir()}
     assert {"replies", "refusal", "contrasts", "interventions", "intervention_replies", "cost", "separation", "cascade",
-            "stability", "two_directions", "candidates", "profile", "heads", "top_heads", "shift",
+            "causal_replies", "stability", "two_directions", "candidates", "profile", "heads", "top_heads", "shift",
             "dominance", "carried", "factors", "causal", "sweep", "ranking", "head_differences", "circuit",
             "lens", "logits", "patterns", "checks", "summary",
             } == {p.stem for p in (finished / "findings").iterdir()}  # fmt: skip

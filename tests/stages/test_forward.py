@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from attacks.caches import prefix_cache
+from attacks.precision import copied
 from suffix_analysis import candidate_table
 from suffix_analysis.candidate_table import MARGIN
 from suffix_analysis.directions import DirectionConfig, NoDirection, chat_means, find_direction, select, split_prompts
@@ -167,6 +168,17 @@ def test_a_twin_is_what_loading_in_its_precision_gives(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(twin.hf(input_ids=ids).logits, loaded(input_ids=ids).logits)
     assert all(p.dtype == torch.float32 for p in hf.parameters())
+
+
+def test_a_wrapped_model_is_copied_too() -> None:
+    """TransformerLens's bridge gives the head a bias of its own, as a buffer."""
+    model = tiny.model("llama")
+    ids = torch.arange(5, 25)[None]
+    assert model.bridge is not None
+    with torch.no_grad():
+        low, wanted = copied(model.hf, torch.bfloat16)(input_ids=ids).logits, model.hf(input_ids=ids).logits
+    assert low.dtype == torch.bfloat16 and wanted.dtype == torch.float32
+    assert float((low.float() - wanted).abs().mean()) < 0.02 * float(wanted.abs().mean())
 
 
 def test_report_prompts_never_take_part() -> None:

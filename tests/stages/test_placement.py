@@ -80,7 +80,7 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_numbers(folder: str) 
             assert found[name] < 1e-5
         else:
             assert found[name] == value, name
-    with pytest.raises(NotAvailable, match="offloaded"), orthogonalised(split, wanted["direction"]):
+    with pytest.raises(NotAvailable, match=r"offloaded|a norm stands"), orthogonalised(split, wanted["direction"]):
         pass
 
 
