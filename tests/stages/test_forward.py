@@ -178,7 +178,7 @@ def test_a_wrapped_model_is_copied_too() -> None:
     with torch.no_grad():
         low, wanted = copied(model.hf, torch.bfloat16)(input_ids=ids).logits, model.hf(input_ids=ids).logits
     assert low.dtype == torch.bfloat16 and wanted.dtype == torch.float32
-    assert float((low.float() - wanted).abs().mean()) < 0.02 * float(wanted.abs().mean())
+    assert float((low.float() - wanted).abs().mean()) < 0.05 * float(wanted.abs().mean())
 
 
 def test_report_prompts_never_take_part() -> None:
