@@ -8,7 +8,7 @@ from typing import Any
 from reports.data import Row, RunData
 from reports.escape import visible
 from reports.evidence import CONTROL_WORDS, clearly, projection_change, the_suffixes
-from reports.numbers import count, percent, percent_ci, plain
+from reports.numbers import count, percent, percent_ci, plain, plain_ci
 from reports.theme import arm_order
 
 _WORDS = {"top": "top heads", "random": "random heads", "all": "all heads", "none": "the direction"}
@@ -53,10 +53,10 @@ def context(data: RunData) -> dict[str, Any]:
 
 def _beside(controls: list[str], rows: list[Row], key: str, words: dict[str, str]) -> list[dict[str, Any]]:
     """Return the adversarial arm's parts, each with the same part's value in every control arm."""
-    known = {(row["arm"], row[key]): row["value"] for row in rows}
+    known = {(row["arm"], row[key]): plain_ci(row["value"], row["lo"], row["hi"]) for row in rows}
     return [
         _share_row(row, words.get(row[key], str(row[key])))
-        | {"others": [plain(known[arm, row[key]]) if (arm, row[key]) in known else "–" for arm in controls]}
+        | {"others": [known.get((arm, row[key]), "–") for arm in controls]}
         for row in _attacked(rows)
     ]
 
@@ -112,7 +112,8 @@ def _as_much_elsewhere(data: RunData, parts: list[tuple[str, Row]]) -> str:
         least = min(abs(row["lo"]), abs(row["hi"])) * (1 if row["value"] > 0 else -1)
         for other in data.table("factors"):
             same = (other["layer"], other["factor"]) == (-1, row["factor"]) and other["arm"] in CONTROL_WORDS
-            if same and other["value"] / least >= 1:
+            told = other["lo"] is None or other["hi"] is None or not other["lo"] <= 0 <= other["hi"]
+            if same and told and other["value"] / least >= 1:
                 by_control.setdefault(CONTROL_WORDS[other["arm"]], []).append(name)
     if not by_control:
         return ""

@@ -270,7 +270,7 @@ class Study:
         try:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
-                controls=[s for s in traced_of(everything, config) if s.arm != "adversarial"],
+                controls=self._as_long(suffixes[0], traced_of(everything, config)),
                 reply_tokens=config.reply_tokens, seed=config.seed,
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
             )  # fmt: skip
@@ -284,6 +284,17 @@ class Study:
             )
         for name, rows in tables.items():
             files.write_table(findings / f"{name}.parquet", rows)
+
+    def _as_long(self, suffix: Suffix, others: Sequence[Suffix]) -> list[Suffix]:
+        """The other arms' suffixes that are as long: what length alone does would pass for something else."""
+        controls = [s for s in others if s.arm != "adversarial"]
+        kept = [s for s in controls if s.n_tokens == suffix.n_tokens]
+        if len(kept) < len(controls):
+            self.skip(
+                f"{len(controls) - len(kept)} of {len(controls)} other suffixes are not {suffix.n_tokens} tokens long "
+                f"as {suffix.id} is, and were left out of the causal tests."
+            )
+        return kept
 
     def _with_checks(self, own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """A stage's checks with those of other stages."""

@@ -14,6 +14,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Console
 from suffix_analysis.errors import UserError
 from suffix_analysis.files import read_table
+from suffix_analysis.records import Suffix
 from suffix_analysis.study import Study
 from tests import tiny
 
@@ -60,6 +61,16 @@ def test_the_table_is_kept_where_no_candidate_passes(tmp_path: Path, monkeypatch
     rows = read_table(made.folder / "findings" / "candidates.parquet")
     assert len(rows) == 3 * made.model.chat("x").n_chat and {"token", "status"} <= rows[0].keys()
     assert not (made.folder / "direction.safetensors").exists()
+
+
+def test_controls_of_another_length_are_left_out_of_the_causal_tests_and_told(tmp_path: Path) -> None:
+    made = study(tmp_path, 8)
+    attack = Suffix("adversarial-1", "adversarial", "x y", n_tokens=4)
+    others = [Suffix("random-1", "random", "a b", n_tokens=4), Suffix("failed-1", "failed", "a", n_tokens=2), attack]
+    assert [s.id for s in made._as_long(attack, others)] == ["random-1"]
+    assert json.loads((made.folder / "skipped.json").read_text()) == [
+        "1 of 2 other suffixes are not 4 tokens long as adversarial-1 is, and were left out of the causal tests."
+    ]
 
 
 def test_the_command_tells_what_was_found(
