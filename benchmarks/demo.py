@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from suffix_analysis.files import read_json, read_table
 
 
 def draw_seconds(page: Path) -> float | None:
-    """Seconds until every chart of the report is drawn, or None where there is no Chromium."""
+    """Seconds until every chart of the report is drawn, or None where there is no Chromium or Playwright to drive it."""
     chromium = shutil.which("chromium")
-    if chromium is None:
+    if chromium is None or find_spec("playwright") is None:  # `make demo` installs neither
         return None
     from playwright.sync_api import sync_playwright
 
