@@ -15,7 +15,7 @@ from suffix_analysis.files import read_json, read_table
 
 
 def draw_seconds(page: Path) -> float | None:
-    """Seconds until every chart of the report is drawn, or None where there is no Chromium or Playwright to drive it."""
+    """Seconds until every chart of the report is drawn, or None without Chromium and Playwright."""
     chromium = shutil.which("chromium")
     if chromium is None or find_spec("playwright") is None:  # `make demo` installs neither
         return None
