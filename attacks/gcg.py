@@ -16,7 +16,7 @@ from attacks.config import AttackError, GCGConfig, GCGResult, Step, resolve_dtyp
 from attacks.controls import random_suffixes
 from attacks.inputs import Conversations, check_inits, check_model, check_slots, pair_up
 from attacks.memory import memory_for
-from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives
+from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives, with_template
 from attacks.precision import copied
 from attacks.scorer import Scorer, rescored_best
 from attacks.slot import Messages, Slot, build_slot, split_ids, suffix_string, survives
@@ -49,6 +49,7 @@ class GCG:
             AttackError: bad input (see :func:`attacks.slot.build_slot`), or several conversations in compat mode.
         """
         check_model(model)
+        tokenizer = with_template(tokenizer) if config.compat else tokenizer
         self.tokenizer, self.config, self.terms = tokenizer, config, tuple(terms)
         conversations, targets = pair_up(messages, target)
         self.conversations: list[Messages] = conversations

@@ -32,7 +32,7 @@ def compat_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) ->
         raise AttackError("The target is empty; give the words that the reply should begin with, e.g. 'Sure, here is'.")
     if not suffix:
         raise AttackError("The initial suffix is empty; give at least one token.")
-    before, after = render(with_template(tokenizer), messages)
+    before, after = render(tokenizer, messages)
     bos = tokenizer.bos_token
     if bos and before.startswith(bos):
         before, after = before.replace(bos, ""), after.replace(bos, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import attacks
 from suffix_analysis import attacking, load_model, load_prompts
 from suffix_analysis.attacking import Plan, conversation, gcg_config, run_attack, split_for_attack, steps_of
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.files import read_jsonl
 from suffix_analysis.refusal import discover_refusal_tokens, refused
 
 app = cyclopts.App(help=__doc__)
@@ -77,7 +77,7 @@ def schedule(
 def read(folder: Path) -> list[dict[str, Any]]:
     """The steps of an attack, none where there is no file."""
     path = folder / "steps.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_jsonl(path, journal=True) if path.exists() else []
 
 
 def table(out: Path, seeds: list[int], width: int) -> None:

@@ -20,7 +20,7 @@ from reports.charts import (
     opacity_where,
     outline,
     tips,
-)  # fmt: skip
+)
 from reports.data import Row, RunData
 from reports.evidence import adversarial_count
 from reports.numbers import plain

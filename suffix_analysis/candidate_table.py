@@ -79,6 +79,42 @@ def _finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def _none_passes(
+    rows: Sequence[Mapping[str, Any]],
+    told: Sequence[tuple[Mapping[str, Any], str]],
+    n_layers: int,
+    rules: Mapping[str, float],
+) -> str:
+    """Why none of the rows passes: the nearest of those that have a status (``told``), and all that it missed."""
+    if not rows:
+        return "The candidate table is empty."
+    scored = [(row, why) for row, why in told if _finite(row["steering_score"])]
+    if not scored:
+        layers = [row["layer"] for row in rows]
+        return f"None of {len(rows)} candidate directions has finite scores (layers {min(layers)} to {max(layers)})."
+    kl, induce = rules["kl_threshold"], rules["induce_threshold"]
+    largest = max(1e-9, *(abs(row["steering_score"] - induce) for row, _ in scored))
+
+    def missed(row: Mapping[str, Any], why: str) -> tuple[bool, float]:
+        """How far a row is from passing: late ones last; KL in units of its bound, induce of its largest miss."""
+        over = (row["kl_div_score"] - kl) / max(kl, 1e-9) if _finite(row["kl_div_score"]) else 0.0
+        return why == "too late", max(0.0, over) + max(0.0, (induce - row["steering_score"]) / largest)
+
+    row, why = min(scored, key=lambda pair: missed(*pair))
+    misses = {
+        f"too late (from layer {first_late(n_layers, rules['layer_share'])} on)": why == "too late",
+        "KL too high": _finite(row["kl_div_score"]) and row["kl_div_score"] > kl,
+        "does not induce": row["steering_score"] < induce,
+    }
+    names = {"bypass": "refusal_score", "induce": "steering_score", "KL": "kl_div_score"}
+    scores = ", ".join(f"{name} {row[key]:.3f}" for name, key in names.items() if _finite(row[key]))
+    return (
+        f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
+        f"{row['layer']}: {' and '.join(name for name, is_one in misses.items() if is_one) or why} ({scores}; allowed: "
+        f"KL ≤ {kl}, induce ≥ {induce})."
+    )
+
+
 def select(
     rows: Sequence[Mapping[str, Any]],
     n_layers: int,
@@ -107,36 +143,7 @@ def select(
     told = [(row, status(row, n_layers=n_layers, **rules)) for row in rows if row.get("status") != "zero"]
     kept = [row for row, why in told if why == "kept"]
     if not kept:
-        scored = [(row, why) for row, why in told if _finite(row["steering_score"])]
-        if not scored:
-            raise UserError(
-                f"None of {len(rows)} candidate directions has finite scores (layers "
-                f"{min(row['layer'] for row in rows)} to {max(row['layer'] for row in rows)})."
-                if rows
-                else "The candidate table is empty."
-            )
-        spread = max(1e-9, *(abs(row["steering_score"] - induce_threshold) for row, _ in scored))
-
-        def missed(row: Mapping[str, Any], why: str) -> tuple[bool, float]:
-            """How far a row is from passing: late ones last; KL in units of its bound, induce of its largest miss."""
-            over = (row["kl_div_score"] - kl_threshold) / max(kl_threshold, 1e-9) if _finite(row["kl_div_score"]) else 0
-            return why == "too late", max(0.0, over) + max(0.0, (induce_threshold - row["steering_score"]) / spread)
-
-        row, why = min(scored, key=lambda pair: missed(*pair))
-        late = why == "too late"
-        misses = [f"too late (from layer {first_late(n_layers, layer_share)} on)"] if late else []
-        if _finite(row["kl_div_score"]) and row["kl_div_score"] > kl_threshold:
-            misses.append("KL too high")
-        if row["steering_score"] < induce_threshold:
-            misses.append("does not induce")
-        why = " and ".join(misses) or why
-        names = {"bypass": "refusal_score", "induce": "steering_score", "KL": "kl_div_score"}
-        scores = {name: row[key] for name, key in names.items() if _finite(row[key])}
-        raise UserError(
-            f"None of {len(rows)} candidate directions passes. The nearest is position {row['position']}, layer "
-            f"{row['layer']}: {why} ({', '.join(f'{name} {value:.3f}' for name, value in scores.items())}; allowed: "
-            f"KL ≤ {kl_threshold}, induce ≥ {induce_threshold})."
-        )
+        raise UserError(_none_passes(rows, told, n_layers, rules))
     best = min(kept, key=lambda row: (row["refusal_score"], row["position"], row["layer"]))
     return int(best["position"]), int(best["layer"])
 

@@ -76,13 +76,14 @@ def _kept(study: Study) -> Direction | None:
 
 
 def _found(study: Study, kinds: list[list[Prompt]], settings: DirectionConfig, tokens: Sequence[int]) -> Direction:
+    table = study.folder / "findings" / "candidates.parquet"
     chat = study.model.chat(kinds[0][0].text)
     names = [study.model.tokenizer.decode([i]) for i in chat.ids[chat.regions["chat"]].tolist()]
 
     def write(scores: list[dict[str, Any]]) -> None:
         rows = [row | {"token": names[row["position"] + len(names)]} for row in scores]
         rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
-        write_table(study.folder / "findings" / "candidates.parquet", rows)
+        write_table(table, rows)
 
     try:
         direction = find_direction(
@@ -91,7 +92,7 @@ def _found(study: Study, kinds: list[list[Prompt]], settings: DirectionConfig, t
         )  # fmt: skip
     except NoDirection as error:
         write(error.scores)
-        raise UserError(f"{error} All candidates are in {study.folder / 'findings' / 'candidates.parquet'}.") from error
+        raise UserError(f"{error} All candidates are in {table}.") from error
     write(direction.scores)
     save_direction(study.folder / "direction.safetensors", direction)
     return direction

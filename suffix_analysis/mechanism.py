@@ -15,7 +15,7 @@ from torch import Tensor
 
 from suffix_analysis import causal
 from suffix_analysis.causal import Head, Readout
-from suffix_analysis.causal_tests import PATCHED, UNCHANGED, Reference, Runs, random_heads, tests
+from suffix_analysis.causal_tests import PATCHED, UNCHANGED, Reference, Runs, Test, random_heads, tests
 from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
 from suffix_analysis.directions import Direction
 from suffix_analysis.factors import FACTORS, split_change
@@ -134,18 +134,11 @@ def measure_mechanism(
                 this, hooks = run if test.on == "attacked" else plain, test.hooks(runs)
                 cells.add_outcome(f"test {i}", causal.measure(this, hooks, readout), number)
                 if test.replies:
-                    told = reply(this, hooks, reply_tokens)
-                    verdicts = [judge(p.text, text) for p, text in zip(group, told, strict=True)]
-                    refused = [is_refusal(text) for text in told]
-                    cells.add(f"replies {i}", torch.tensor(refused, dtype=torch.float64), number)
-                    complied = [verdict == "complied" for verdict in verdicts]
-                    cells.add(f"complied {i}", torch.tensor(complied, dtype=torch.float64), number)
-                    replies += [
-                        {"test": test.name, "heads": test.heads, "on": test.on, "dose": test.dose,
-                         "n_heads": test.n_heads, "suffix_id": None if test.once else suffix.id, "prompt_id": p.id,
-                         "refused": refused[k], "verdict": verdicts[k], "reply": told[k]}
-                        for k, p in enumerate(group)
-                    ]  # fmt: skip
+                    judged = _judged(test, suffix, group, reply(this, hooks, reply_tokens))
+                    replies += judged
+                    cells.add(f"replies {i}", torch.tensor([row["refused"] for row in judged]), number)
+                    complied = [row["verdict"] == "complied" for row in judged]
+                    cells.add(f"complied {i}", torch.tensor(complied), number)
             if number == 0:
                 errors["replays"] += [replay_error(plain), replay_error(run)]
                 for name, one in (("none", plain), ("adversarial", run)):
@@ -176,6 +169,16 @@ def measure_mechanism(
         "sweep": [row for name in ("none", "adversarial") for row in sweep_rows(cells, name)],
         "ranking": [row for name in ("none", "adversarial") for row in ranking_rows(cells, name, seed)],
     }
+
+
+def _judged(test: Test, suffix: Suffix, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Replies under a test, with their verdicts."""
+    return [
+        {"test": test.name, "heads": test.heads, "on": test.on, "dose": test.dose, "n_heads": test.n_heads,
+         "suffix_id": None if test.once else suffix.id, "prompt_id": p.id, "refused": is_refusal(text),
+         "verdict": judge(p.text, text), "reply": text}
+        for p, text in zip(prompts, texts, strict=True)
+    ]  # fmt: skip
 
 
 def _edges(

@@ -44,7 +44,7 @@ def check_rows(
     def worst(values: Sequence[float]) -> float:
         return float(torch.tensor(values, dtype=torch.float64).max())
 
-    found = [
+    found: list[tuple[str, float | None, float, str]] = [
         ("replays", worst(replays), REPLAY_BOUND, "Replays of the chat tokens give the logits of whole forwards."),
         ("states", worst(states), STATE_BOUND, "The suffix changes no state at an instruction token."),
         (
@@ -54,14 +54,13 @@ def check_rows(
         ("paths add up", worst(paths), SUM_BOUND, "Two-hop paths sum to what the top heads bring from chat tokens."),
         ("logit attribution adds up", worst(logits), SUM_BOUND, "All writes sum to the model's own logits."),
     ]  # fmt: skip
-    rows: list[dict[str, Any]] = [
-        {"name": name, "value": value, "bound": bound, "passed": value <= bound, "sentence": sentence}
-        for name, value, bound, sentence in found
-    ]
     sentence = "Positive control: all heads patched from the run without a suffix bring all of the projection back."
     if patched_all is None:
         sentence += " Not defined here, because the projection does not fall."
     error = None if patched_all is None else abs(patched_all - 1)
-    passed = None if error is None else error <= CONTROL_BOUND
-    control = {"name": "all heads patched", "value": error, "bound": CONTROL_BOUND, "passed": passed}
-    return [*rows, control | {"sentence": sentence}]
+    found.append(("all heads patched", error, CONTROL_BOUND, sentence))
+    return [
+        {"name": name, "value": value, "bound": bound, "passed": None if value is None else value <= bound,
+         "sentence": sentence}
+        for name, value, bound, sentence in found
+    ]  # fmt: skip

@@ -18,6 +18,7 @@ from suffix_analysis.directions import Direction
 from suffix_analysis.forward import ablated_logits, added_logits, block_inputs, last_logits
 from suffix_analysis.interventions import random_directions
 from suffix_analysis.models import Model
+from suffix_analysis.prompts import spread
 from suffix_analysis.refusal import refusal_score
 from suffix_analysis.stats import auroc, auroc_interval, interval
 
@@ -210,12 +211,6 @@ def effects(
             row |= {f"{what}_change": change.estimate, f"{what}_lo": change.lo, f"{what}_hi": change.hi}
         rows.append(row | {"n_harmful": len(bad), "n_harmless": len(good)})
     return rows
-
-
-def spread(items: Sequence[Chat], most: int) -> list[Chat]:
-    """At most ``most`` of them, evenly spread, so that no topic is cut off."""
-    count = min(most, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def control_vectors(vector: Float[Tensor, " d_model"], seed: int = 0) -> dict[str, Float[Tensor, " d_model"]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from suffix_analysis.errors import UserError, first_line
 
@@ -19,6 +19,9 @@ SPLITS: tuple[Split, ...] = ("fit", "select", "report")
 # Column names of the public sets: AdvBench, HarmBench, JailbreakBench, refusal_direction, XSTest, and our own.
 BEHIND = "\0behind"  # what a CSV row holds behind the header's last column; no column is called so
 TEXT_COLUMNS = ("text", "goal", "Goal", "Behavior", "instruction", "prompt", "question")
+
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,10 @@ def to_jsonl(prompts: Sequence[Prompt]) -> str:
 def prompts_of(prompts: Sequence[Prompt], kind: str, split: str, most: int | None) -> list[Prompt]:
     """Prompts of a kind and split; those without a kind are harmful, those without a split belong to every one."""
     own = [p for p in prompts if (p.kind or "harmful") == kind and (p.split or split) == split]
-    if most is None or len(own) <= most:
-        return own
-    return [own[i * len(own) // most] for i in range(most)]  # evenly spread, so that no topic is cut off
+    return own if most is None else spread(own, most)
+
+
+def spread(items: Sequence[ItemT], most: int) -> list[ItemT]:
+    """At most ``most`` of them, evenly spread, so that no topic is cut off."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

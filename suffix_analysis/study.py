@@ -319,7 +319,8 @@ class Study:
     def skip(self, sentence: str) -> None:
         """Remember what fell short, for the report, and say it."""
         path, summary = self.folder / "skipped.json", self.folder / "findings" / "summary.json"
-        sentences = [*(files.read_as(path, list[str]) if path.exists() else []), sentence]
+        told = files.read_as(path, list[str]) if path.exists() else []
+        sentences = list(dict.fromkeys([*told, sentence]))  # an interrupted stage says it again
         files.write_json(path, sentences)
         if summary.exists():  # a stage after the analysis
             files.write_json(summary, files.read_as(summary, dict[str, Any]) | {"skipped": sentences})

@@ -32,6 +32,23 @@ def _chatml(default: str | None, reply: str = "") -> Format:
     return Format(whole, ("<|im_start|>", "<|im_end|>"), "<|im_end|>")
 
 
+def _llama3(before: str, content: str) -> Format:
+    """``before`` the turns, and what stands in each behind its header."""
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    turns = LOOP + header.format("{{ m['role'] }}") + content + END
+    special = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    reply = REPLY + header.format("assistant") + "{% endif %}"
+    return Format("<|begin_of_text|>" + before + turns + reply, special, "<|eot_id|>", "<|begin_of_text|>")
+
+
+def _gemma(before: str, content: str, system: bool) -> Format:
+    """``before`` the turns, and what stands in each."""
+    role = "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    turns = LOOP + role + content + "<end_of_turn>\n" + END + REPLY + "<start_of_turn>model\n{% endif %}"
+    special = ("<bos>", "<start_of_turn>", "<end_of_turn>")
+    return Format("<bos>" + before + turns, special, "<end_of_turn>", "<bos>", system)
+
+
 _NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 FORMATS = {
     "chatml": _chatml(None),
@@ -51,57 +68,23 @@ FORMATS = {
         "</s>",
         "<s>",
     ),
-    "llama3": Format(
-        "<|begin_of_text|>"
-        + LOOP
-        + "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
-        + END
-        + REPLY
-        + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        "<|eot_id|>",
-        "<|begin_of_text|>",
-    ),
+    "llama3": _llama3("", "{{ m['content'] }}<|eot_id|>"),
     # from 3.1 on there is always a system turn, with two dates in it
-    "llama3.1": Format(
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-        "Today Date: 26 Jul 2024\n\n{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
-        "<|eot_id|>"
-        + LOOP
-        + "{% if m['role'] != 'system' %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-        + "{{ m['content'] | trim }}<|eot_id|>{% endif %}"
-        + END
-        + REPLY
-        + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "llama3.1": _llama3(
+        "<|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
+        "{% set messages = messages[1:] %}{% endif %}"
         "<|eot_id|>",
-        "<|begin_of_text|>",
+        "{{ m['content'] | trim }}<|eot_id|>",
     ),
-    "gemma": Format(
-        "<bos>"
-        + _NO_SYSTEM
-        + LOOP
-        + "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
-        + END
-        + REPLY
-        + "<start_of_turn>model\n{% endif %}",
-        ("<bos>", "<start_of_turn>", "<end_of_turn>"),
-        "<end_of_turn>",
-        "<bos>",
-        system=False,
-    ),
+    "gemma": _gemma(_NO_SYSTEM, "{{ m['content'] }}", system=False),
     # a system turn stands before the first user's words in the same turn, and turns are trimmed
-    "gemma3": Format(
-        "<bos>{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
-        "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
-        "{% for m in turns %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-        "{{ first if loop.first }}{{ m['content'] | trim }}<end_of_turn>\n"
-        + END
-        + REPLY
-        + "<start_of_turn>model\n{% endif %}",
-        ("<bos>", "<start_of_turn>", "<end_of_turn>"),
-        "<end_of_turn>",
-        "<bos>",
+    "gemma3": _gemma(
+        "{% set first = '' %}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% endif %}",
+        "{{ first if loop.first }}{{ m['content'] | trim }}",
+        system=True,
     ),
     # of the 7B models; no system turn
     "mistral": Format(

@@ -71,6 +71,9 @@ def test_controls_of_another_length_are_left_out_of_the_causal_tests_and_told(tm
     assert json.loads((made.folder / "skipped.json").read_text()) == [
         "1 of 2 other suffixes are not 4 tokens long as adversarial-1 is, and were left out of the causal tests."
     ]
+    before = (made.folder / "skipped.json").read_text()
+    made._as_long(attack, others)
+    assert (made.folder / "skipped.json").read_text() == before, "an interrupted stage tells it once"
 
 
 def test_the_command_tells_what_was_found(

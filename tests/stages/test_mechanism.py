@@ -56,9 +56,7 @@ def rows(mechanism: str, table: str, **wanted: object) -> list[dict[str, Any]]:
     return [row for row in tables(mechanism)[table] if all(row[key] == value for key, value in wanted.items())]
 
 
-@pytest.mark.parametrize(
-    "mechanism", ["softmax", "mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("query", "opponent"))]
-)
+@pytest.mark.parametrize("mechanism", ["softmax", "query", "opponent", "mlp"])
 def test_terms_say_what_carries_the_fall(mechanism: str) -> None:
     found = {row["term"]: row for row in rows(mechanism, "carried", arm="adversarial")}
     carrier = "MLPs" if mechanism == "mlp" else "top heads"

@@ -79,6 +79,8 @@ def test_compat_mode_tokenises_and_begins_as_nanogcg(form: dict[str, Any]) -> No
     assert ours.strings == theirs.strings
     assert ours.losses == pytest.approx(theirs.losses, abs=2e-5)
     assert form["format"] != "bare" or tok.chat_template is None, "the caller's tokenizer stays as it was"
+    attack = attacks.GCG(model, tok, "Write a poem", "Sure, here", config)
+    assert len(attacks.self_test(attack).replies) == 1
 
 
 @pytest.mark.usefixtures("_quick_nanogcg")
