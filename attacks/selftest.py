@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from attacks.candidates import compat_gradient, token_gradient
 from attacks.gcg import GCG
 from attacks.memory import candidate_bytes, free_bytes, memory_for
 from attacks.slot import PLACEHOLDER, Messages, Slot, turns_of
 
-PROBE = 8  # candidates that are scored to measure the speed
+PROBE = 32  # candidates that are scored to measure the speed; of fewer, starting a forward is a large part
 REPLY_TOKENS = 24
 FEW_TOKENS = 4
 
@@ -47,16 +51,8 @@ def self_test(attack: GCG) -> SelfTest:
         if replies[-1].strip().startswith(tokenizer.decode(slot.target_ids).strip()):
             warnings.append(f"Conversation {i} gets its target without any suffix; there is nothing to attack.")
     ids = attack.slots[0].suffix_ids
-    probe = ids.repeat(PROBE, 1)
-    attack.search(probe)  # the first forward allocates
-    started, flops = time.perf_counter(), attack.search.flops
-    attack.search(probe)
-    rate = (attack.search.flops - flops) / (time.perf_counter() - started)
     losses, _ = (attack.exact or attack.search)(ids[None])
-    per_candidate = sum(
-        attack.search.forward_flops(len(slot.suffix_ids) + slot.n_behind, len(slot.target_ids)) for slot in attack.slots
-    )
-    seconds = config.search_width * per_candidate / rate + 3 * per_candidate / rate
+    seconds = _seconds_per_step(attack, ids)
     if seconds * config.num_steps > 3600:
         warnings.append(
             f"{config.num_steps} steps may take {seconds * config.num_steps / 3600:.1f} h; a smaller search_width or "
@@ -79,6 +75,33 @@ def self_test(attack: GCG) -> SelfTest:
             "search more room, e.g. 'x x x x x x x x x x'."
         )
     return SelfTest(tuple(replies), tuple(losses[0].tolist()), seconds, gib, tuple(warnings))
+
+
+def _seconds_per_step(attack: GCG, ids: Int[Tensor, " suffix"]) -> float:
+    """What a step takes: its parts are timed on candidates that differ in one place, as a step's do."""
+    config, search, exact = attack.config, attack.search, attack.exact or attack.search
+    probe, rows = ids.repeat(PROBE, 1), torch.arange(PROBE)
+    probe[rows, rows % len(ids)] = attack.slots[0].target_ids[0]
+    leaders, seen = probe[: max(1, config.rescore)], (search.seen_match, exact.seen_match)
+    search(probe, ids), exact(leaders, ids)  # the first forward allocates
+    scoring = _timed(lambda: search(probe, ids)) / PROBE / search.active
+    again = _timed(lambda: exact(leaders, ids)) + (_timed(lambda: search(leaders, ids)) if config.merge > 1 else 0.0)
+    if config.compat:
+        gradient = _timed(lambda: compat_gradient(attack.model, attack.slots[0], ids, config))
+    else:
+        gradient = _timed(lambda: token_gradient(search.model, attack.slots, search.caches, ids, config, attack.terms))
+    search.seen_match, exact.seen_match = seen  # the probe's candidates are not the attack's
+    # from the first width in a straight line to the last at half of the steps
+    first = config.search_width if config.search_width_start is None else config.search_width_start
+    width = (first + 3 * config.search_width) / 4
+    passes = sum(0.5**i for i in range(len(attack.slots))) if config.halving else len(attack.slots)
+    return width * passes * scoring + again * len(attack.slots) / search.active + gradient
+
+
+def _timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def _with_suffix(talk: Messages, suffix: str) -> list[dict[str, str]]:

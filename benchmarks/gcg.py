@@ -182,6 +182,18 @@ def agreement(n: int = 4, steps: int = 20, width: int = 128) -> None:
 
 
 @app.command
+def estimate(width: int = 64, steps: int = 5, goals: int = 3) -> None:
+    """The self-test's seconds a step beside those that the steps then take, alone and with several conversations."""
+    hf, tokenizer = model_in(torch.float32)
+    for count in (1, goals):
+        config = attacks.GCGConfig(num_steps=WARM_UP + steps, search_width=width, **SETTINGS)
+        attack = attacks.GCG(hf, tokenizer, instructions(count), [TARGET] * count, config)
+        said = attacks.self_test(attack).seconds_per_step
+        taken = statistics.median([step.seconds for step in attack.steps()][WARM_UP:])
+        print(f"{count} conversations: said {said:.2f} s a step, taken {taken:.2f} s: {said / taken:.2f}", flush=True)
+
+
+@app.command
 def memory(width: int = 512) -> None:
     """Peak memory of two steps above what the loaded model takes, each side in a process of its own."""
     for side in ("nanogcg", "ours", "ours-float32"):

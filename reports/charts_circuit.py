@@ -11,8 +11,7 @@ from reports import theme
 from reports.charts import MAIN, PINNED, Figure, View, differences, filled, head_name, opacity_where, outline
 from reports.data import Row, RunData
 from reports.escape import visible
-from reports.evidence import first_of
-from reports.numbers import plain
+from reports.numbers import count, plain
 
 REGION_AT = {"instruction": 0.0, "suffix": 0.9, "system": 1.7, "bos": 2.3, "chat": 2.9}
 TOKENS_FROM, HEADS_AT, APART, MLPS_AT, END_AT = 4.0, 3.2, 0.6, 2.2, 3.6  # APART: heads of one layer side by side
@@ -35,9 +34,17 @@ def circuit(data: RunData) -> Figure | None:
         "MLPs at the chat tokens, the top heads, MLPs at chat[−1], the refusal direction. An edge's width is the root "
         "of what passes along r̂; solid edges towards refusal, dashed ones away. Paths are exact with attention frozen; "
         "shown: edges of at least 2 % of what the top heads bring (or MLPs write) on the select split, with weights of "
-        f"the report split. Hover over an edge for its interval and what it is in the other arm.{first_of(data)}"
+        f"the report split. Hover over an edge for its interval and what it is in the other arm."
+        f"{_averaged(data)}"
     )
     return _figure(data, "circuit", "Circuit into the refusal direction", caption, states, views)
+
+
+def _averaged(data: RunData) -> str:
+    number = max(
+        (row.get("n_suffixes") or 0 for row in data.table("circuit") if row["arm"] == "adversarial"), default=0
+    )
+    return "" if number < 2 else f" Means over {count(number, 'suffix', 'suffixes')}."
 
 
 def circuit_control(data: RunData) -> Figure | None:

@@ -13,11 +13,16 @@ def logit_lens(data: RunData) -> Figure | None:
     read = data.table("lens")
     if not read:
         return None
+    along = [row for row in data.table("terms") if row["arm"] in {row["arm"] for row in read}]
     written = [row for row in data.table("logits") if row["term"] in ("attention", "MLP")]
     say = "Refusal read at chat[-1] by layer, without and with the suffix, with 95 % bands."
     titles: list[tuple[str, list[Row], str]] = [("logit lens", read, "refusal score that would be read here")]
     titles += [
         (f"{term} writes", [row for row in written if row["term"] == term], f"logits of refusal that {term} adds")
+        for term in ("attention", "MLP")
+    ]
+    titles += [
+        (f"{term} along r̂", [row for row in along if row["term"] == term], f"what {term} writes along r̂")
         for term in ("attention", "MLP")
     ]
     views = [View(label, finish(layer_lines(rows, title), rows, 250, say)) for label, rows, title in titles if rows]
@@ -26,6 +31,11 @@ def logit_lens(data: RunData) -> Figure | None:
         "unembedding read from each layer's input; far from the last layer it need not mean what it means there. "
         "Writes: direct logit attribution, the final norm's scale frozen; all terms add up to the refusal tokens' mean "
         f"logit over the vocabulary's.{first_of(data)}"
+        + (
+            " Along r̂: of all traced prompts and suffixes; with the embedding they add up to the projection."
+            if along
+            else ""
+        )
     )
     columns = (
         ("arm", "arm"), ("layer", "layer"), ("term", "written by"), ("mean", "mean"), ("lo", "CI from"),

@@ -185,10 +185,19 @@ def candidates(data: RunData) -> Figure | None:
             views.append(View(label, finish(_candidate_chart(mine, order, field, title), mine, 260, say)))
     if not views:
         return None
+    if apart := _separation(data, shown):
+        places = [*order, *({row["where"] for row in apart} - set(order))]
+        title = "held-out AUROC of the projection"
+        views.append(View("AUROC", finish(_candidate_chart(apart, places, "auroc", title), apart, 260, say)))
     caption = (
         "Chosen on the select split: the smallest bypass among candidates that come early enough, keep harmless "
         "behaviour (KL) and induce refusal when added. Hollow points are ruled out."
     )
+    if apart:
+        caption += (
+            " AUROC: harmful against harmless prompts of the report split along each candidate, and at the "
+            "instruction's last token, which no suffix can change."
+        )
     unscored = [row["layer"] for row in rows if row["status"] == "too late" and row["refusal_score"] is None]
     if unscored:
         caption += f" Layers from {min(unscored)} on come too late to be chosen and were not scored."
@@ -200,10 +209,19 @@ def candidates(data: RunData) -> Figure | None:
         ("refusal_score", "bypass"),
         ("steering_score", "induce"),
         ("kl_div_score", "KL"),
+        ("auroc", "AUROC"),
         ("norm", "norm"),
         ("status", "status"),
     )
     return Figure("candidates", "How the direction was chosen", caption, say, columns, tuple(views))
+
+
+def _separation(data: RunData, candidates: list[Row]) -> list[Row]:
+    """How well each candidate's projection tells the report split's harmful prompts from its harmless ones."""
+    known = {(row["position"], row["layer"]): row for row in candidates}
+    rest = {"where": "instruction[−1]", "usable": True, "status": None, "token": None}
+    found = [row for row in data.table("separation") if row["auroc"] is not None]
+    return [{**known.get((row["position"], row["layer"]), rest), **row} for row in found]
 
 
 def _must(data: RunData, name: str, sign: str) -> str:

@@ -51,6 +51,22 @@ def context(data: RunData) -> dict[str, Any]:
     }
 
 
+_KINDS = {
+    "carried": "written by {}",
+    "factors": "{}",
+    "causal score": "{}: score",
+    "causal projection": "{}: projection",
+}
+
+
+def against_controls(data: RunData) -> list[Row]:
+    """Return the mechanism's contrasts with their measure in words."""
+    return [
+        {**row, "measure": _KINDS.get(row["kind"], "{}").format(FACTOR_WORDS.get(row["measure"], row["measure"]))}
+        for row in data.table("mechanism_contrasts")
+    ]
+
+
 def _beside(controls: list[str], rows: list[Row], key: str, words: dict[str, str]) -> list[dict[str, Any]]:
     """Return the adversarial arm's parts, each with the same part's value in every control arm."""
     known = {(row["arm"], row[key]): plain_ci(row["value"], row["lo"], row["hi"]) for row in rows}

@@ -153,6 +153,7 @@ def context(data: RunData, charts: dict[str, Figure], budget: Budget) -> dict[st
         "suffixes": [_suffix_row(suffix) for suffix in data.suffixes[:SUFFIX_ROWS]],
         "suffixes_left_out": max(0, len(data.suffixes) - SUFFIX_ROWS),
         "contrasts": [_contrast_row(row) for row in data.table("contrasts")],
+        "mechanism_contrasts": [_contrast_row(row) for row in mechanism.against_controls(data)],
         "top_heads": [
             (row["rank"], head_name(row["layer"], row["head"]), plain(row["select_contribution"]))
             for row in sorted(data.table("top_heads"), key=lambda row: row["rank"] or 0)
@@ -203,6 +204,7 @@ def _suffix_row(suffix: Suffix) -> dict[str, Any]:
 
 
 def _contrast_row(row: Row) -> dict[str, Any]:
+    """A difference between two arms (or a causal test and its control) as the template shows it."""
     return {
         "measure": visible(row["measure"] or ""),
         "pair": f"{visible(row['arm'] or '')} − {visible(row['against'] or '')}",

@@ -19,7 +19,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.detectors import Harmfulness, harm_without_refusal
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
-from suffix_analysis.judges import judge
+from suffix_analysis.judges import judge_named
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import refused
@@ -159,6 +159,7 @@ def _attack_one(
             with context(0):
                 ids = [model.chat(p.text, best).ids for p in final]
                 told = generate(model.hf, model.tokenizer, ids, config.reply_tokens)
+            judge = judge_named(config.judge)
             verdicts = [judge(p.text, reply) == "complied" for p, reply in zip(final, told, strict=True)]
             row["success"] = sum(verdicts) / len(verdicts)
         yield row

@@ -18,16 +18,18 @@ from suffix_analysis.arms import (
     profile_rows,
     projection_measures,
     shift_rows,
+    term_rows,
 )
 from suffix_analysis.chat import REGIONS, survives_decoding, token_strings
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.heads import TopHead, top_heads
 from suffix_analysis.identities import ROUNDING
+from suffix_analysis.max_t import crossed_max_t
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
-from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row, contrast_table, sign_flip_max_t
+from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row, contrast_table
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Job, Traces, trace
 
 LENGTHS_APART = 0.5  # tokens, on average, by which two arms' suffixes may differ and still be held against each other
@@ -99,6 +101,7 @@ def analyze(
     pairs, unequal = compared(arms)
     tables = {
         "profile": [row for arm in arms for row in profile_rows(arm, direction)],
+        "terms": [row for arm in arms for row in term_rows(arm)],
         "heads": [
             row
             for split, group in (("select", select_arms), ("report", arms))
@@ -186,7 +189,7 @@ def of_few_texts(rows: Sequence[dict[str, Any]], suffixes: Sequence[Suffix]) -> 
 def head_differences(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """What the adversarial suffixes change in every head's contribution, against none and each control.
 
-    With enough suffixes in both arms, p values from prompts' mean differences, adjusted for all heads (max-T); None
+    With enough suffixes in both arms, p values over prompts and suffixes, adjusted for all heads (max-T); None
     otherwise (METHODS §5).
     """
     rows = []
@@ -198,7 +201,7 @@ def head_differences(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         several = all(len(arm.suffixes) >= MIN_SUFFIXES for arm in (a, b) if arm.suffixes)
         p = None
         if several and len(cells[0]) > 1:
-            p = sign_flip_max_t(cells[0].mean(axis=1) - cells[1].mean(axis=1)).p
+            p = crossed_max_t(cells[0], cells[1]).p
         n_heads = a.traces[0].attention.shape[2]
         rows += [
             {

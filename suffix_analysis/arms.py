@@ -72,6 +72,29 @@ def profile_rows(arm: ArmTraces, direction: Direction) -> list[dict[str, Any]]:
     return rows
 
 
+def term_rows(arm: ArmTraces) -> list[dict[str, Any]]:
+    """What attention and MLP of every layer write along r̂ at chat[-1], with intervals; and the embedding (layer −1).
+
+    The means sum to the raw projection after the last block.
+    """
+    picks: dict[str, Callable[[Traces], Tensor]] = {
+        "attention": lambda t: t.attention_out,
+        "MLP": lambda t: t.mlp_out,
+        "embedding": lambda t: t.embedding,
+    }
+    rows = []
+    for term, pick in picks.items():
+        cells = arm.cells(pick)
+        for layer, (mean, lo, hi) in enumerate(zip(*interval_table(cells), strict=True)):
+            rows.append(
+                {
+                    "arm": arm.arm, "layer": -1 if term == "embedding" else layer, "term": term, "mean": float(mean),
+                    "lo": float(lo), "hi": float(hi), "n_prompts": cells.shape[0], "n_suffixes": len(arm.suffixes),
+                }
+            )  # fmt: skip
+    return rows
+
+
 def _or_none(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 

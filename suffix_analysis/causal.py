@@ -109,9 +109,14 @@ def replaced(heads: Iterable[Head], values: Float[Tensor, "*prompt layer chat he
 
 
 def cut(
-    prepared: Prepared, region: str, heads: Iterable[Head] | None = None, *, renormalise: bool = True
+    prepared: Prepared,
+    region: str,
+    heads: Iterable[Head] | None = None,
+    *,
+    renormalise: bool = True,
+    at: int | None = None,
 ) -> list[Hook]:
-    """Edge knock-out: no chat token attends to ``region``, in ``heads`` or all heads.
+    """Edge knock-out: no chat token attends to ``region``, in ``heads`` or all heads; or chat token ``at`` alone.
 
     With ``renormalise`` the edges are cut before the softmax, and the other sources share the mass; without it they are
     cut after the softmax, and the mass is gone. These are different interventions.
@@ -121,21 +126,25 @@ def cut(
         heads = [(n, h) for n in range(prepared.model.n_layers) for h in range(prepared.z.shape[3])]
 
     def forbid(scores: Tensor, hook: Any, which: list[int]) -> Tensor:
-        return _masked(scores, source, which, torch.finfo(scores.dtype).min)
+        return _masked(scores, source, which, torch.finfo(scores.dtype).min, at)
 
     def destroy(pattern: Tensor, hook: Any, which: list[int]) -> Tensor:
-        return _masked(pattern, source, which, 0.0)
+        return _masked(pattern, source, which, 0.0, at)
 
     name, change = ("hook_attn_scores", forbid) if renormalise else ("hook_pattern", destroy)
     return [(f"blocks.{n}.attn.{name}", functools.partial(change, which=w)) for n, w in _by_layer(heads).items()]
 
 
-def _masked(x: Tensor, source: Bool[Tensor, "prompt token"], which: list[int], value: float) -> Tensor:
-    """Rows of heads ``which`` with ``value`` at the source tokens."""
+def _masked(x: Tensor, source: Bool[Tensor, "prompt token"], which: list[int], value: float, at: int | None) -> Tensor:
+    """Rows of heads ``which`` with ``value`` at the source tokens; of all chat tokens, or of ``at`` only."""
     mask = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
     mask[which] = True
     copies = len(x) // len(source)
-    chosen = source.repeat_interleave(copies, dim=0)[:, None, None] & mask[None, :, None, None]
+    rows = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
+    if at is not None:
+        rows[:] = False
+        rows[at] = True
+    chosen = source.repeat_interleave(copies, dim=0)[:, None, None] & mask[None, :, None, None] & rows[:, None]
     return x.masked_fill(chosen, value)
 
 

@@ -17,8 +17,13 @@ from suffix_analysis.replay import Hook, Prepared
 
 DOSES = (0.25, 0.5, 0.75, 1.0)
 SIZES = (1, 2, 4)
-MEAN, RESAMPLED, PATCHED = "mean-ablated", "resample-ablated", "patched from the run without suffix"
+MEAN, RESAMPLED, ZERO = "mean-ablated", "resample-ablated", "zero-ablated"
+PATCHED = "patched from the run without suffix"
 UNCHANGED = "nothing changed"
+CUT, DESTROYED = "suffix edges cut, mass renormalised", "suffix edges cut, mass destroyed"
+CUT_LAST, CUT_INSTRUCTION = "suffix edges cut at chat[-1] only", "instruction edges cut, mass renormalised"
+RESTORED, RESTORED_MEAN = "projection restored", "projection set to the harmful mean"
+ELSEWHERE = "random direction moved as far"
 ATTENTION = "attention as with a shuffled suffix"
 
 
@@ -88,9 +93,13 @@ def tests(
     reference: Reference,
     n_layers: int,
     n_heads: int,
+    level: float,
     seed: int = 0,
 ) -> list[Test]:
-    """The causal tests of a study, each with its controls: random heads of the same layers, and a random direction."""
+    """The causal tests of a study, each with its controls: random heads of the same layers, and a random direction.
+
+    ``level`` is the projection of the harmful prompts' mean at chat[-1] (fit split), at the readout's layer.
+    """
     others = [some for some in others if some]  # a set of no heads changes nothing and controls nothing
     every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     made = [
@@ -109,33 +118,32 @@ def tests(
         def restore(runs: Runs, dose: float = dose) -> list[Hook]:
             return causal.shifted(readout, causal.base(runs.none, readout).projection, dose)
 
-        made.append(Test("projection restored", "none", "attacked", restore, replies=dose == 1.0, dose=dose))
-    made.append(
+        made.append(Test(RESTORED, "none", "attacked", restore, replies=dose == 1.0, dose=dose))
+    return [
+        *made,
+        Test(RESTORED_MEAN, "none", "attacked", lambda runs: causal.shifted(readout, level), replies=True, dose=1.0),
         Test(
-            "random direction moved as far",
-            "none",
-            "attacked",
-            lambda runs: _elsewhere(runs, readout, seed),
-            replies=True,
-            dose=1.0,
-        )
-    )
-    return made
+            ELSEWHERE, "none", "attacked", lambda runs: _elsewhere(runs, readout, seed), replies=True, dose=1.0,
+        ),
+    ]  # fmt: skip
 
 
 def _of_heads(label: str, heads: list[Head], reference: Reference, replies: bool = False) -> list[Test]:
     """The tests of one set of heads."""
     plans: list[tuple[str, Literal["attacked", "none"], Callable[[Runs], list[Hook]]]] = [
-        ("suffix edges cut, mass renormalised", "attacked", lambda runs: causal.cut(runs.attacked, "suffix", heads)),
-        ("suffix edges cut, mass destroyed", "attacked",
-         lambda runs: causal.cut(runs.attacked, "suffix", heads, renormalise=False)),
+        (CUT, "attacked", lambda runs: causal.cut(runs.attacked, "suffix", heads)),
+        (CUT_LAST, "attacked", lambda runs: causal.cut(runs.attacked, "suffix", heads, at=-1)),
+        (DESTROYED, "attacked", lambda runs: causal.cut(runs.attacked, "suffix", heads, renormalise=False)),
         (PATCHED, "attacked", lambda runs: causal.replaced(heads, runs.none.z)),
         ("patched from the attacked run", "none", lambda runs: causal.replaced(heads, runs.attacked.z)),
         (ATTENTION, "attacked", lambda runs: causal.transplanted(runs.attacked, _known(runs.control), heads)),
         (MEAN, "none", lambda runs: causal.replaced(heads, reference.mean)),
         (RESAMPLED, "none", lambda runs: causal.replaced(heads, reference.partners(len(runs.none)))),
+        (ZERO, "none", lambda runs: causal.replaced(heads, torch.zeros_like(reference.mean))),
+        # what a suffix that took all attention from the instruction would do
+        (CUT_INSTRUCTION, "none", lambda runs: causal.cut(runs.none, "instruction", heads)),
     ]  # fmt: skip
-    talking, alone = ("suffix edges cut, mass renormalised", PATCHED), (MEAN, RESAMPLED)
+    talking, alone = (CUT, PATCHED), (MEAN, RESAMPLED, ZERO, CUT_INSTRUCTION)
     return [
         Test(
             name, label, on, hooks, len(heads), replies and name in talking,

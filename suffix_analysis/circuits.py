@@ -211,14 +211,18 @@ def kept_edges(select: Sequence[Paths], share: float = EDGE_SHARE) -> list[tuple
     return [key for key in weights[0] if strong(key)]
 
 
-def edge_rows(arms: dict[str, Paths], kept: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """The graph record: kept edges with their weight in every arm (mean over prompts, with its interval)."""
+def edge_rows(arms: dict[str, Sequence[Paths]], kept: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """The graph record: kept edges with their weight in every arm (mean over prompts and suffixes, with its interval).
+
+    ``arms`` holds the same prompts' paths with each of an arm's suffixes (one, without a suffix).
+    """
     rows = []
-    for arm, paths in arms.items():
-        weights = edge_weights(paths)
+    for arm, by_suffix in arms.items():
+        weights = [edge_weights(paths) for paths in by_suffix]
         for key in kept:
             kind, layer, head, token, region, target = key
-            found = interval(weights[key].double().numpy()[:, None], suffix_arm=False)
+            cells = torch.stack([own[key] for own in weights], dim=1).double().numpy()
+            found = interval(cells, suffix_arm=arm != "none")
             rows.append(
                 {
                     "arm": arm, "kind": kind, "source_layer": layer, "source_head": head,
@@ -226,6 +230,7 @@ def edge_rows(arms: dict[str, Paths], kept: Sequence[tuple[Any, ...]]) -> list[d
                     "target_layer": None if target is None else target[0],
                     "target_head": None if target is None else target[1],
                     "weight": found.estimate, "lo": found.lo, "hi": found.hi, "n_prompts": found.n_prompts,
+                    "n_suffixes": found.n_suffixes,
                 }
             )  # fmt: skip
     return rows

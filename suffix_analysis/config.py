@@ -60,6 +60,8 @@ class StudyConfig:
         n_traced_controls: strings of each control arm that are traced.
         reply_tokens: length of the replies that are judged (the paper: 512); 24 show whether a reply opens as a
             refusal, in a twentieth of the time.
+        judge: who says whether a reply complies: rules, or a function of your own as module:function, which is given
+            the instruction and the reply (see docs/how-to.md).
         n_top_heads: heads shown in detail.
         n_causal: report prompts that the causal tests run on, and select prompts that they take means from.
         n_fit: prompts of each kind that the direction's means are taken over, less those answered against their kind.
@@ -104,6 +106,7 @@ class StudyConfig:
     n_traced: Whole = 64
     n_traced_controls: Whole = 8
     reply_tokens: Whole = 512
+    judge: str = "rules"
     n_top_heads: Whole = 8
     n_causal: Whole = 32
     n_fit: Whole = 128

@@ -19,7 +19,8 @@ from suffix_analysis.causal_tests import PATCHED, UNCHANGED, Reference, Runs, Te
 from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
 from suffix_analysis.directions import Direction
 from suffix_analysis.factors import FACTORS, split_change
-from suffix_analysis.judges import is_refusal, judge
+from suffix_analysis.judges import Judge, is_refusal
+from suffix_analysis.judges import judge as rules
 from suffix_analysis.lens import measure_lens
 from suffix_analysis.mechanism_checks import check_rows, replay_error, state_error
 from suffix_analysis.mechanism_tables import (
@@ -27,6 +28,7 @@ from suffix_analysis.mechanism_tables import (
     Cells,
     carried_rows,
     causal_row,
+    contrast_rows,
     factor_rows,
     ranking_rows,
     sweep_rows,
@@ -64,10 +66,11 @@ def measure_mechanism(
     controls: Sequence[Suffix] = (),
     n_random: int = 3,
     reply_tokens: int = 24,
+    judge: Judge = rules,
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Tables carried, factors, causal, causal_replies, circuit, sweep, ranking, lens, logits, and checks.
+    """The stage's tables, and ``checks``: its identities and controls.
 
     Their columns are in docs/run-folder.md.
 
@@ -77,32 +80,35 @@ def measure_mechanism(
         report: harmful prompts that are measured.
         select: harmful prompts of the select split, which choose the circuit's edges.
         harmless: harmless ones of the select split: what an ablated head gives instead of its own.
-        suffixes: adversarial ones; each is crossed with every prompt. Circuit and lens are of each arm's first only,
-            and the sweep is of the first adversarial one, on the first group of prompts.
+        suffixes: adversarial ones; each is crossed with every prompt. The lens is of each arm's first only, and the
+            sweep is of the first adversarial one, on the first group of prompts.
         top: the heads chosen on the select split.
         controls: suffixes of other arms. What carries a change of projection, and why the instruction counts less, is
             measured with each of them too; the attacked run is given the attention rows of a shuffled one where the
             token counts are equal.
         n_random: sets of random heads, of the same layers and as many.
         reply_tokens: length of the replies that are made under some of the tests.
+        judge: gives these replies' verdicts.
         seed: of the random heads and of the random direction.
         on_step: called with (done, total).
     """
     readout = Readout.of(direction)
     others = [random_heads(top, model.n_heads, readout.layer, seed + i) for i in range(n_random)]
     reference = reference_of(model, harmless)
-    plan = tests(readout, top, others, reference, model.n_layers, model.n_heads, seed)
+    level = float(direction.means_harmful[readout.layer].float() @ readout.unit)
+    plan = tests(readout, top, others, reference, model.n_layers, model.n_heads, level, seed)
     parts, cells = groups(report), Cells()
     bases: dict[str, int] = {test.on: i for i, test in enumerate(plan) if test.name == UNCHANGED}
     firsts: dict[str, Suffix] = {}
     for suffix in (*suffixes, *controls):
         firsts.setdefault(suffix.arm, suffix)
-    arms: dict[str, list[Paths]] = {name: [] for name in ("none", *firsts)}
+    # [arm][suffix][group of prompts]
+    arms: dict[str, dict[str, list[Paths]]] = {name: {} for name in ("none", *firsts)}
     replies: list[dict[str, Any]] = []
     errors: dict[str, list[float]] = {"replays": [], "states": [], "factors": []}
     for done, group in enumerate(parts, 1):
         plain = prepare(model, [model.chat(p.text) for p in group])
-        arms["none"].append(find_paths(plain, readout.unit, top, readout.layer))
+        arms["none"].setdefault("", []).append(find_paths(plain, readout.unit, top, readout.layer))
         shuffled: Prepared | None = None  # the first of them
 
         def split(run: Prepared, suffix: Suffix, number: int, plain: Prepared = plain) -> None:
@@ -110,8 +116,8 @@ def measure_mechanism(
             errors["factors"].append(found.error)
             cells.add(f"terms {arm}", _terms(run, readout, top), number)
             cells.add(f"factors {arm}", torch.stack([_of(found.parts[f], top) for f in FACTORS], dim=1), number)
-            if suffix is firsts[arm]:
-                arms[arm].append(find_paths(run, readout.unit, top, readout.layer))
+            paths = find_paths(run, readout.unit, top, readout.layer)
+            arms[arm].setdefault(suffix.id, []).append(paths)
 
         for number, suffix in enumerate(controls):
             run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
@@ -134,7 +140,7 @@ def measure_mechanism(
                 this, hooks = run if test.on == "attacked" else plain, test.hooks(runs)
                 cells.add_outcome(f"test {i}", causal.measure(this, hooks, readout), number)
                 if test.replies:
-                    judged = _judged(test, suffix, group, reply(this, hooks, reply_tokens))
+                    judged = _judged(test, suffix, group, reply(this, hooks, reply_tokens), judge)
                     replies += judged
                     cells.add(f"replies {i}", torch.tensor([row["refused"] for row in judged]), number)
                     complied = [row["verdict"] == "complied" for row in judged]
@@ -147,13 +153,14 @@ def measure_mechanism(
                         cells.add_outcome(f"ranked {name}", causal.attribution(one, reference.mean, readout))
         if on_step is not None:
             on_step(done, len(parts))
-    tested = [
-        causal_row(cells, i, test, bases)
+    made = {
+        i: test
         for i, test in enumerate(plan)
         if cells.complete(f"test {i} score", report, 1 if test.once else len(suffixes))
-    ]
+    }
+    tested = [causal_row(cells, i, test, bases) for i, test in made.items()]
     every = next(row for row in tested if row["test"] == PATCHED and row["heads"] == "all")
-    misses = [paths.error for parts in arms.values() for paths in parts]
+    misses = [paths.error for arm in arms.values() for parts in arm.values() for paths in parts]
     texts = {"none": "", **{arm: suffix.text for arm, suffix in firsts.items()}}
     lens, errors["logits"] = measure_lens(model, report, texts, direction.refusal_tokens, top)
     return {
@@ -161,17 +168,21 @@ def measure_mechanism(
         **lens,
         "carried": [row for arm in firsts for row in carried_rows(cells, arm)],
         "factors": [row for arm in firsts for row in factor_rows(cells, top, arm)],
+        "mechanism_contrasts": contrast_rows(cells, [arm for arm in firsts if arm != "adversarial"], made),
         "causal": tested,
         "causal_replies": replies,
         "circuit": edge_rows(
-            {name: joined(parts) for name, parts in arms.items()}, _edges(model, select, suffixes[0], readout, top)
+            {name: [joined(parts) for parts in arm.values()] for name, arm in arms.items()},
+            _edges(model, select, suffixes, readout, top),
         ),
         "sweep": [row for name in ("none", "adversarial") for row in sweep_rows(cells, name)],
         "ranking": [row for name in ("none", "adversarial") for row in ranking_rows(cells, name, seed)],
     }
 
 
-def _judged(test: Test, suffix: Suffix, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[dict[str, Any]]:
+def _judged(
+    test: Test, suffix: Suffix, prompts: Sequence[Prompt], texts: Sequence[str], judge: Judge
+) -> list[dict[str, Any]]:
     """Replies under a test, with their verdicts."""
     return [
         {"test": test.name, "heads": test.heads, "on": test.on, "dose": test.dose, "n_heads": test.n_heads,
@@ -182,15 +193,16 @@ def _judged(test: Test, suffix: Suffix, prompts: Sequence[Prompt], texts: Sequen
 
 
 def _edges(
-    model: Model, select: Sequence[Prompt], suffix: Suffix, readout: Readout, top: Sequence[Head]
+    model: Model, select: Sequence[Prompt], suffixes: Sequence[Suffix], readout: Readout, top: Sequence[Head]
 ) -> list[tuple[Any, ...]]:
-    """The circuit's edges, chosen on the select split."""
-    found: dict[str, list[Paths]] = {"": [], suffix.text: []}
+    """The circuit's edges, chosen on the select split: without a suffix, and with the suffixes on average."""
+    plain: list[Paths] = []
+    attacked: list[Paths] = []
     for group in groups(select):
-        for text, parts in found.items():
+        for text in ("", *(suffix.text for suffix in suffixes)):
             run = prepare(model, [model.chat(p.text, text) for p in group])
-            parts.append(find_paths(run, readout.unit, top, readout.layer))
-    return kept_edges([joined(parts) for parts in found.values()])
+            (attacked if text else plain).append(find_paths(run, readout.unit, top, readout.layer))
+    return kept_edges([joined(plain), joined(attacked)])
 
 
 def _of(values: Tensor, heads: Sequence[Head]) -> Tensor:

@@ -13,10 +13,22 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from suffix_analysis.causal import Head, Outcome
-from suffix_analysis.causal_tests import Test
+from suffix_analysis.causal_tests import ELSEWHERE, RESTORED, Test
 from suffix_analysis.factors import FACTORS
+from suffix_analysis.max_t import sign_flip_max_t
 from suffix_analysis.prompts import Prompt
-from suffix_analysis.stats import interval, rate_change, rate_interval, ratio_interval, sign_flip_max_t
+from suffix_analysis.stats import (
+    EQUIVALENT,
+    Interval,
+    contrast,
+    contrast_row,
+    interval,
+    interval_table,
+    rate_change,
+    rate_interval,
+    ratio_interval,
+    resampled_means,
+)
 
 TERMS = ("top heads", "other heads", "MLPs", "embedding")
 RANKED = 8  # heads that attribution patching ranks first, held against the exact sweep
@@ -57,11 +69,12 @@ class Cells:
 
 def carried_rows(cells: Cells, arm: str) -> list[dict[str, Any]]:
     """How much of the fall in projection from no suffix to an arm each kind of term carries."""
-    fall = cells.need("terms none") - cells.need(f"terms {arm}")
-    whole = fall.sum(axis=2)
+    fall = _fall(cells, arm)
+    whole = sum(fall)
     return [
-        {"arm": arm, "term": name, **_with_share(fall[:, :, i], whole), **_whole(whole)} for i, name in enumerate(TERMS)
-    ]  # fmt: skip
+        {"arm": arm, "term": name, **_with_share(own, whole), **_whole(whole)}
+        for name, own in zip(TERMS, fall, strict=True)
+    ]
 
 
 def _whole(whole: ndarray) -> dict[str, Any]:
@@ -97,6 +110,62 @@ def factor_rows(cells: Cells, top: Sequence[Head], arm: str) -> list[dict[str, A
             for i, name in enumerate(FACTORS)
         ]
     return rows
+
+
+def contrast_rows(cells: Cells, controls: Sequence[str], plan: Mapping[int, Test]) -> list[dict[str, Any]]:
+    """The mechanism tables' claims beside their controls (METHODS §5), with what each difference allows to say.
+
+    Kinds ``carried`` and ``factors`` (summed over the top heads) hold the adversarial arm against each of ``controls``;
+    ``causal score`` and ``causal projection`` hold a test of the top heads against the mean of its random sets, and the
+    restored projection against a random direction. Differences up to a tenth of the adversarial arm's whole change (of
+    a test: of the way to the other run) count as none. ``plan`` holds the tests that were made on all prompts.
+    """
+    rows = []
+
+    def add(kind: str, found: Interval, name: str, ours: str, theirs: str, whole: ndarray) -> None:
+        bound = EQUIVALENT * abs(float(whole.mean()))
+        rows.append({"kind": kind, **contrast_row(name, ours, theirs, found, bound)})
+
+    fall, change = _fall(cells, "adversarial"), _by_factor(cells, "adversarial")
+    for arm in controls:
+        theirs = _fall(cells, arm)
+        for name, own, other in (*zip(TERMS, fall, theirs, strict=True), ("all", sum(fall), sum(theirs))):
+            add("carried", contrast(own, other, against_suffixes=True), name, "adversarial", arm, sum(fall))
+        for name, own, other in zip(FACTORS, change, _by_factor(cells, arm), strict=True):
+            add("factors", contrast(own, other, against_suffixes=True), name, "adversarial", arm, sum(change))
+    for ours, theirs in _controlled(plan):
+        test = plan[ours]
+        words = (test.heads, "random") if test.heads == "top" else (test.name, ELSEWHERE)
+        for measure in ("score", "projection"):
+            own = cells.need(f"test {ours} {measure}")
+            other = sum(cells.need(f"test {i} {measure}") for i in theirs) / len(theirs)
+            way = cells.need(f"none {measure}") - cells.need(f"attacked {measure}")
+            found = interval(own - other, suffix_arm=not test.once)  # the same prompts and suffixes in both
+            add(f"causal {measure}", found, test.name, *words, way)
+    return rows
+
+
+def _fall(cells: Cells, arm: str) -> list[Float[ndarray, "prompt suffix"]]:
+    """What each kind of term loses from no suffix to an arm."""
+    return list(np.moveaxis(cells.need("terms none") - cells.need(f"terms {arm}"), 2, 0))
+
+
+def _by_factor(cells: Cells, arm: str) -> list[Float[ndarray, "prompt suffix"]]:
+    """The parts of the change of what the top heads together bring from the instruction."""
+    return list(np.moveaxis(cells.need(f"factors {arm}").sum(axis=3), 2, 0))
+
+
+def _controlled(plan: Mapping[int, Test]) -> list[tuple[int, list[int]]]:
+    """Tests (their numbers) with those that are their controls; of sets of heads, the largest only."""
+    most = max((test.n_heads for test in plan.values() if test.heads == "top"), default=0)
+    found = []
+    for number, test in plan.items():
+        if test.heads == "top" and test.n_heads == most:
+            same = (test.name, "random", most)
+            found.append((number, [i for i, t in plan.items() if (t.name, t.heads, t.n_heads) == same]))
+        elif test.name == RESTORED and test.dose == 1:
+            found.append((number, [i for i, t in plan.items() if t.name == ELSEWHERE]))
+    return [(number, controls) for number, controls in found if controls]
 
 
 def causal_row(cells: Cells, number: int, test: Test, bases: Mapping[str, int]) -> dict[str, Any]:
@@ -144,13 +213,17 @@ def _rate(found: ndarray | None) -> tuple[float | None, float | None, float | No
 
 
 def sweep_rows(cells: Cells, run: str) -> list[dict[str, Any]]:
-    """Mean-ablation of every single head, with p values adjusted for all heads.
+    """Mean-ablation of every single head: effects with intervals over prompts, and p values adjusted for all heads.
 
     None with a suffix, because one suffix allows no p value (METHODS §5), and where there is one prompt.
     """
     projection, score = (cells.need(f"sweep {run} {name}")[:, 0] for name in ("projection", "score"))
     several = len(projection) > 1 and run == "none"
     tested = [sign_flip_max_t(values).p if several else None for values in (projection, score)]
+    ranges = [
+        [bound.reshape(found.shape[1:]) for bound in interval_table(found.reshape(len(found), 1, -1))[1:]]
+        for found in (projection, score)
+    ]
 
     def p_value(found: ndarray | None, layer: int, head: int) -> float | None:
         return None if found is None else float(found[layer, head])
@@ -161,9 +234,11 @@ def sweep_rows(cells: Cells, run: str) -> list[dict[str, Any]]:
         {
             "run": run, "layer": layer, "head": head, "n_prompts": len(projection),
             "projection_effect": float(projection[:, layer, head].mean()),
+            "projection_lo": float(ranges[0][0][layer, head]), "projection_hi": float(ranges[0][1][layer, head]),
             "projection_p": p_value(tested[0], layer, head),
             "projection_estimate": float(estimates[0][layer, head]),
             "score_effect": float(score[:, layer, head].mean()),
+            "score_lo": float(ranges[1][0][layer, head]), "score_hi": float(ranges[1][1][layer, head]),
             "score_p": p_value(tested[1], layer, head),
             "score_estimate": float(estimates[1][layer, head]),
         }
@@ -175,24 +250,23 @@ def sweep_rows(cells: Cells, run: str) -> list[dict[str, Any]]:
 def ranking_rows(cells: Cells, run: str, seed: int) -> list[dict[str, Any]]:
     """How well attribution patching ranks heads: its first-order estimates beside the sweep's exact effects.
 
-    Over all heads the rank correlation of sizes; of the heads that it ranks first, and of as many random ones, the mean
-    error as a share of the exact effects' mean size.
+    Over all heads the rank correlation of sizes, with its interval over prompts; of the heads that it ranks first, and
+    of as many random ones, the mean error as a share of the exact effects' mean size.
     """
     rows = []
     for measure in ("projection", "score"):
-        exact, guess = (
-            cells.need(f"{kind} {run} {measure}")[:, 0].mean(axis=0).ravel() for kind in ("sweep", "ranked")
-        )
+        by_prompt = [cells.need(f"{kind} {run} {measure}")[:, 0] for kind in ("sweep", "ranked")]
+        exact, guess = (found.mean(axis=0).ravel() for found in by_prompt)
         k = min(RANKED, len(exact))
         chosen = {
             "ranked first": np.argsort(-np.abs(guess))[:k],
             "random": np.random.default_rng(seed).choice(len(exact), k, replace=False),
         }
-        moves = bool(exact.any() and guess.any())
+        rho, lo, hi = _rank_correlation(*by_prompt) if exact.any() and guess.any() else (None, None, None)
         rows.append(
             {
                 "run": run, "measure": measure, "n_heads": len(exact), "k": k,
-                "rank_correlation": float(spearmanr(np.abs(guess), np.abs(exact)).statistic) if moves else None,
+                "rank_correlation": rho, "rank_correlation_lo": lo, "rank_correlation_hi": hi,
                 "found": len({*chosen["ranked first"].tolist()} & {*np.argsort(-np.abs(exact))[:k].tolist()}),
                 **{
                     f"error_{name.replace(' ', '_')}": float(np.abs(guess - exact)[own].mean() / size) if size else None
@@ -202,3 +276,19 @@ def ranking_rows(cells: Cells, run: str, seed: int) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return rows
+
+
+def _rank_correlation(
+    exact: Float[ndarray, "prompt layer head"], guess: Float[ndarray, "prompt layer head"]
+) -> tuple[float, float | None, float | None]:
+    """Spearman's correlation of the mean effects' sizes over heads, with its 95 % bootstrap interval over prompts."""
+
+    def of(means: Float[ndarray, "two place"]) -> float:
+        return float(spearmanr(*np.abs(means)).statistic)
+
+    both = np.stack([exact.reshape(len(exact), -1), guess.reshape(len(guess), -1)], axis=1)
+    if len(both) < 2:
+        return of(both.mean(axis=0)), None, None
+    draws = resampled_means(both.reshape(len(both), 1, -1), draws=500)
+    lo, hi = np.nanquantile([of(draw.reshape(2, -1)) for draw in draws], [0.025, 0.975])
+    return of(both.mean(axis=0)), float(lo), float(hi)

@@ -27,7 +27,8 @@ from suffix_analysis.detectors import perplexities
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import random_directions
-from suffix_analysis.judges import is_refusal, judge
+from suffix_analysis.judges import Judge, is_refusal
+from suffix_analysis.judges import judge as rules
 from suffix_analysis.models import Model
 from suffix_analysis.paper_table import nats_change, nats_of_each, reply_pairs
 from suffix_analysis.prompts import KINDS, Prompt, prompts_of
@@ -136,14 +137,15 @@ def measure_mitigations(
     n_heads: int = 8,
     length: int = 24,
     most: int = 32,
+    judge: Judge = rules,
     seed: int = 0,
     on_line: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Attack success, refused look-alikes, cost on harmless replies and time, without and with every defence.
 
     Report prompts, adversarial suffixes that nothing was fitted with, and all look-alikes. ``model`` is in the
-    precision of replies. Attack success is the share of harmful prompts with a suffix that are answered by the
-    rule-based verdict (METHODS §1); ``refused`` the share that hold a refusal phrase. Changes are against no defence,
+    precision of replies. Attack success is the share of harmful prompts with a suffix that are answered, by
+    ``judge`` (METHODS §1); ``refused`` the share that hold a refusal phrase. Changes are against no defence,
     paired by prompt and suffix. Where there are no look-alikes, their columns are None. ``slower`` is the median of
     paired times; of the line without a defence it is what hooks cost by themselves, beside the model as it was loaded.
     """

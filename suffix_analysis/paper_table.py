@@ -22,7 +22,8 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.forward import run_batch
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate, add, random_directions, set_projection
-from suffix_analysis.judges import is_refusal, judge
+from suffix_analysis.judges import Judge, is_refusal
+from suffix_analysis.judges import judge as rules
 from suffix_analysis.models import Model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
 from suffix_analysis.prompts import Prompt
@@ -92,6 +93,7 @@ def measure_interventions(
     seed: int = 0,
     plain: Mapping[str, str] | None = None,
     made: Callable[[str, int, Callable[[], list[str]]], list[str]] = lambda name, number, make: make(),
+    judge: Judge = rules,
     on_line: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Refusals and verdicts on report prompts under every plan, with exact intervals; and all replies.
@@ -108,6 +110,7 @@ def measure_interventions(
         seed: of the random directions.
         plain: replies without an intervention by prompt id, where they are there already; made if left out.
         made: is asked for the replies of each other plan, by its name, their number and what makes them.
+        judge: gives the verdicts.
         on_line: called with (done, total).
     """
     rows, replies = [], []

@@ -18,6 +18,7 @@ from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 
 FLOOR = 1e-8
+KL_FLOOR = 1e-6  # inside both logarithms, the paper's
 MIN_SHARE = 0.05  # of the refusals: rarer openings are left out
 MIN_RATIO = 5.0  # at least so many times as frequent among refusals as among replies to harmless prompts
 REPLY_TOKENS = 12  # enough to hold a refusal phrase
@@ -35,7 +36,7 @@ def kl_divergence(
     """KL(baseline ‖ changed) of next-token distributions, with the paper's 1e-6 inside both logarithms."""
     p = torch.softmax(baseline.double(), dim=-1)
     q = torch.softmax(changed.double(), dim=-1)
-    return (p * (torch.log(p + 1e-6) - torch.log(q + 1e-6))).sum(dim=-1)
+    return (p * (torch.log(p + KL_FLOOR) - torch.log(q + KL_FLOOR))).sum(dim=-1)
 
 
 def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Sequence[Chat]) -> list[int]:

@@ -13,7 +13,8 @@ from typing_extensions import TypedDict
 from suffix_analysis.errors import UserError
 from suffix_analysis.files import append_jsonl, open_journal
 from suffix_analysis.generate import answers
-from suffix_analysis.judges import is_refusal, judge
+from suffix_analysis.judges import Judge, is_refusal
+from suffix_analysis.judges import judge as rules
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import SUFFIX_ARMS, Suffix
@@ -78,7 +79,13 @@ Cell = tuple[str, Suffix | None, list[Prompt]]  # an arm, one of its suffixes, a
 
 
 def reply_rows(
-    model: Model, prompts: Sequence[Prompt], suffix: Suffix | None, arm: str, tokens: Sequence[int], length: int
+    model: Model,
+    prompts: Sequence[Prompt],
+    suffix: Suffix | None,
+    arm: str,
+    tokens: Sequence[int],
+    length: int,
+    judge: Judge = rules,
 ) -> list[dict[str, Any]]:
     """Greedy replies of one arm with one suffix, judged."""
     ids = [model.chat(p.text, suffix.text if suffix else "").ids for p in prompts]

@@ -249,46 +249,6 @@ def crossed_auroc(
     return value, max(0.0, value + wider * (float(lo) - value)), min(1.0, value + wider * (float(hi) - value))
 
 
-@dataclass(frozen=True)
-class MaxT:
-    """A map's t values and p values that are adjusted for all of its places (family-wise)."""
-
-    t: Float[ndarray, " *place"]
-    p: Float[ndarray, " *place"]
-
-
-def sign_flip_max_t(differences: Float[ndarray, "prompt *place"], seed: int = 0, draws: int = DRAWS) -> MaxT:
-    """Paired test of every place of a map against 0, at the level of instructions (Westfall & Young's max-T).
-
-    Under the null a prompt's whole map is as likely as its negative; the largest |t| over the map in each draw of signs
-    is what every place is held against. Several suffixes are to be averaged first: the claim is then about these.
-
-    Raises:
-        ValueError: fewer than two prompts, or a value that is not finite.
-    """
-    if len(differences) < 2 or not np.isfinite(differences).all():
-        raise ValueError("sign_flip_max_t needs at least two prompts, and values that are finite")
-    flat = differences.reshape(len(differences), -1).astype(float)
-    n = len(flat)
-    squares = (flat**2).sum(axis=0)  # does not change when signs do
-
-    def t_values(means: ndarray) -> ndarray:
-        spread = np.sqrt(np.maximum(squares - n * means**2, 0) / (n - 1) / n)
-        # below the floor a spread is rounding: where every prompt moves alike, t is large and finite
-        floor = 1e-7 * np.sqrt(squares / n)
-        return np.divide(means, np.maximum(spread, floor), out=np.zeros_like(means), where=squares > 0)
-
-    rng = np.random.default_rng(seed)
-    observed = t_values(flat.mean(axis=0))
-    largest = np.empty(draws)
-    for start in range(0, draws, 250):
-        signs = rng.choice([-1.0, 1.0], size=(min(250, draws - start), n))
-        largest[start : start + 250] = np.abs(t_values(signs @ flat / n)).max(axis=1)
-    at_least = (largest[:, None] >= np.abs(observed)[None] * (1 - 1e-9)).sum(axis=0)
-    shape = differences.shape[1:]
-    return MaxT(observed.reshape(shape), ((1 + at_least) / (draws + 1)).reshape(shape))
-
-
 EQUIVALENT = 0.1  # differences of rates, and of projections between harmless (0) and harmful (1), that count as none
 
 
@@ -302,9 +262,9 @@ def in_words(found: Interval, bound: float = EQUIVALENT) -> str:
     return "within the bound" if max(-found.lo, found.hi) <= bound and found.lo < found.hi else "not powered"
 
 
-def contrast_row(measure: str, arm: str, against: str, found: Interval) -> dict[str, Any]:
-    """A contrast as a row of findings, with what it allows to say."""
+def contrast_row(measure: str, arm: str, against: str, found: Interval, bound: float = EQUIVALENT) -> dict[str, Any]:
+    """A contrast as a row of findings, with what it allows to say; differences up to ``bound`` count as none."""
     return {
         "measure": measure, "arm": arm, "against": against, **vars(found),
-        "verdict": in_words(found), "equivalent": EQUIVALENT,
+        "verdict": in_words(found, bound), "equivalent": bound,
     }  # fmt: skip

@@ -24,6 +24,7 @@ from suffix_analysis.directions import Direction
 from suffix_analysis.environment import environment
 from suffix_analysis.errors import UserError
 from suffix_analysis.inputs import fast_dtype, study_model, study_prompts, study_text
+from suffix_analysis.judges import judge_named
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
@@ -131,7 +132,9 @@ class Study:
 
     def _prompts(self) -> None:
         prompts = study_prompts(self.config)
-        study_text(self.config)  # says now, and not after the attack, that it cannot be read
+        # say now, and not after the attack, what cannot be read
+        study_text(self.config)
+        judge_named(self.config.judge)
         short = check_counts(prompts, self.config)
         for prompt in prompts:
             self.model.chat(prompt.text)  # or that a prompt is too long
@@ -189,7 +192,7 @@ class Study:
 
     def answered(self, suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
         """Replies without a suffix and with each of these; what an earlier stage has made is read."""
-        prompts, length = self.prompts(), self.config.reply_tokens
+        prompts, length, judge = self.prompts(), self.config.reply_tokens, judge_named(self.config.judge)
         tokens = self.refusal_tokens()
 
         def answer(cells: list[replies.Cell]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -199,7 +202,7 @@ class Study:
                 yield from workers.answer(cells, tokens, length, self.precise)
                 return
             for i, (arm, suffix, some) in enumerate(cells):
-                yield i, replies.reply_rows(self.fast, some, suffix, arm, tokens, length)
+                yield i, replies.reply_rows(self.fast, some, suffix, arm, tokens, length, judge)
 
         return replies.measure_replies(
             prompts, suffixes, answer, self.folder / "replies.jsonl",
@@ -271,7 +274,7 @@ class Study:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
                 controls=self._as_long(suffixes[0], traced_of(everything, config)),
-                reply_tokens=config.reply_tokens, seed=config.seed,
+                reply_tokens=config.reply_tokens, judge=judge_named(config.judge), seed=config.seed,
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
             )  # fmt: skip
         except UserError as error:  # everything before it is worth a report
@@ -282,6 +285,7 @@ class Study:
             self.skip(
                 "The first shuffled suffix has not the attack's token count everywhere: no attention transplanted."
             )
+        tables["mechanism_contrasts"] = of_few_texts(tables["mechanism_contrasts"], everything)
         for name, rows in tables.items():
             files.write_table(findings / f"{name}.parquet", rows)
 

@@ -13,6 +13,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.directions import Direction
 from suffix_analysis.files import write_jsonl
 from suffix_analysis.inputs import fast_dtype
+from suffix_analysis.judges import judge_named
 from suffix_analysis.parallel import side_by_side, worker_model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
@@ -58,7 +59,8 @@ def reply_task(
 ) -> list[dict[str, Any]]:
     """Replies of one arm with one suffix in a worker, in the fast precision."""
     model = worker_model(config)
-    return reply_rows(model.twin(fast_dtype(config, model)), prompts, suffix, arm, tokens, length)
+    judge = judge_named(config.judge)
+    return reply_rows(model.twin(fast_dtype(config, model)), prompts, suffix, arm, tokens, length, judge)
 
 
 def trace_all(jobs: Sequence[Job], direction: Direction, config: StudyConfig) -> Iterator[tuple[int, Traces]]:

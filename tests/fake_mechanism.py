@@ -43,6 +43,19 @@ def factors(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
     return [row | {"value": -row["value"], "lo": -row["hi"], "hi": -row["lo"]} for row in found]
 
 
+def mechanism_contrasts() -> list[dict[str, Any]]:
+    rows = [
+        ("carried", "top heads", "adversarial", "random", 12.0), ("factors", "query", "adversarial", "random", -8.0),
+        ("causal projection", "projection restored", "projection restored", "random direction moved as far", 16.0),
+    ]  # fmt: skip
+    return [
+        {"kind": kind, "measure": measure, "arm": arm, "against": against, "estimate": value, "lo": value - 1,
+         "hi": value + 1, "n_prompts": 32, "n_suffixes": 1, "descriptive": True, "verdict": "descriptive",
+         "equivalent": 1.6}
+        for kind, measure, arm, against, value in rows
+    ]  # fmt: skip
+
+
 def causal() -> list[dict[str, Any]]:
     tests = [
         ("nothing changed", "none", "attacked", None, 0.0, 0.41),
@@ -78,6 +91,16 @@ def lens() -> list[dict[str, Any]]:
          "hi": size * layer / LAYERS - 3, "n_prompts": 32}
         for arm, size in (("none", 12.0), ("adversarial", 3.0))
         for layer in range(LAYERS + 1)
+    ]  # fmt: skip
+
+
+def terms() -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "layer": layer, "term": term, "mean": size * layer / LAYERS, "lo": size * layer / LAYERS - 0.2,
+         "hi": size * layer / LAYERS + 0.2, "n_prompts": 32, "n_suffixes": int(arm != "none")}
+        for arm, scale in (("none", 1.0), ("adversarial", 0.4))
+        for term, size in (("attention", 2 * scale), ("MLP", scale))
+        for layer in range(LAYERS)
     ]  # fmt: skip
 
 
@@ -157,7 +180,7 @@ def circuit(top: list[tuple[int, int]]) -> list[dict[str, Any]]:
         for arm, keep in (("none", 1.0), ("adversarial", 0.35), ("random", 0.9)):
             rows.append(
                 {"arm": arm, "kind": kind, **blank, **where, "weight": weight * keep, "lo": weight * keep - 0.1,
-                 "hi": weight * keep + 0.1, "n_prompts": 32}
+                 "hi": weight * keep + 0.1, "n_prompts": 32, "n_suffixes": int(arm != "none")}
             )  # fmt: skip
 
     for i, (layer, head) in enumerate(top[:5]):
@@ -180,6 +203,11 @@ def direction_tables(prompts: list[dict[str, Any]], bad: list[str]) -> dict[str,
         "stability": [
             {"measure": "split-half cosine", "value": 0.97, "lo": 0.95, "hi": 0.98},
             {"measure": "effective rank", "value": 1.12, "lo": 1.05, "hi": 1.31},
+        ],
+        "separation": [
+            {"layer": layer, "position": position, "auroc": 1 - 0.4 / (1 + layer + abs(position))}
+            for layer in range(LAYERS)
+            for position in range(-6, 0)
         ],
         "cascade": [{"rank": float(k + 1), "auroc": 1 - 0.06 * k, "lo": 0.5, "hi": 1.0} for k in range(8)],
         "two_directions": [

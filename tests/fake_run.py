@@ -37,8 +37,10 @@ from tests.fake_mechanism import (
     factors,
     lens,
     logits,
+    mechanism_contrasts,
     mitigations,
     sweep,
+    terms,
 )
 
 HOSTILE = [
@@ -242,8 +244,10 @@ def _findings(
     _table(out / "shift.parquet", shift(rng, top))
     _table(out / "carried.parquet", carried())
     _table(out / "factors.parquet", factors(top))
+    _table(out / "mechanism_contrasts.parquet", mechanism_contrasts())
     _table(out / "causal.parquet", causal())
     _table(out / "lens.parquet", lens())
+    _table(out / "terms.parquet", terms())
     for name, rows in direction_tables(prompts, bad).items():
         _table(out / f"{name}.parquet", rows)
     _table(out / "detectors.parquet", detectors())

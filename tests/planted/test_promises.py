@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from suffix_analysis.stats import MIN_SUFFIXES, contrast, interval, sign_flip_max_t
+from suffix_analysis.max_t import crossed_max_t, sign_flip_max_t
+from suffix_analysis.stats import MIN_SUFFIXES, contrast, interval
 
 
 def crossed(rng: np.random.Generator, n_prompts: int, n_suffixes: int, spread: float) -> np.ndarray:
@@ -61,3 +62,51 @@ def test_max_t_keeps_the_family_wise_rate_on_correlated_maps() -> None:
         shared = rng.normal(size=(25, 1))
         rejected += bool((sign_flip_max_t(shared + rng.normal(size=(25, 40)), seed=draw, draws=400).p <= 0.05).any())
     assert 5 <= rejected <= 31, rejected
+
+
+def maps(rng: np.random.Generator, n_suffixes: int, spread: float, n_places: int = 40) -> np.ndarray:
+    """Crossed cells [prompt suffix place] without an effect: prompts, suffixes and cells differ, places are alike."""
+    shape = (25, n_suffixes)
+    common = rng.normal(size=(25, 1, 1)) + spread * rng.normal(size=(1, n_suffixes, 1))
+    own = rng.normal(size=(25, 1, n_places)) + spread * rng.normal(size=(1, n_suffixes, n_places))
+    return common + own + rng.normal(size=(*shape, n_places))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("controls", [1, MIN_SUFFIXES])
+def test_crossed_max_t_keeps_the_rate_however_much_suffixes_differ(spread: float, controls: int) -> None:
+    """400 pairs of arms; without suffixes in the other arm its cells are 0, with them they are drawn alike."""
+    rng = np.random.default_rng(3)
+    rejected = by_prompt = 0
+    for draw in range(400):
+        arm = maps(rng, MIN_SUFFIXES, spread)
+        against = np.zeros((25, 1, 40)) if controls == 1 else maps(rng, controls, spread)
+        rejected += bool((crossed_max_t(arm, against, draw, draws=200).p <= 0.05).any())
+        difference = arm.mean(axis=1) - against.mean(axis=1)
+        by_prompt += bool((sign_flip_max_t(difference, draw, draws=200).p <= 0.05).any())
+    assert rejected <= 31, rejected
+    if spread >= 1:
+        assert by_prompt > 100, "signs flipped by prompt alone take what these suffixes share for an effect"
+
+
+@pytest.mark.parametrize("controls", [1, MIN_SUFFIXES])
+def test_crossed_max_t_finds_what_all_suffixes_do(controls: int) -> None:
+    rng = np.random.default_rng(4)
+    arm = maps(rng, 16, 0.3)
+    arm[:, :, 7] += 6
+    against = np.zeros((25, 1, 40)) if controls == 1 else maps(rng, 16, 0.3)
+    found = crossed_max_t(arm, against)
+    assert found.p[7] < 0.05 and int(found.t.argmax()) == 7
+    assert (np.delete(found.p, 7) > 0.05).all()
+
+
+def test_crossed_max_t_needs_several_suffixes_and_the_same_prompts() -> None:
+    for arm, against in (
+        (np.zeros((3, 1, 2)), np.zeros((3, 1, 2))),
+        (np.zeros((3, 2, 2)), np.zeros((4, 1, 2))),
+        (np.zeros((1, 2, 2)), np.zeros((1, 1, 2))),
+    ):
+        with pytest.raises(ValueError, match="at least two suffixes"):
+            crossed_max_t(arm, against)
+    with pytest.raises(ValueError, match="finite"):
+        crossed_max_t(np.full((3, 2, 2), np.nan), np.zeros((3, 1, 2)))

@@ -90,8 +90,11 @@ def test_a_pool_is_told_as_a_pool(data: RunData, pool: RunData) -> None:
     assert "What 8 suffixes do to" in page and "this suffix" not in page
     assert "first of 8 suffixes: adversarial-0" in page and 'aria-label="the first suffix, as literal text"' in page
     captions = {name: figure.caption.replace("\u00a0", " ") for name, figure in figures(pool).items()}
-    for name in ("circuit", "lens"):
-        assert captions[name].endswith("With the first of 8 suffixes."), name
+    assert "With the first of 8 suffixes." in captions["lens"]
+    several = [{**row, "n_suffixes": 8} for row in pool.table("circuit")]
+    drawn = figures(replace(pool, tables=pool.tables | {"circuit": several}))["circuit"]
+    assert drawn.caption.replace("\u00a0", " ").endswith("Means over 8 suffixes.")
+    assert "Means over" not in captions["circuit"]
     assert "the first of 8 suffixes" in captions["heads"] and captions["loss"].endswith("The first of 8 attacks.")
     alone = " ".join(figure.caption for figure in figures(data).values())
     assert "first of" not in alone and "over" not in said(data).split(";")[0]

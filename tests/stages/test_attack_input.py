@@ -63,7 +63,7 @@ def test_self_test_warns_of_what_takes_long_does_not_fit_or_has_no_room(monkeypa
 
 
 def test_the_time_of_a_step_is_estimated() -> None:
-    """Within a factor of ten on a model whose steps are all overhead; benchmarks know more."""
+    """Within a factor of ten on a model whose steps are all overhead; `benchmarks/gcg.py estimate` knows more."""
     config = attacks.GCGConfig(**{**SMALL, "search_width": 200})
     attack = attacks.GCG(tiny.hf_model("llama"), tiny.tokenizer(), TALKS, "Sure", config)
     found = attacks.self_test(attack).seconds_per_step

@@ -171,10 +171,61 @@ def test_other_arms_stand_beside_the_adversarial_one() -> None:
     assert (row["n_prompts"], row["n_suffixes"]) == (20, 2)
 
 
+def test_claims_stand_beside_their_controls() -> None:
+    (held,) = rows("opponent", "mechanism_contrasts", kind="carried", measure="all", against="benign")
+    falls = {
+        arm: sum(row["value"] for row in rows("opponent", "carried", arm=arm)) for arm in ("adversarial", "benign")
+    }
+    assert held["estimate"] == pytest.approx(falls["adversarial"] - falls["benign"], rel=1e-6)
+    assert held["descriptive"] and held["verdict"] == "descriptive", "two suffixes allow no more"
+    assert held["equivalent"] == pytest.approx(0.1 * falls["adversarial"], rel=1e-6)
+    (held,) = rows("opponent", "mechanism_contrasts", kind="carried", measure="all", against="shuffled")
+    assert abs(held["estimate"]) < 1e-3 * falls["adversarial"], "the order does nothing here"
+    by_test = {
+        row["measure"]: row["estimate"] for row in rows("softmax", "mechanism_contrasts", kind="causal projection")
+    }
+    for row in rows("softmax", "causal", heads="top", n_heads=2):
+        others = [
+            other["projection_effect"]
+            for other in rows("softmax", "causal", heads="random", n_heads=2, test=row["test"])
+        ]
+        assert by_test[row["test"]] == pytest.approx(row["projection_effect"] - sum(others) / len(others), abs=1e-4)
+    (restored,) = rows("softmax", "causal", test="projection restored", dose=1.0)
+    assert by_test["projection restored"] == pytest.approx(restored["projection_effect"], rel=1e-4)
+
+
+def test_the_carrier_cut_from_the_instruction_or_set_to_nothing_gives_nothing() -> None:
+    for test in ("instruction edges cut, mass renormalised", "zero-ablated"):
+        whole = rows("softmax", "causal", test="nothing changed", on="none")[0]["projection_before"]
+        for heads, left in (("top", 0), ("all", 0), ("random", 1)):
+            for row in rows("softmax", "causal", test=test, heads=heads):
+                if heads != "top" or row["n_heads"] == 2:
+                    assert row["projection_after"] / whole == pytest.approx(left, abs=1e-3), row
+
+
+def test_only_chat_minus_1_needs_its_edges_cut_and_the_harmful_mean_is_reached() -> None:
+    found = {
+        name: rows("softmax", "causal", test=name, heads="top", n_heads=2)[0]["projection_after"]
+        for name in ("suffix edges cut, mass renormalised", "suffix edges cut at chat[-1] only")
+    }
+    assert len({round(value, 4) for value in found.values()}) == 1, "the carrier reads at chat[-1]"
+    (row,) = rows("softmax", "causal", test="projection set to the harmful mean")
+    assert row["projection_after"] == pytest.approx(1.0, abs=1e-4) and row["refused"] is not None
+
+
+def test_the_circuit_is_of_all_suffixes() -> None:
+    edges = rows("softmax", "circuit", arm="adversarial")
+    assert edges and {row["n_suffixes"] for row in edges} == {2}
+    assert {row["n_suffixes"] for row in rows("softmax", "circuit", arm="none")} == {0}
+
+
 def test_attribution_patching_is_held_against_the_sweep() -> None:
     (row,) = rows("softmax", "ranking", run="none", measure="projection")
     assert (row["n_heads"], row["k"]) == (16, 8)
     assert row["error_ranked_first"] == pytest.approx(0, abs=1e-3), "the projection is linear in what a head writes"
+    for found in rows("softmax", "sweep", run="none"):
+        assert found["projection_lo"] - 1e-9 <= found["projection_effect"] <= found["projection_hi"] + 1e-9
+    assert row["rank_correlation_lo"] <= row["rank_correlation"] <= row["rank_correlation_hi"]
     best = max(rows("softmax", "sweep", run="none"), key=lambda row: abs(row["projection_estimate"]))
     assert (best["layer"], best["head"]) == CARRIER
 

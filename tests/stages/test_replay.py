@@ -94,24 +94,28 @@ def test_a_replaced_head_equals_the_full_recompute(runs: tuple[Model, Prepared, 
     assert float(later.abs().max()) == 0, "heads behind the readout cannot move it"
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_cut_edges_equal_the_full_recompute(runs: tuple[Model, Prepared, Prepared], renormalise: bool) -> None:
+@pytest.mark.parametrize(("renormalise", "at"), [(True, None), (False, None), (True, -1), (False, -2)])
+def test_cut_edges_equal_the_full_recompute(
+    runs: tuple[Model, Prepared, Prepared], renormalise: bool, at: int | None
+) -> None:
     model, _, attacked = runs
-    n, found = attacked.n_chat, []
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    places = range(-attacked.n_chat, 0) if at is None else [at]
     name = "hook_attn_scores" if renormalise else "hook_pattern"
     for chat in attacked.chats:
         source = chat.regions["suffix"]
 
         def forbid(x: torch.Tensor, hook: Any, source: torch.Tensor = source) -> torch.Tensor:
             x = x.clone()
-            x[:, 1:3, -n:, source] = torch.finfo(x.dtype).min if renormalise else 0.0
+            for place in places:
+                x[:, 1:3, place, source] = torch.finfo(x.dtype).min if renormalise else 0.0
             return x
 
         one = prepare(model, [chat])
         hooks: list[causal.Hook] = [(f"blocks.{layer}.attn.{name}", forbid) for layer in range(model.n_layers)]
         found.append(whole(model, one, hooks))
     heads = [(layer, head) for layer in range(model.n_layers) for head in (1, 2)]
-    cut = causal.cut(attacked, "suffix", heads, renormalise=renormalise)
+    cut = causal.cut(attacked, "suffix", heads, renormalise=renormalise, at=at)
     close(
         causal.measure(attacked, cut, readout(model)),
         (torch.cat([logits for logits, _ in found]), torch.cat([projection for _, projection in found])),

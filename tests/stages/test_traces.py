@@ -158,6 +158,15 @@ def test_analysis_tables_are_complete_and_say_what_is_descriptive() -> None:
         "harmless",
         "harmless+adversarial",
     }
+    for arm in ("none", "adversarial", "harmless"):
+        end = max(row["layer"] for row in found.tables["profile"])
+        (last,) = [
+            row["mean"]
+            for row in found.tables["profile"]
+            if (row["arm"], row["measure"], row["layer"]) == (arm, "projection", end)
+        ]
+        written = [row["mean"] for row in found.tables["terms"] if row["arm"] == arm]
+        assert len(written) == 2 * 3 + 1 and sum(written) == pytest.approx(last, abs=1e-4)
     assert len(found.frame("heads")) == (4 + 2) * 3 * 4
     assert all(row["layer"] < 2 for row in found.tables["top_heads"])
     for arm in ("none", "adversarial"):

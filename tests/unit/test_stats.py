@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from suffix_analysis.max_t import sign_flip_max_t
 from suffix_analysis.stats import (
     Interval,
     contrast,
@@ -14,7 +15,6 @@ from suffix_analysis.stats import (
     rate_change,
     rate_interval,
     ratio_interval,
-    sign_flip_max_t,
 )
 
 
