@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
-	FUZZ=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/robustness/test_bad_input.py
+	FUZZ=250 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/robustness/test_bad_input.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

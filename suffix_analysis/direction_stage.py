@@ -7,7 +7,14 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from suffix_analysis.direction_file import save_direction
-from suffix_analysis.directions import Direction, DirectionConfig, NoDirection, find_direction, split_prompts
+from suffix_analysis.directions import (
+    Direction,
+    DirectionConfig,
+    NoDirection,
+    find_direction,
+    keep_by_score,
+    split_prompts,
+)
 from suffix_analysis.errors import UserError
 from suffix_analysis.files import write_table
 from suffix_analysis.inputs import study_text
@@ -40,6 +47,8 @@ def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
     fit = [split_prompts(kind, settings)[0] for kind in kinds]
     unseen = [prompts_of(study.prompts(), kind, "report", None) for kind in ("harmful", "harmless")]
     sets = [[study.model.chat(p.text) for p in part] for part in (*fit, *unseen)]
+    if settings.keep_by_score:  # stability is that of the prompts that the direction comes from
+        sets[:2] = [keep_by_score(study.fast, part, tokens, refused=i == 0) for i, part in enumerate(sets[:2])]
     return {
         "interventions": table,
         "intervention_replies": answers,

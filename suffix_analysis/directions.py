@@ -181,7 +181,7 @@ def find_direction(
     sets = [chats(part) for part in (fit_bad, fit_good, sel_bad, sel_good)]
     if config.keep_by_score:
         least = (LEAST_FIT, LEAST_FIT, LEAST_SELECT, LEAST_SELECT)
-        sets = [_keep(model, part, tokens, i % 2 == 0, least[i]) for i, part in enumerate(sets)]
+        sets = [keep_by_score(model, part, tokens, i % 2 == 0, least[i]) for i, part in enumerate(sets)]
     means_bad, scale = chat_means(model, sets[0])
     means_good, _ = chat_means(model, sets[1])
     candidates = (means_bad - means_good)[:-1].float()
@@ -212,8 +212,14 @@ def _search_dtype(model: Model) -> torch.dtype:
     return fast_dtype(model.hf.device) if own == torch.float32 else own
 
 
-def _keep(model: Model, chats: list[Chat], tokens: list[int], refused: bool, least: int) -> list[Chat]:
-    """Harmful prompts with a refusal score above 0, harmless ones with one below (the paper, §C)."""
+def keep_by_score(
+    model: Model, chats: Sequence[Chat], tokens: Sequence[int], refused: bool, least: int = 1
+) -> list[Chat]:
+    """Harmful prompts with a refusal score above 0, harmless ones with one below (the paper, §C).
+
+    Raises:
+        UserError: fewer than ``least`` are left.
+    """
     scores = scores_of(model, [chat.ids for chat in chats], tokens).tolist()
     kept = [chat for chat, score in zip(chats, scores, strict=True) if (score > 0 if refused else score < 0)]
     if len(kept) < least:

@@ -30,7 +30,7 @@ from suffix_analysis.study import Study
 from tests import tiny
 from tests.fake_run import make_fake_run
 
-# `make test-slow` sets FUZZ to 400: more than 4,000 bad inputs in all
+# `make test-slow` sets FUZZ to 250: more than 2,500 bad inputs in all
 MANY = settings(max_examples=int(os.environ.get("FUZZ", "60")), deadline=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),

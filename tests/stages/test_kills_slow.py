@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from suffix_analysis.files import read_json, read_jsonl, read_table
 from tests import tiny
 
-KILLS = int(os.environ.get("KILLS", "6"))
+KILLS = int(os.environ.get("KILLS", "4"))
 SETTINGS: dict[str, Any] = {
     "n_instructions": 2, "suffix_tokens": 5, "steps": 6, "search_width": 8, "topk": 16, "n_controls": 2, "n_traced": 6,
     "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 2, "n_causal": 4, "n_fit": 24, "n_select": 16,
