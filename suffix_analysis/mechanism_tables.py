@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from suffix_analysis.max_t import sign_flip_max_t
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.stats import (
     EQUIVALENT,
-    Interval,
     contrast,
     contrast_row,
     interval,
@@ -70,7 +69,7 @@ class Cells:
 def carried_rows(cells: Cells, arm: str) -> list[dict[str, Any]]:
     """How much of the fall in projection from no suffix to an arm each kind of term carries."""
     fall = _fall(cells, arm)
-    whole = sum(fall)
+    whole = fall.sum(axis=0)
     return [
         {"arm": arm, "term": name, **_with_share(own, whole), **_whole(whole)}
         for name, own in zip(TERMS, fall, strict=True)
@@ -120,39 +119,44 @@ def contrast_rows(cells: Cells, controls: Sequence[str], plan: Mapping[int, Test
     restored projection against a random direction. Differences up to a tenth of the adversarial arm's whole change (of
     a test: of the way to the other run) count as none. ``plan`` holds the tests that were made on all prompts.
     """
+    return [row for arm in controls for row in _against_arm(cells, arm)] + _against_tests(cells, plan)
+
+
+def _against_arm(cells: Cells, arm: str) -> Iterator[dict[str, Any]]:
+    for kind, names, parts in (("carried", TERMS, _fall), ("factors", FACTORS, _by_factor)):
+        ours, theirs = parts(cells, "adversarial"), parts(cells, arm)
+        whole = ours.sum(axis=0)
+        for name, own, other in (*zip(names, ours, theirs, strict=True), ("all", whole, theirs.sum(axis=0))):
+            found = contrast(own, other, against_suffixes=True)
+            yield {"kind": kind, **contrast_row(name, "adversarial", arm, found, _tenth(whole))}
+
+
+def _against_tests(cells: Cells, plan: Mapping[int, Test]) -> list[dict[str, Any]]:
     rows = []
-
-    def add(kind: str, found: Interval, name: str, ours: str, theirs: str, whole: ndarray) -> None:
-        bound = EQUIVALENT * abs(float(whole.mean()))
-        rows.append({"kind": kind, **contrast_row(name, ours, theirs, found, bound)})
-
-    fall, change = _fall(cells, "adversarial"), _by_factor(cells, "adversarial")
-    for arm in controls:
-        theirs = _fall(cells, arm)
-        for name, own, other in (*zip(TERMS, fall, theirs, strict=True), ("all", sum(fall), sum(theirs))):
-            add("carried", contrast(own, other, against_suffixes=True), name, "adversarial", arm, sum(fall))
-        for name, own, other in zip(FACTORS, change, _by_factor(cells, arm), strict=True):
-            add("factors", contrast(own, other, against_suffixes=True), name, "adversarial", arm, sum(change))
-    for ours, theirs in _controlled(plan):
-        test = plan[ours]
+    for number, controls in _controlled(plan):
+        test = plan[number]
         words = (test.heads, "random") if test.heads == "top" else (test.name, ELSEWHERE)
         for measure in ("score", "projection"):
-            own = cells.need(f"test {ours} {measure}")
-            other = sum(cells.need(f"test {i} {measure}") for i in theirs) / len(theirs)
+            others = np.mean([cells.need(f"test {i} {measure}") for i in controls], axis=0)
+            # the same prompts and suffixes in both
+            found = interval(cells.need(f"test {number} {measure}") - others, suffix_arm=not test.once)
             way = cells.need(f"none {measure}") - cells.need(f"attacked {measure}")
-            found = interval(own - other, suffix_arm=not test.once)  # the same prompts and suffixes in both
-            add(f"causal {measure}", found, test.name, *words, way)
+            rows.append({"kind": f"causal {measure}", **contrast_row(test.name, *words, found, _tenth(way))})
     return rows
 
 
-def _fall(cells: Cells, arm: str) -> list[Float[ndarray, "prompt suffix"]]:
+def _tenth(whole: ndarray) -> float:
+    return EQUIVALENT * abs(float(whole.mean()))
+
+
+def _fall(cells: Cells, arm: str) -> Float[ndarray, "term prompt suffix"]:
     """What each kind of term loses from no suffix to an arm."""
-    return list(np.moveaxis(cells.need("terms none") - cells.need(f"terms {arm}"), 2, 0))
+    return np.moveaxis(cells.need("terms none") - cells.need(f"terms {arm}"), 2, 0)
 
 
-def _by_factor(cells: Cells, arm: str) -> list[Float[ndarray, "prompt suffix"]]:
+def _by_factor(cells: Cells, arm: str) -> Float[ndarray, "factor prompt suffix"]:
     """The parts of the change of what the top heads together bring from the instruction."""
-    return list(np.moveaxis(cells.need(f"factors {arm}").sum(axis=3), 2, 0))
+    return np.moveaxis(cells.need(f"factors {arm}").sum(axis=3), 2, 0)
 
 
 def _controlled(plan: Mapping[int, Test]) -> list[tuple[int, list[int]]]:

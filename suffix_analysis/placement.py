@@ -61,10 +61,27 @@ def default_device() -> str:
 
 @contextlib.contextmanager
 def in_memory(module: torch.nn.Module) -> Iterator[None]:
-    """The weights of a module and all in it, fetched from where accelerate keeps them, to be read meanwhile."""
+    """The weights of a module and all in it, to be read meanwhile: fetched from where accelerate keeps them, and whole
+    where they are kept in four bits."""
     from accelerate.utils import align_module_device
 
     with contextlib.ExitStack() as stack:
         for part in module.modules():
             stack.enter_context(align_module_device(part))
+            if getattr(getattr(part, "weight", None), "quant_state", None) is not None:
+                stack.enter_context(_dequantised(part))
         yield
+
+
+@contextlib.contextmanager
+def _dequantised(part: torch.nn.Module) -> Iterator[None]:
+    """A layer of bitsandbytes with its weight as the matrix that its four bits stand for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    packed: Any = part.weight
+    whole = dequantize_4bit(packed.data, packed.quant_state)
+    part._parameters["weight"] = torch.nn.Parameter(whole, requires_grad=False)
+    try:
+        yield
+    finally:
+        part._parameters["weight"] = packed
