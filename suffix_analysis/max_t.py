@@ -38,7 +38,7 @@ def sign_flip_max_t(differences: Float[ndarray, "prompt *place"], seed: int = 0,
 
 def crossed_max_t(
     arm: Float[ndarray, "prompt suffix *place"],
-    against: Float[ndarray, "prompt suffix_b *place"],
+    against: Float[ndarray, "prompt_b suffix_b *place"],
     seed: int = 0,
     draws: int = DRAWS,
 ) -> MaxT:
@@ -68,13 +68,19 @@ def crossed_max_t(
 
 
 def _spread(values: Float[ndarray, "unit place"]) -> Float[ndarray, " place"]:
-    """The standard error of the mean; below a floor it is rounding: where all move alike, t is large and finite."""
-    squares = (values**2).sum(axis=0)
-    found = np.sqrt(np.maximum(squares - len(values) * values.mean(axis=0) ** 2, 0) / (len(values) - 1) / len(values))
-    return np.maximum(found, 1e-7 * np.sqrt(squares / len(values)))
+    """The standard error of the mean."""
+    return _error(values.mean(axis=0), (values**2).sum(axis=0), len(values))
 
 
-def _t(means: Float[ndarray, " place"], spread: Float[ndarray, " place"]) -> Float[ndarray, " place"]:
+def _error(
+    means: Float[ndarray, "*row place"], squares: Float[ndarray, "*row place"], n: int
+) -> Float[ndarray, "*row place"]:
+    """Standard errors from means and sums of squares; below a floor they are rounding: where all ``n`` move alike, t is
+    large and finite."""
+    return np.maximum(np.sqrt(np.maximum(squares - n * means**2, 0) / (n - 1) / n), 1e-7 * np.sqrt(squares / n))
+
+
+def _t(means: Float[ndarray, "*row place"], spread: Float[ndarray, "*row place"]) -> Float[ndarray, "*row place"]:
     return np.divide(means, spread, out=np.zeros_like(means), where=spread > 0)
 
 
@@ -85,8 +91,7 @@ def _flipped(values: Float[ndarray, "unit place"], seed: int, draws: int) -> Flo
 
     def largest(count: int) -> ndarray:
         means = rng.choice([-1.0, 1.0], size=(count, n)) @ values / n
-        spread = np.sqrt(np.maximum(squares - n * means**2, 0) / (n - 1) / n)
-        return np.abs(_t(means, np.maximum(spread, 1e-7 * np.sqrt(squares / n)))).max(axis=1)
+        return np.abs(_t(means, _error(means, np.broadcast_to(squares, means.shape), n))).max(axis=1)
 
     return _in_blocks(largest, draws)
 
@@ -95,15 +100,17 @@ def _exchanged(
     ours: Float[ndarray, "unit place"], theirs: Float[ndarray, "unit_b place"], seed: int, draws: int
 ) -> Float[ndarray, " draw"]:
     """The largest |t| (Welch's) over the places when units are drawn to belong to either side."""
-    rng, pooled, n = np.random.default_rng(seed), np.concatenate([ours, theirs]), len(ours)
+    rng, pooled, sizes = np.random.default_rng(seed), np.concatenate([ours, theirs]), (len(ours), len(theirs))
+    sides = np.repeat([1.0, 0.0], sizes)
 
     def largest(count: int) -> ndarray:
-        found = np.empty(count)
-        for i in range(count):
-            order = rng.permutation(len(pooled))
-            a, b = pooled[order[:n]], pooled[order[n:]]
-            found[i] = np.abs(_t(a.mean(axis=0) - b.mean(axis=0), np.hypot(_spread(a), _spread(b)))).max()
-        return found
+        first = rng.permuted(np.tile(sides, (count, 1)), axis=1)
+        parts = []
+        for taken, n in zip((first, 1 - first), sizes, strict=True):
+            means = taken @ pooled / n
+            parts.append((means, _error(means, taken @ pooled**2, n)))
+        (a, spread_a), (b, spread_b) = parts
+        return np.abs(_t(a - b, np.hypot(spread_a, spread_b))).max(axis=1)
 
     return _in_blocks(largest, draws)
 

@@ -72,8 +72,7 @@ def maps(rng: np.random.Generator, n_suffixes: int, spread: float, n_places: int
     return common + own + rng.normal(size=(*shape, n_places))
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 3.0])
-@pytest.mark.parametrize("controls", [1, MIN_SUFFIXES])
+@pytest.mark.parametrize(("spread", "controls"), [(0.0, 1), (1.0, 1), (0.3, MIN_SUFFIXES), (3.0, MIN_SUFFIXES)])
 def test_crossed_max_t_keeps_the_rate_however_much_suffixes_differ(spread: float, controls: int) -> None:
     """400 pairs of arms; without suffixes in the other arm its cells are 0, with them they are drawn alike."""
     rng = np.random.default_rng(3)
