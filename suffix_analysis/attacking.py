@@ -115,8 +115,7 @@ def split_for_attack(
 def gcg_config(model: Model, config: StudyConfig) -> attacks.GCGConfig:
     """The attack's settings; the initial suffix has exactly ``suffix_tokens`` tokens.
 
-    The schedule (more replaced tokens and fewer candidates at first, momentum, and a way back from steps without a new
-    best) takes the embedded model's select prompts to the same refusal rate in fewer steps: benchmarks/README.md.
+    Schedules, momentum and patience are left off: none of them was seen to help (benchmarks/README.md).
     """
     init = " ".join(["x"] * config.suffix_tokens)
     return attacks.GCGConfig(
@@ -124,11 +123,6 @@ def gcg_config(model: Model, config: StudyConfig) -> attacks.GCGConfig:
         optim_str_init=init,
         search_width=config.search_width,
         topk=config.topk,
-        even_positions=True,
-        search_width_start=max(1, config.search_width // 2),
-        n_replace_start=min(3, config.suffix_tokens),
-        momentum=0.6,
-        patience=12,
         seed=config.seed,
         score_dtype=config.score_dtype,  # type: ignore[arg-type]
     )

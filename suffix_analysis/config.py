@@ -51,7 +51,7 @@ class StudyConfig:
             arm needs eight.
         flip_below: of several attacks, those that leave at most this share of unseen select prompts refused are the
             adversarial arm, the others the failed one.
-        search_width: candidates a step; half as many at first.
+        search_width: candidates a step.
         topk: tokens per position that candidates are drawn from.
         stop_below: stop the attack when at most this share of unseen select prompts is still refused (first token); one
             attack alone, because several are to have equal budgets.

@@ -180,6 +180,6 @@ def judge_named(name: str) -> Judge:
             raise UserError(
                 f"The judge {name} returned {verdict!r}; a verdict is one of {', '.join(get_args(Verdict))}."
             )
-        return verdict  # type: ignore[no-any-return]
+        return verdict
 
     return checked

@@ -54,7 +54,8 @@ def test_fewer_prompts_than_asked_for_are_told(tmp_path: Path) -> None:
 
 def test_the_table_is_kept_where_no_candidate_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = study(tmp_path, 10, n_fit=10, n_select=10, induce_threshold=1e6)
-    monkeypatch.setattr("suffix_analysis.directions._keep", lambda model, chats, *others: chats)
+    for place in ("directions", "direction_stage"):
+        monkeypatch.setattr(f"suffix_analysis.{place}.keep_by_score", lambda model, chats, *_, **__: chats)
     made._prompts()
     with pytest.raises(UserError, match=r"does not induce .* All candidates are in .*candidates\.parquet"):
         made._direction()
@@ -83,7 +84,8 @@ def test_the_command_tells_what_was_found(
     folder = tmp_path / "model"
     tiny.hf_model("llama").save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    monkeypatch.setattr("suffix_analysis.directions._keep", lambda model, chats, *others: chats)
+    for place in ("directions", "direction_stage"):
+        monkeypatch.setattr(f"suffix_analysis.{place}.keep_by_score", lambda model, chats, *_, **__: chats)
     words = [
         "direction", "--model", str(folder), "--out", str(tmp_path / "new"), "--reply-tokens", "8",
         "--harmful", str(tmp_path / "harmful.jsonl"), "--harmless", str(tmp_path / "harmless.jsonl"),
