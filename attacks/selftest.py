@@ -85,11 +85,18 @@ def _seconds_per_step(attack: GCG, ids: Int[Tensor, " suffix"]) -> float:
     leaders, seen = probe[: max(1, config.rescore)], (search.seen_match, exact.seen_match)
     search(probe, ids), exact(leaders, ids)  # the first forward allocates
     scoring = _timed(lambda: search(probe, ids)) / PROBE / search.active
-    again = _timed(lambda: exact(leaders, ids)) + (_timed(lambda: search(leaders, ids)) if config.merge > 1 else 0.0)
-    if config.compat:
-        gradient = _timed(lambda: compat_gradient(attack.model, attack.slots[0], ids, config))
-    else:
-        gradient = _timed(lambda: token_gradient(search.model, attack.slots, search.caches, ids, config, attack.terms))
+    again = 0.0 if attack.exact is None else _timed(lambda: exact(leaders, ids))
+    again += _timed(lambda: search(leaders, ids)) if config.merge > 1 else 0.0
+
+    def differentiate() -> None:
+        with memory_for("the gradient on the suffix", attack.model):
+            if config.compat:
+                compat_gradient(attack.model, attack.slots[0], ids, config)
+            else:
+                token_gradient(search.model, attack.slots, search.caches, ids, config, attack.terms)
+
+    differentiate()
+    gradient = _timed(differentiate)
     search.seen_match, exact.seen_match = seen  # the probe's candidates are not the attack's
     # from the first width in a straight line to the last at half of the steps
     first = config.search_width if config.search_width_start is None else config.search_width_start

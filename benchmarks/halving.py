@@ -60,8 +60,8 @@ def halving(
 
 def summary(done: Any) -> None:
     """How much lower halving's loss is at equal work, mean with its 95 % interval over groups."""
-    runs = {key: rows.sort_values("step") for key, rows in done.groupby(["variant", "group", "seed"])}
-    pairs = [(i, s) for name, i, s in runs if name == "halving"]
+    runs = {key: rows.sort_values("step") for key, rows in done.groupby(KEY)}
+    pairs = [pair for name, *pair in runs if name == "halving"]
     for share in (0.3, 0.5, 1.0):
 
         def reached(name: str, pair: Any, share: float = share) -> float:

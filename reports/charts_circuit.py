@@ -11,6 +11,7 @@ from reports import theme
 from reports.charts import MAIN, PINNED, Figure, View, differences, filled, head_name, opacity_where, outline
 from reports.data import Row, RunData
 from reports.escape import visible
+from reports.evidence import first_of
 from reports.numbers import count, plain
 
 REGION_AT = {"instruction": 0.0, "suffix": 0.9, "system": 1.7, "bos": 2.3, "chat": 2.9}
@@ -44,6 +45,8 @@ def _averaged(data: RunData) -> str:
     number = max(
         (row.get("n_suffixes") or 0 for row in data.table("circuit") if row["arm"] == "adversarial"), default=0
     )
+    if number == 0:  # a run of an earlier version
+        return first_of(data)
     return "" if number < 2 else f" Means over {count(number, 'suffix', 'suffixes')}."
 
 

@@ -83,8 +83,8 @@ def _tested(data: RunData) -> str:
         return ""
     found = sum(row["p"] <= LEVEL for row in rows)
     return (
-        f"{found} of {len(rows)} heads write something else with these suffixes than without (p ≤ 0.05 over all heads; "
-        "of other suffixes it says nothing). "
+        f"{found} of {len(rows)} heads write something else with suffixes like these than without (p ≤ 0.05 over all "
+        "heads, for other prompts and suffixes too). "
     )
 
 

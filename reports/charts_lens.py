@@ -32,7 +32,8 @@ def logit_lens(data: RunData) -> Figure | None:
         "Writes: direct logit attribution, the final norm's scale frozen; all terms add up to the refusal tokens' mean "
         f"logit over the vocabulary's.{first_of(data)}"
         + (
-            " Along r̂: of all traced prompts and suffixes; with the embedding they add up to the projection."
+            " Along r̂: of all traced prompts and suffixes; with the embedding they add up to the projection after the "
+            "last block."
             if along
             else ""
         )

@@ -41,7 +41,7 @@ def adaptive(data: RunData) -> str:
     return (
         f"Attacks that know the defence, one each, {count(row['step'], 'step')} on "
         f"{count(row['n_train'], 'instruction')}, tried on {count(row['n_prompts'], 'other select prompt')}: {told}. "
-        "Not refused: the reply does not open as a refusal; answered: by the rule-based verdict, with the best suffix. "
+        "Not refused: the reply does not open as a refusal; answered: by the verdict, with the best suffix. "
         "Descriptive."
     )
 
@@ -148,7 +148,7 @@ def trade_off(data: RunData) -> Figure | None:
     )
     caption = (
         f"{count(rows[0]['n_prompts'], 'report prompt')}, {count(rows[0]['n_suffixes'], 'suffix', 'suffixes')} that "
-        "nothing was fitted with. Success: answered, by the rule-based verdict. The lower left is better."
+        "nothing was fitted with. Success: answered, by the verdict. The lower left is better."
     )
     columns = (
         ("defence", "defence"), ("success", "attack success"), ("success_lo", "CI from"), ("success_hi", "CI to"),

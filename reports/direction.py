@@ -105,4 +105,4 @@ def compliance(data: RunData) -> str:
         f"{percent(row['complied_rate'])}"
         for row in rows
     )
-    return f"Answered by the rule-based verdict: {told}." if told else ""
+    return f"Answered, by the verdict: {told}." if told else ""

@@ -59,10 +59,16 @@ _KINDS = {
 }
 
 
+def _measure(row: Row) -> str:
+    if row["kind"] == "factors" and row["measure"] == "all":
+        return "less from the instruction, in all"
+    return FACTOR_WORDS.get(row["measure"], visible(str(row["measure"])))
+
+
 def against_controls(data: RunData) -> list[Row]:
     """Return the mechanism's contrasts with their measure in words."""
     return [
-        {**row, "measure": _KINDS.get(row["kind"], "{}").format(FACTOR_WORDS.get(row["measure"], row["measure"]))}
+        {**row, "measure": _KINDS.get(row["kind"], "{}").format(_measure(row))}
         for row in data.table("mechanism_contrasts")
     ]
 

@@ -167,7 +167,7 @@ def _interventions(data: RunData) -> Iterator[str]:
     attacked = find(data.table("refusal"), arm="adversarial", split="report") or {}
     if edited.get("complied_rate") is not None and attacked.get("complied_rate") is not None:
         yield (
-            "By the rule-based verdict, weights without the direction comply with "
+            "By the verdict, weights without the direction comply with "
             f"{percent_ci(edited['complied_rate'], edited.get('complied_lo'), edited.get('complied_hi'))} of the same "
             f"instructions, {the_suffixes(adversarial_count(data))} "
             f"{'makes' if adversarial_count(data) < 2 else 'make'} the model comply with "

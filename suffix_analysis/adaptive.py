@@ -96,7 +96,7 @@ def attack_defended(
     The first suffix (step 0) and every few steps the best one so far is looked at: ``target_loss`` is its loss without
     further terms of the objective, so that attacks can be compared, ``not_refused`` the share of unseen prompts whose
     reply does not open as a refusal. ``success``, after the last step alone: the share of ``final`` prompts that are
-    answered, by the rule-based verdict, with that one of these suffixes that left the fewest refused.
+    answered, by the verdict, with that one of these suffixes that left the fewest refused.
 
     The defence is on while the attack scores candidates, takes gradients and looks at unseen prompts.
 

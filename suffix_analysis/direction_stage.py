@@ -48,7 +48,7 @@ def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
     unseen = [prompts_of(study.prompts(), kind, "report", None) for kind in ("harmful", "harmless")]
     sets = [[study.model.chat(p.text) for p in part] for part in (*fit, *unseen)]
     if settings.keep_by_score:  # stability is that of the prompts that the direction comes from
-        sets[:2] = [keep_by_score(study.fast, part, tokens, refused=i == 0) for i, part in enumerate(sets[:2])]
+        sets[:2] = [keep_by_score(study.model, part, tokens, refused=i == 0) for i, part in enumerate(sets[:2])]
     return {
         "interventions": table,
         "intervention_replies": answers,

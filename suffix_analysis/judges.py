@@ -174,6 +174,9 @@ def judge_named(name: str) -> Judge:
             "Python finds (PYTHONPATH=. for one in this folder)."
         ) from error
 
+    if not callable(own):
+        raise UsageError(f"judge is {name!r}, which cannot be imported (it is no function); give module:function.")
+
     def checked(instruction: str, reply: str) -> Verdict:
         verdict = own(instruction, reply)
         if verdict not in get_args(Verdict):

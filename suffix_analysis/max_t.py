@@ -46,8 +46,9 @@ def crossed_max_t(
 
     Suffixes differ in what they do, and every prompt sees the same ones: signs flipped by prompt alone would take what
     these suffixes happen to share for an effect of the arm. So t is the mean difference over the spread of prompts'
-    *and* suffixes' means, and it is held against the largest t that suffixes' means alone reach when their labels are
-    exchanged (their signs, where ``against`` has no suffixes): they are the fewer, so their tails are the longer.
+    *and* suffixes' means. It is held against the largest t that suffixes' means alone reach when their labels are
+    exchanged (their signs, where ``against`` has no suffixes), and against that which prompts' means reach when their
+    signs are flipped; the larger p counts, because either may be few, or alike in fewer places.
 
     Raises:
         ValueError: other prompts in one arm, fewer than two prompts or suffixes, or a value that is not finite.
@@ -64,7 +65,8 @@ def crossed_max_t(
     square = _spread(by_prompt) ** 2 + _spread(by_suffix) ** 2 + (0 if alone else _spread(others) ** 2)
     observed = _t(by_prompt.mean(axis=0), np.sqrt(square))
     largest = _flipped(by_suffix - others, seed, draws) if alone else _exchanged(by_suffix, others, seed, draws)
-    return _held_against(observed, largest, place)
+    found = _held_against(observed, largest, place)
+    return MaxT(found.t, np.maximum(found.p, _held_against(observed, _flipped(by_prompt, seed, draws), place).p))
 
 
 def _spread(values: Float[ndarray, "unit place"]) -> Float[ndarray, " place"]:

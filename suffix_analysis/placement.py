@@ -68,7 +68,8 @@ def in_memory(module: torch.nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for part in module.modules():
             stack.enter_context(align_module_device(part))
-            if getattr(getattr(part, "weight", None), "quant_state", None) is not None:
+            # the bridge's wrappers hand the weight on; it is the layer's own that is packed
+            if getattr(part._parameters.get("weight"), "quant_state", None) is not None:
                 stack.enter_context(_dequantised(part))
         yield
 

@@ -64,6 +64,23 @@ def test_max_t_keeps_the_family_wise_rate_on_correlated_maps() -> None:
     assert 5 <= rejected <= 31, rejected
 
 
+def prompts_apart(rng: np.random.Generator, n_prompts: int) -> np.ndarray:
+    """The same, where suffixes move all places together and prompts each place on its own."""
+    together = 0.3 * rng.normal(size=(1, MIN_SUFFIXES, 1))
+    return together + rng.normal(size=(n_prompts, 1, 40)) + 0.01 * rng.normal(size=(n_prompts, MIN_SUFFIXES, 40))
+
+
+@pytest.mark.parametrize("n_prompts", [3, 25])
+def test_crossed_max_t_keeps_the_rate_where_it_is_prompts_that_differ(n_prompts: int) -> None:
+    rng = np.random.default_rng(5)
+    none = np.zeros((n_prompts, 1, 40))
+    rejected = sum(
+        bool((crossed_max_t(prompts_apart(rng, n_prompts), none, draw, draws=200).p <= 0.05).any())
+        for draw in range(400)
+    )
+    assert rejected <= 31, rejected
+
+
 def maps(rng: np.random.Generator, n_suffixes: int, spread: float, n_places: int = 40) -> np.ndarray:
     """Crossed cells [prompt suffix place] without an effect: prompts, suffixes and cells differ, places are alike."""
     shape = (25, n_suffixes)

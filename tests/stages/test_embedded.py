@@ -76,7 +76,8 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
     assert named <= {p.name for p in finished.iterdir()}
     assert {"replies", "refusal", "contrasts", "interventions", "intervention_replies", "cost", "separation", "cascade",
             "causal_replies", "stability", "two_directions", "candidates", "profile", "heads", "top_heads", "shift",
-            "dominance", "carried", "factors", "causal", "sweep", "ranking", "head_differences", "circuit",
+            "dominance", "carried", "factors", "terms", "mechanism_contrasts",
+            "causal", "sweep", "ranking", "head_differences", "circuit",
             "lens", "logits", "patterns", "checks", "summary",
             } == {p.stem for p in (finished / "findings").iterdir()}  # fmt: skip
     assert runs.status(finished)["state"] == "done"

@@ -51,7 +51,7 @@ def test_a_judge_of_ones_own_plugs_in_and_its_verdicts_are_checked(
     assert judge_named("rules") is judge
 
 
-@pytest.mark.parametrize("name", ["rule", "no_such_module:verdict", "json:verdict", ":", ""])
+@pytest.mark.parametrize("name", ["rule", "no_such_module:verdict", "json:verdict", "json:__name__", ":", ""])
 def test_a_judge_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(UsageError, match=f"judge is {name!r}, which cannot be imported"):
         judge_named(name)
