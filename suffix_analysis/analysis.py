@@ -24,7 +24,7 @@ from suffix_analysis.chat import REGIONS, survives_decoding, token_strings
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.heads import TopHead, top_heads
-from suffix_analysis.identities import ROUNDING
+from suffix_analysis.identities import rounding
 from suffix_analysis.max_t import crossed_max_t
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of
@@ -119,7 +119,7 @@ def analyze(
     return Findings(
         tables=tables,
         summary=_summary(model, direction, everything),
-        checks=[*identity_checks(everything, arms, separate, ROUNDING.get(model.hf.dtype, 0.0)), length_check(unequal)],
+        checks=[*identity_checks(everything, arms, separate, rounding(model)), length_check(unequal)],
         patterns=[
             view
             for prompt in views

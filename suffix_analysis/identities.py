@@ -19,6 +19,12 @@ LOGIT_BOUND = 1e-4
 ROUNDING = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
+def rounding(model: Model) -> float:
+    """The error that a model's precision explains by itself; four-bit layers compute in bfloat16."""
+    quantised = getattr(model.hf, "is_quantized", False)
+    return ROUNDING.get(torch.bfloat16 if quantised else model.hf.dtype, 0.0)
+
+
 @dataclass(frozen=True)
 class Identity:
     """One identity: what was found, and the most that rounding explains."""
@@ -60,7 +66,7 @@ def check_identities(model: Model) -> tuple[Identity, ...]:
         model.hf(input_ids=ids)
     after = model.hf(input_ids=ids).logits.float()
     top = float(plain.abs().max())
-    least = ROUNDING.get(model.hf.dtype, 0.0)
+    least = rounding(model)
     found = [
         ("head contributions add up to the attention write", traces.identity, max(least, IDENTITY_BOUND)),
         ("the embedding and all writes add up to the final residual stream", traces.closure, max(least, CLOSURE_BOUND)),

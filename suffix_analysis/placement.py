@@ -77,11 +77,13 @@ def in_memory(module: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _dequantised(part: torch.nn.Module) -> Iterator[None]:
     """A layer of bitsandbytes with its weight as the matrix that its four bits stand for."""
-    from bitsandbytes.functional import dequantize_4bit
-
     packed: Any = part.weight
-    whole = dequantize_4bit(packed.data, packed.quant_state)
-    part._parameters["weight"] = torch.nn.Parameter(whole, requires_grad=False)
+    # what the layer makes of unit vectors, because bits are packed otherwise on every kind of machine
+    units = torch.eye(packed.quant_state.shape[1], device=packed.device, dtype=packed.quant_state.dtype)
+    with torch.no_grad():
+        whole = part.forward(units)
+        whole = whole if part.bias is None else whole - part.bias
+    part._parameters["weight"] = torch.nn.Parameter(whole.T.contiguous(), requires_grad=False)
     try:
         yield
     finally:

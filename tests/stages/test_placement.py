@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import attacks
 from attacks import precision
@@ -22,6 +23,7 @@ from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.orthogonalise import NotAvailable, orthogonalised
+from suffix_analysis.placement import in_memory
 from suffix_analysis.study import Study
 from suffix_analysis.traces import trace
 from tests import tiny
@@ -140,3 +142,26 @@ def test_blocks_that_were_skipped_keep_what_accelerate_put_on_them(tmp_path: Pat
     rows = [model.chat(text).ids for text in TEXTS]
     added_logits(model, rows)(torch.ones(1, model.d_model), 2)
     assert [vars(block).get("forward") for block in blocks] == before
+
+
+def test_four_bits_are_traced_with_the_matrices_that_they_stand_for(tmp_path: Path) -> None:
+    """Run by hand where bitsandbytes is installed; nothing else needs it."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tok = tiny.tokenizer()
+    config = LlamaConfig(  # blocks of 64 weights share a scale, so no width may be smaller
+        vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole = LlamaForCausalLM(config)
+    whole.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), four_bit=True)
+    found = trace(model, ["Write a poem"], torch.eye(128)[0], suffix="x y z")
+    assert found.identity < 0.01 and found.closure < 0.01, "bfloat16's rounding"
+    block = model.bridge.blocks[1]
+    with in_memory(block.attn):
+        weight = block.attn.W_O.detach().float()
+    own = whole.model.layers[1].self_attn.o_proj.weight.detach().T.reshape(weight.shape)
+    assert float((weight - own).norm() / own.norm()) < 0.2
+    assert model.hf.model.layers[1].self_attn.o_proj.weight.dtype == torch.uint8, "and are put back"
