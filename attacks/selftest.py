@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from attacks.candidates import compat_gradient, token_gradient
-from attacks.gcg import GCG
+from attacks.gcg import GCG, at_step
 from attacks.memory import candidate_bytes, free_bytes, memory_for
 from attacks.slot import PLACEHOLDER, Messages, Slot, turns_of
 
@@ -98,9 +98,8 @@ def _seconds_per_step(attack: GCG, ids: Int[Tensor, " suffix"]) -> float:
     differentiate()
     gradient = _timed(differentiate)
     search.seen_match, exact.seen_match = seen  # the probe's candidates are not the attack's
-    # from the first width in a straight line to the last at half of the steps
-    first = config.search_width if config.search_width_start is None else config.search_width_start
-    width = (first + 3 * config.search_width) / 4
+    # the width goes in a straight line to its own until half of the steps, so its mean there is that of a quarter
+    width = (at_step(config, config.num_steps // 4).search_width + config.search_width) / 2
     passes = sum(0.5**i for i in range(len(attack.slots))) if config.halving else len(attack.slots)
     return width * passes * scoring + again * len(attack.slots) / search.active + gradient
 

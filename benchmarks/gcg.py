@@ -33,6 +33,14 @@ WARM_UP = 2
 SETTINGS = {"topk": 256, "optim_str_init": " ".join(["x"] * 20), "seed": 0}
 
 
+def mean_interval(gains: list[float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a mean."""
+    from scipy import stats
+
+    found = stats.bootstrap((gains,), statistics.fmean, n_resamples=2000, vectorized=False, random_state=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
 def instructions(n: int) -> list[str]:
     """``n`` harmful select prompts, spread over the topics."""
     pool = [p.text for p in load_prompts("embedded", split="select", kind="harmful")]

@@ -10,8 +10,7 @@ from typing import Any
 import cyclopts
 import pandas as pd
 import torch
-from gcg import SETTINGS, TARGET, instructions, model_in
-from scipy import stats
+from gcg import SETTINGS, TARGET, instructions, mean_interval, model_in
 
 import attacks
 
@@ -91,8 +90,7 @@ def summary(done: Any) -> None:
             gains = [reached(base, pair, share) - loss for pair, loss in zip(pairs, losses, strict=True)]
             line = f"  {name:26} "
             if any(gains) and len(gains) > 1:
-                found = stats.bootstrap((gains,), statistics.fmean, n_resamples=2000, vectorized=False, random_state=0)
-                low, high = found.confidence_interval
+                low, high = mean_interval(gains)
                 wins = sum(gain > 0 for gain in gains)
                 line += f"{statistics.fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {wins} of {len(gains)}"
             print(f"{line:60} mean best loss {statistics.fmean(losses):.3f}")

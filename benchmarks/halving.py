@@ -10,8 +10,7 @@ from typing import Any
 import cyclopts
 import pandas as pd
 import torch
-from gcg import SETTINGS, TARGET, instructions, model_in
-from scipy import stats
+from gcg import SETTINGS, TARGET, instructions, mean_interval, model_in
 
 import attacks
 
@@ -72,8 +71,7 @@ def summary(done: Any) -> None:
         gains = [reached("all conversations", pair) - reached("halving", pair) for pair in pairs]
         line = f"after {share:.0%} of the work: lower by {statistics.fmean(gains):+.3f}"
         if len(gains) > 1:
-            found = stats.bootstrap((gains,), statistics.fmean, n_resamples=2000, vectorized=False, random_state=0)
-            low, high = found.confidence_interval
+            low, high = mean_interval(gains)
             line += f" [{low:+.3f}, {high:+.3f}]"
         print(f"{line}, {sum(gain > 0 for gain in gains)} of {len(gains)}")
 

@@ -53,7 +53,6 @@ def context(data: RunData) -> dict[str, Any]:
 
 _KINDS = {
     "carried": "written by {}",
-    "factors": "{}",
     "causal score": "{}: score",
     "causal projection": "{}: projection",
 }

@@ -18,7 +18,6 @@ from suffix_analysis.directions import (
 from suffix_analysis.errors import UserError
 from suffix_analysis.files import write_table
 from suffix_analysis.inputs import study_text
-from suffix_analysis.judges import judge_named
 from suffix_analysis.oneness import measure_oneness
 from suffix_analysis.paper_table import measure_cost, measure_interventions
 from suffix_analysis.prompts import Prompt, prompts_of
@@ -41,7 +40,7 @@ def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
     table, answers = measure_interventions(
         study.fast, direction, study.prompts(), config.reply_tokens,
         alpha=config.alpha, seed=config.seed, plain=plain, made=made_once(study.folder / "interventions.jsonl"),
-        judge=judge_named(config.judge),
+        judge=study.judge,
         on_line=lambda done, total: study.narrator.progress(done, total, "interventions"),
     )  # fmt: skip
     fit = [split_prompts(kind, settings)[0] for kind in kinds]

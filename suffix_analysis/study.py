@@ -24,7 +24,7 @@ from suffix_analysis.directions import Direction
 from suffix_analysis.environment import environment
 from suffix_analysis.errors import UserError
 from suffix_analysis.inputs import fast_dtype, study_model, study_prompts, study_text
-from suffix_analysis.judges import judge_named
+from suffix_analysis.judges import Judge, judge_named
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
@@ -190,9 +190,14 @@ class Study:
         rows = files.read_table(self.folder / "findings" / "candidates.parquet")
         return load_direction(self.folder / "direction.safetensors", rows)
 
+    @property
+    def judge(self) -> Judge:
+        """Who gives the verdicts on replies."""
+        return judge_named(self.config.judge)
+
     def answered(self, suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
         """Replies without a suffix and with each of these; what an earlier stage has made is read."""
-        prompts, length, judge = self.prompts(), self.config.reply_tokens, judge_named(self.config.judge)
+        prompts, length = self.prompts(), self.config.reply_tokens
         tokens = self.refusal_tokens()
 
         def answer(cells: list[replies.Cell]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -202,7 +207,7 @@ class Study:
                 yield from workers.answer(cells, tokens, length, self.precise)
                 return
             for i, (arm, suffix, some) in enumerate(cells):
-                yield i, replies.reply_rows(self.fast, some, suffix, arm, tokens, length, judge)
+                yield i, replies.reply_rows(self.fast, some, suffix, arm, tokens, length, self.judge)
 
         return replies.measure_replies(
             prompts, suffixes, answer, self.folder / "replies.jsonl",
@@ -274,7 +279,7 @@ class Study:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
                 controls=self._as_long(suffixes[0], traced_of(everything, config)),
-                reply_tokens=config.reply_tokens, judge=judge_named(config.judge), seed=config.seed,
+                reply_tokens=config.reply_tokens, judge=self.judge, seed=config.seed,
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
             )  # fmt: skip
         except UserError as error:  # everything before it is worth a report

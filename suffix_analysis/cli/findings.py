@@ -56,7 +56,6 @@ def defend(
     from suffix_analysis.adaptive import budgets
     from suffix_analysis.detection import measure_detectors
     from suffix_analysis.files import read_table, write_table
-    from suffix_analysis.judges import judge_named
     from suffix_analysis.mitigations import attack_defences, measure_mitigations
     from suffix_analysis.runs import read_suffixes
 
@@ -70,7 +69,7 @@ def defend(
         rows = measure_mitigations(
             study.fast, direction, fitted, prompts, suffixes,
             n_heads=config.n_top_heads, length=config.reply_tokens, most=most,
-            judge=judge_named(config.judge), seed=config.seed,
+            judge=study.judge, seed=config.seed,
             on_line=lambda done, total: console.progress(done, total, "defences"),
         )  # fmt: skip
         write_table(findings / "mitigations.parquet", rows)

@@ -64,6 +64,14 @@ def test_max_t_keeps_the_family_wise_rate_on_correlated_maps() -> None:
     assert 5 <= rejected <= 31, rejected
 
 
+def maps(rng: np.random.Generator, n_suffixes: int, spread: float, n_places: int = 40) -> np.ndarray:
+    """Crossed cells [prompt suffix place] without an effect: prompts, suffixes and cells differ, places are alike."""
+    shape = (25, n_suffixes)
+    common = rng.normal(size=(25, 1, 1)) + spread * rng.normal(size=(1, n_suffixes, 1))
+    own = rng.normal(size=(25, 1, n_places)) + spread * rng.normal(size=(1, n_suffixes, n_places))
+    return common + own + rng.normal(size=(*shape, n_places))
+
+
 def prompts_apart(rng: np.random.Generator, n_prompts: int) -> np.ndarray:
     """The same, where suffixes move all places together and prompts each place on its own."""
     together = 0.3 * rng.normal(size=(1, MIN_SUFFIXES, 1))
@@ -79,14 +87,6 @@ def test_crossed_max_t_keeps_the_rate_where_it_is_prompts_that_differ(n_prompts:
         for draw in range(400)
     )
     assert rejected <= 31, rejected
-
-
-def maps(rng: np.random.Generator, n_suffixes: int, spread: float, n_places: int = 40) -> np.ndarray:
-    """Crossed cells [prompt suffix place] without an effect: prompts, suffixes and cells differ, places are alike."""
-    shape = (25, n_suffixes)
-    common = rng.normal(size=(25, 1, 1)) + spread * rng.normal(size=(1, n_suffixes, 1))
-    own = rng.normal(size=(25, 1, n_places)) + spread * rng.normal(size=(1, n_suffixes, n_places))
-    return common + own + rng.normal(size=(*shape, n_places))
 
 
 @pytest.mark.parametrize(("spread", "controls"), [(0.0, 1), (1.0, 1), (0.3, MIN_SUFFIXES), (3.0, MIN_SUFFIXES)])
