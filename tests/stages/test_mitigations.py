@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from suffix_analysis.detectors import (
 )
 from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import generate
+from suffix_analysis.judges import Verdict
 from suffix_analysis.mitigations import measure_mitigations, swapped
 from suffix_analysis.prompts import load_prompts
 from tests import tiny
@@ -99,13 +101,18 @@ def test_a_filter_answers_what_it_flags_and_votes_are_counted(monkeypatch: pytes
     assert made["perplexity filter"].reply(model, ["a", "b"]) == [mitigations.REFUSAL, said["no"]]  # type: ignore[misc]
 
 
-def test_what_is_answered_succeeds_and_what_is_refused_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_answered_succeeds_and_what_is_refused_does_not() -> None:
     model = tiny.model("llama")
     direction, prompts = some_direction(model), few_prompts()
     fitted, _ = measure_detectors(model, direction, prompts, suffixes(2), most=2)
-    verdicts = iter(["complied", "refused"] * 500)
-    monkeypatch.setattr(mitigations, "judge", lambda text, reply: next(verdicts))
-    table = measure_mitigations(model, direction, fitted, prompts, suffixes(2), n_heads=2, length=3, most=2)
+    verdicts: Iterator[Verdict] = itertools.cycle(["complied", "refusal"])
+    table = measure_mitigations(
+        *(model, direction, fitted, prompts, suffixes(2)),
+        n_heads=2,
+        length=3,
+        most=2,
+        judge=lambda text, reply: next(verdicts),
+    )
     assert {row["success"] for row in table} == {0.5}
 
 
@@ -194,8 +201,8 @@ def test_the_last_step_is_judged_on_report_prompts(monkeypatch: pytest.MonkeyPat
     assert model.bridge is not None
     prompts = load_prompts("embedded", split="select", kind="harmful")[:4]
     config = StudyConfig(steps=2, search_width=6, topk=16, suffix_tokens=4, n_instructions=1)
-    verdicts = iter(["complied", "refused", "complied", "complied"])
-    monkeypatch.setattr(adaptive, "judge", lambda text, reply: next(verdicts))
+    verdicts = iter(["complied", "refusal", "complied", "complied"])
+    monkeypatch.setattr(adaptive, "judge_named", lambda name: lambda text, reply: next(verdicts))
     none: dict[str, Any] = {"none": lambda behind: contextlib.nullcontext()}
     rows = attack_defended(model, Trial(prompts[:1], prompts[1:], [5], config, "q w e r", prompts), none, {})
     assert [row["success"] for row in rows] == [None, None, 0.75] and rows[-1]["n_final"] == 4
