@@ -158,6 +158,26 @@ def compared(arms: Sequence[ArmTraces]) -> tuple[list[Pair], list[str]]:
     return pairs, unequal
 
 
+def as_long(attacks: Sequence[Suffix], others: Sequence[Suffix]) -> tuple[list[Suffix], list[str]]:
+    """Suffixes of the arms that are as long as the attacks on average, and sentences on the other arms.
+
+    What length alone does would pass for something else.
+    """
+    kept: list[Suffix] = []
+    unequal, asked = [], np.mean([s.n_tokens for s in attacks])
+    for arm in dict.fromkeys(s.arm for s in others if s.arm != "adversarial"):
+        own = [s for s in others if s.arm == arm]
+        length = np.mean([s.n_tokens for s in own])
+        if abs(length - asked) <= LENGTHS_APART:
+            kept += own
+        else:
+            unequal.append(
+                f"The {arm} suffixes are {length:.1f} tokens long on average, the adversarial ones {asked:.1f}; they "
+                "were left out of the causal tests."
+            )
+    return kept, unequal
+
+
 def projection_contrasts(pairs: Sequence[Pair], direction: Direction) -> list[dict[str, Any]]:
     """Normalised projection at the direction's layer of the arms that :func:`compared` pairs."""
     at = direction.layer

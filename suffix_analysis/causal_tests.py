@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -84,6 +84,16 @@ def random_heads(heads: Sequence[Head], n_heads: int, below: int, seed: int) -> 
             found.append(rng.choice(free))
             taken.add(found[-1])
     return found
+
+
+def shortfalls(rows: Sequence[Mapping[str, Any]], n_top: int) -> list[str]:
+    """Sentences on what the table of causal tests lacks: the attention transplant, and random sets as large."""
+    told = []
+    if not any(row["test"] == ATTENTION for row in rows):
+        told.append("The first shuffled suffix has not the attack's token count everywhere: no attention transplanted.")
+    if max((row["n_heads"] for row in rows if row["heads"] == "random"), default=0) < n_top:
+        told.append(f"There are no {n_top} other heads before the direction's layer: no random set is as large.")
+    return told
 
 
 def tests(

@@ -218,10 +218,10 @@ def edge_rows(arms: dict[str, Sequence[Paths]], kept: Sequence[tuple[Any, ...]])
     """
     rows = []
     for arm, by_suffix in arms.items():
-        weights = [edge_weights(paths) for paths in by_suffix]
-        for key in kept:
-            kind, layer, head, token, region, target = key
-            cells = torch.stack([own[key] for own in weights], dim=1).double().numpy()
+        # of all edges, which are many, one suffix's at a time
+        weights = [[every[key] for key in kept] for every in map(edge_weights, by_suffix)]
+        for number, (kind, layer, head, token, region, target) in enumerate(kept):
+            cells = torch.stack([own[number] for own in weights], dim=1).double().numpy()
             found = interval(cells, suffix_arm=arm != "none")
             rows.append(
                 {

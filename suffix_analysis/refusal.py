@@ -17,10 +17,8 @@ from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 
-FLOOR = 1e-8
+FLOOR = 1e-8  # of both probabilities of the refusal score, the paper's
 KL_FLOOR = 1e-6  # inside both logarithms, the paper's
-MIN_SHARE = 0.05  # of the refusals: rarer openings are left out
-MIN_RATIO = 5.0  # at least so many times as frequent among refusals as among replies to harmless prompts
 REPLY_TOKENS = 12  # enough to hold a refusal phrase
 
 
@@ -39,8 +37,21 @@ def kl_divergence(
     return (p * (torch.log(p + KL_FLOOR) - torch.log(q + KL_FLOOR))).sum(dim=-1)
 
 
-def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Sequence[Chat]) -> list[int]:
+def discover_refusal_tokens(
+    model: Model,
+    harmful: Sequence[Chat],
+    harmless: Sequence[Chat],
+    *,
+    min_share: float = 0.05,
+    min_ratio: float = 5.0,
+    min_refused: float = 0.1,
+) -> list[int]:
     """The tokens that open the model's refusals of harmful prompts and rarely its replies to harmless ones.
+
+    Args:
+        min_share: of the refusals; rarer openings are left out.
+        min_ratio: an opening is at least so many times as frequent among refusals as among replies to harmless prompts.
+        min_refused: share of the harmful prompts that the model must refuse at least.
 
     Raises:
         UserError: the model refuses (almost) none of the harmful prompts, so there is nothing to measure.
@@ -57,7 +68,7 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
             elif not is_harmful and not is_refusal(reply):
                 opens_harmless[token] += 1
     refused = sum(opens_refusal.values())
-    if refused < 0.1 * len(harmful):
+    if refused < min_refused * len(harmful):
         raise UserError(
             f"{model.name} refuses {refused} of {len(harmful)} harmful prompts, so it has no refusal direction to find;"
             " use a model that refuses, or give its refusal tokens."
@@ -66,7 +77,7 @@ def discover_refusal_tokens(model: Model, harmful: Sequence[Chat], harmless: Seq
     found = [
         token
         for token, count in opens_refusal.most_common()
-        if count >= MIN_SHARE * refused and count / refused >= MIN_RATIO * opens_harmless[token] / answered
+        if count >= min_share * refused and count / refused >= min_ratio * opens_harmless[token] / answered
     ]
     if not found:
         raise UserError(

@@ -14,8 +14,8 @@ import torch
 from pydantic import NonNegativeInt
 
 from suffix_analysis import files, pool, replies, runs
-from suffix_analysis.analysis import analyze, n_forwards, of_few_texts
-from suffix_analysis.causal_tests import ATTENTION
+from suffix_analysis.analysis import analyze, as_long, n_forwards, of_few_texts
+from suffix_analysis.causal_tests import shortfalls
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Narrator
 from suffix_analysis.direction_file import load_direction
@@ -275,35 +275,22 @@ class Study:
         heads = [
             (row["layer"], row["head"]) for row in files.read_table(findings / "top_heads.parquet", ("layer", "head"))
         ]
+        controls, unequal = as_long(suffixes, traced_of(everything, config))
         try:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
-                controls=self._as_long(suffixes[0], traced_of(everything, config)),
-                reply_tokens=config.reply_tokens, judge=self.judge, seed=config.seed,
+                controls=controls, reply_tokens=config.reply_tokens, judge=self.judge, seed=config.seed,
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
             )  # fmt: skip
         except UserError as error:  # everything before it is worth a report
             self.skip(f"The causal tests were left out: {error}")
             return
         files.write_json(findings / "checks.json", self._with_checks(tables.pop("checks")))
-        if not any(row["test"] == ATTENTION for row in tables["causal"]):
-            self.skip(
-                "The first shuffled suffix has not the attack's token count everywhere: no attention transplanted."
-            )
+        for sentence in [*unequal, *shortfalls(tables["causal"], len(heads))]:
+            self.skip(sentence)
         tables["mechanism_contrasts"] = of_few_texts(tables["mechanism_contrasts"], everything)
         for name, rows in tables.items():
             files.write_table(findings / f"{name}.parquet", rows)
-
-    def _as_long(self, suffix: Suffix, others: Sequence[Suffix]) -> list[Suffix]:
-        """The other arms' suffixes that are as long: what length alone does would pass for something else."""
-        controls = [s for s in others if s.arm != "adversarial"]
-        kept = [s for s in controls if s.n_tokens == suffix.n_tokens]
-        if len(kept) < len(controls):
-            self.skip(
-                f"{len(controls) - len(kept)} of {len(controls)} other suffixes are not {suffix.n_tokens} tokens long "
-                f"as {suffix.id} is, and were left out of the causal tests."
-            )
-        return kept
 
     def _with_checks(self, own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """A stage's checks with those of other stages."""

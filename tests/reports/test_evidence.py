@@ -98,3 +98,34 @@ def test_a_pool_is_told_as_a_pool(data: RunData, pool: RunData) -> None:
     assert "the first of 8 suffixes" in captions["heads"] and captions["loss"].endswith("The first of 8 attacks.")
     alone = " ".join(figure.caption for figure in figures(data).values())
     assert "first of" not in alone and "over" not in said(data).split(";")[0]
+
+
+def labels(data: RunData, figure: str) -> list[str]:
+    return [view.label for view in figures(data)[figure].views] if figure in figures(data) else []
+
+
+def test_how_far_each_candidate_tells_prompts_apart_is_a_view_of_its_own(data: RunData) -> None:
+    assert labels(data, "candidates") == ["bypass", "induce", "KL", "AUROC"]
+    (apart,) = (view for view in figures(data)["candidates"].views if view.label == "AUROC")
+    read = {(row["layer"], row["position"]): row["auroc"] for row in data.table("separation")}
+    drawn = {(row["layer"], row["position"]): row["auroc"] for row in apart.spec["datasets"]["main"]}
+    assert drawn == pytest.approx(read, abs=1e-4) and len(read) > 4
+    assert "AUROC:" in figures(data)["candidates"].caption
+    without = replace(data, tables={name: rows for name, rows in data.tables.items() if name != "separation"})
+    assert labels(without, "candidates") == ["bypass", "induce", "KL"]
+    assert "AUROC" not in figures(without)["candidates"].caption
+
+
+def test_what_is_written_along_the_direction_is_drawn_without_a_lens(data: RunData) -> None:
+    every = ["logit lens", "attention writes", "MLP writes", "attention along r̂", "MLP along r̂"]
+    assert labels(data, "lens") == every
+    tables = {name: rows for name, rows in data.tables.items() if name not in ("lens", "logits")}
+    assert labels(replace(data, tables=tables), "lens") == every[3:]
+    assert "ogit lens" not in figures(replace(data, tables=tables))["lens"].caption
+    del tables["terms"]
+    assert labels(replace(data, tables=tables), "lens") == []
+
+
+def test_the_mechanism_stands_beside_its_controls_on_the_page(data: RunData) -> None:
+    page = re.sub(r"\s+", " ", build.render(data).decode("utf-8").replace("\u202f", "\u00a0").replace("\u00a0", " "))
+    assert "projection restored − random direction moved as far" in page

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from suffix_analysis import cli
+from suffix_analysis.analysis import as_long
+from suffix_analysis.causal_tests import ATTENTION, shortfalls
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Console
 from suffix_analysis.errors import UserError
@@ -64,17 +66,30 @@ def test_the_table_is_kept_where_no_candidate_passes(tmp_path: Path, monkeypatch
     assert not (made.folder / "direction.safetensors").exists()
 
 
-def test_controls_of_another_length_are_left_out_of_the_causal_tests_and_told(tmp_path: Path) -> None:
+def test_what_a_study_lacks_is_told_once(tmp_path: Path) -> None:
     made = study(tmp_path, 8)
-    attack = Suffix("adversarial-1", "adversarial", "x y", n_tokens=4)
-    others = [Suffix("random-1", "random", "a b", n_tokens=4), Suffix("failed-1", "failed", "a", n_tokens=2), attack]
-    assert [s.id for s in made._as_long(attack, others)] == ["random-1"]
-    assert json.loads((made.folder / "skipped.json").read_text()) == [
-        "1 of 2 other suffixes are not 4 tokens long as adversarial-1 is, and were left out of the causal tests."
+    for _ in range(2):  # a stage that was interrupted says it again
+        made.skip("There is no such thing.")
+    assert json.loads((made.folder / "skipped.json").read_text()) == ["There is no such thing."]
+
+
+def test_arms_of_another_length_are_left_out_of_the_causal_tests_and_told() -> None:
+    attacks = [Suffix(f"adversarial-{i}", "adversarial", "x y", n_tokens=n) for i, n in ((1, 4), (2, 6))]
+    others = [Suffix(f"random-{i}", "random", "a b", n_tokens=n) for i, n in ((1, 4), (2, 6))]
+    kept, told = as_long(attacks, [*others, Suffix("failed-1", "failed", "a", n_tokens=4), *attacks])
+    assert kept == others
+    assert told == [
+        "The failed suffixes are 4.0 tokens long on average, the adversarial ones 5.0; they were left out of the "
+        "causal tests."
     ]
-    before = (made.folder / "skipped.json").read_text()
-    made._as_long(attack, others)
-    assert (made.folder / "skipped.json").read_text() == before, "an interrupted stage tells it once"
+
+
+def test_tests_that_a_small_model_has_no_control_for_are_told() -> None:
+    row = {"test": ATTENTION, "heads": "random", "n_heads": 2}
+    assert shortfalls([row], 2) == []
+    (few,) = shortfalls([row], 3)
+    assert "no 3 other heads" in few
+    assert "no attention transplanted" in shortfalls([row | {"test": "x"}], 2)[0]
 
 
 def test_the_command_tells_what_was_found(
