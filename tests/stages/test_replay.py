@@ -9,7 +9,7 @@ import torch
 
 from suffix_analysis import causal, causal_tests
 from suffix_analysis.causal import Readout
-from suffix_analysis.circuits import edge_weights, find_paths
+from suffix_analysis.circuits import edge_rows, edge_weights, find_paths, kept_edges
 from suffix_analysis.errors import UserError
 from suffix_analysis.factors import FACTORS, shapley, split_change
 from suffix_analysis.generate import generate
@@ -223,6 +223,20 @@ def test_paths_sum_to_what_the_heads_bring_from_chat_tokens(runs: tuple[Model, P
     weights = edge_weights(paths)
     through = sum(w for key, w in weights.items() if key[0] == "early → head" and key[-1] == (2, 1))
     torch.testing.assert_close(through, paths.through_heads[:, 0].sum(dim=(1, 2, 3, 4)), atol=1e-5, rtol=1e-4)
+
+
+def test_an_edges_weight_is_its_mean_over_prompts_and_suffixes(runs: tuple[Model, Prepared, Prepared]) -> None:
+    model, plain, attacked = runs
+    found = [find_paths(run, readout(model).unit, [(2, 1), (1, 3)]) for run in (plain, attacked)]
+    kept = kept_edges(found)
+    rows = edge_rows({"none": found[:1], "adversarial": found}, kept)
+    assert len(rows) == 2 * len(kept) and len(kept) > 4
+    for row, key in zip(rows[len(kept) :], kept, strict=True):
+        each = [float(edge_weights(paths)[key].mean()) for paths in found]
+        assert (row["kind"], row["arm"], row["n_suffixes"]) == (key[0], "adversarial", 2)
+        assert row["weight"] == pytest.approx(sum(each) / 2, rel=1e-5, abs=1e-9)
+        assert row["lo"] <= row["weight"] <= row["hi"]
+    assert {row["n_suffixes"] for row in rows[: len(kept)]} == {0}
 
 
 def test_the_lens_ends_at_the_models_own_output(runs: tuple[Model, Prepared, Prepared]) -> None:
