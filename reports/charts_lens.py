@@ -32,8 +32,8 @@ def logit_lens(data: RunData) -> Figure | None:
         caption += (
             f" Of {count((read or written)[0]['n_prompts'], 'report prompt')}: the logit lens, what final norm and "
             "unembedding read from each layer's input (far from the last layer it need not mean what it means there), "
-            "and direct logit attribution, what is written to the refusal tokens' mean logit over the vocabulary's, the "
-            f"final norm's scale frozen; all terms add up to it.{first_of(data)}"
+            "and direct logit attribution, what is written to the refusal tokens' mean logit over the vocabulary's "
+            f"with the final norm's scale frozen; all terms add up to it.{first_of(data)}"
         )
     if along:
         caption += (

@@ -34,6 +34,7 @@ PACE = """() => { const started = performance.now(), rows = [];
 USUAL_PACE = 500
 
 
+@pytest.mark.long
 def test_it_is_drawn_within_a_second_and_a_half(browser: sync_api.Browser, report: Path) -> None:
     """On the machine that the figure was asked for; a slower one gets as much more as it takes for ``PACE``."""
     loads = []
@@ -84,6 +85,7 @@ def test_views_switch_and_tables_follow(browser: sync_api.Browser, report: Path)
     seen.quiet()
 
 
+@pytest.mark.long
 def test_prompt_selector_changes_strips_and_patterns(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     draw_patterns(page)
@@ -95,6 +97,7 @@ def test_prompt_selector_changes_strips_and_patterns(browser: sync_api.Browser, 
     seen.quiet()
 
 
+@pytest.mark.long
 def test_replies_are_folded_found_and_filtered(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     rows = page.locator("#reply-table tbody tr")
@@ -121,6 +124,7 @@ def test_replies_are_folded_found_and_filtered(browser: sync_api.Browser, report
     seen.quiet()
 
 
+@pytest.mark.long
 def test_the_address_keeps_what_replies_were_looked_for(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     texts = "[...document.querySelectorAll('#reply-table tbody tr')].map(row => row.innerText)"
@@ -181,6 +185,7 @@ def test_hostile_text_is_shown_and_never_run(browser: sync_api.Browser, hostile:
     seen.quiet()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [390, 820])
 def test_no_sideways_scroll(browser: sync_api.Browser, report: Path, hostile: Path, width: int) -> None:
     for path in (report, hostile):
@@ -202,6 +207,7 @@ def test_keyboard_reaches_the_controls_and_focus_is_seen(browser: sync_api.Brows
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
+@pytest.mark.long
 def test_every_control_is_reached_by_keyboard_and_none_keeps_the_focus(browser: sync_api.Browser, report: Path) -> None:
     page, _ = open_page(browser, report)
     draw_patterns(page)
@@ -219,6 +225,7 @@ def test_every_control_is_reached_by_keyboard_and_none_keeps_the_focus(browser: 
     assert [missed[i] for i in sorted(usable - reached)] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(browser: sync_api.Browser, report: Path, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
@@ -242,6 +249,7 @@ def test_nothing_shifts_while_it_draws(browser: sync_api.Browser, report: Path) 
     assert page.evaluate("window.shift") < 0.1
 
 
+@pytest.mark.long
 def test_it_prints(browser: sync_api.Browser, report: Path) -> None:
     page, _ = open_page(browser, report)
     page.emulate_media(media="print")

@@ -44,6 +44,7 @@ def test_a_head_clicked_in_the_grid_is_pinned_everywhere(browser: sync_api.Brows
     seen.quiet()
 
 
+@pytest.mark.long
 def test_the_address_restores_what_was_chosen(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     page.select_option("#head", "L14.H7")
@@ -121,6 +122,7 @@ def test_a_pinned_early_head_keeps_its_own_edges(browser: sync_api.Browser, repo
     seen.quiet()
 
 
+@pytest.mark.long
 def test_the_pages_data_and_largest_token_pairs_can_be_taken_away(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     with page.expect_download() as saved:
@@ -144,6 +146,7 @@ def test_no_fragment_breaks_the_page(browser: sync_api.Browser, report: Path, fr
     seen.quiet()
 
 
+@pytest.mark.long
 def test_links_to_sections_keep_what_was_chosen_and_views_are_in_the_address(
     browser: sync_api.Browser, report: Path
 ) -> None:
@@ -184,6 +187,7 @@ def test_a_prompt_of_the_list_opens_its_tokens(browser: sync_api.Browser, report
     seen.quiet()
 
 
+@pytest.mark.long
 def test_every_token_is_in_a_table_that_the_keyboard_opens(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     page.select_option("#head", "L16.H4")
@@ -218,6 +222,7 @@ def test_a_top_head_tells_its_attention_with_intervals_and_the_sequences_beginni
     assert " to " not in cells[2] and cells[-1] == "–"
 
 
+@pytest.mark.long
 def test_two_runs_stand_side_by_side_under_one_control(
     browser: sync_api.Browser, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

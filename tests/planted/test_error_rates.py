@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import ttest_1samp
 
@@ -12,6 +13,8 @@ from suffix_analysis.max_t import sign_flip_max_t
 from suffix_analysis.records import to_suffixes
 from suffix_analysis.traces import Traces, trace
 from tests.planted.models import D_MODEL, SUFFIX, F, instructions, planted
+
+pytestmark = pytest.mark.long
 
 UNIT = torch.nn.functional.one_hot(torch.tensor(F["refuse"]), D_MODEL).float()
 

@@ -27,11 +27,13 @@ def coverage(spread: float, n_suffixes: int = MIN_SUFFIXES, flatten: bool = Fals
     return hits / draws
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
 def test_two_way_bootstrap_covers_with_the_fewest_suffixes_that_allow_a_claim(spread: float) -> None:
     assert coverage(spread) >= 0.93
 
 
+@pytest.mark.long
 def test_contrasts_of_two_arms_cover() -> None:
     rng = np.random.default_rng(1)
     hits = 0

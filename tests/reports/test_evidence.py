@@ -81,6 +81,7 @@ def test_shares_of_what_the_heads_lose_need_a_clear_total(data: RunData) -> None
     assert "bring less" not in said(changed(data, "factors", hi=None))
 
 
+@pytest.mark.long
 def test_a_pool_is_told_as_a_pool(data: RunData, pool: RunData) -> None:
     text = said(pool)
     assert "on 12 unseen instructions, over 8 suffixes;" in text

@@ -47,6 +47,7 @@ def whole_text(page: Path) -> str:
     return text + gzip.decompress(base64.b64decode(packed)).decode("ascii")
 
 
+@pytest.mark.long
 def test_a_redacted_report_holds_no_suffix_target_or_reply(fake: Path) -> None:
     page = build_report(fake, redact=True)
     assert page.name == "report-redacted.html"
@@ -75,6 +76,7 @@ def test_redaction_keeps_what_was_equal_equal(fake: Path) -> None:
     assert suffix_tokens and all(t.startswith("[") and t.endswith("]") for t in suffix_tokens)
 
 
+@pytest.mark.long
 def test_two_runs_stand_side_by_side(fake: Path, tmp_path: Path) -> None:
     other = make_fake_run(tmp_path / "other", n_prompts=12, seed=1)
     page = build_comparison(fake, other, tmp_path / "both.html")
@@ -89,6 +91,7 @@ def test_two_runs_stand_side_by_side(fake: Path, tmp_path: Path) -> None:
     assert read_run(fake).suffixes[0].text.strip() not in hidden
 
 
+@pytest.mark.long
 def test_every_figure_comes_as_svg_and_png_and_every_table_as_csv(fake: Path, tmp_path: Path) -> None:
     written = save_figures(fake, tmp_path / "out")
     names = {path.name for path in written}
@@ -215,6 +218,7 @@ def test_notebook_findings_may_hold_nan(fake: Path) -> None:
     assert "nan" not in page.split('aria-label="Findings"')[1].split("</section>")[0]
 
 
+@pytest.mark.long
 def test_every_spec_is_valid_vega_lite(fake: Path) -> None:
     seen = set()
     for name, figure in figures(read_run(fake)).items():

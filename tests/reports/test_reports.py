@@ -213,6 +213,7 @@ def test_the_headline_tells_the_mechanism(run: Path) -> None:
     assert "the same step along a random direction (a control): 41 % (CI 31–47 %), no clear change" in said
 
 
+@pytest.mark.long
 def test_what_a_defence_costs_its_attacker_is_told_once(run: Path) -> None:
     page = build_report(run).read_text("utf-8")
     assert page.count("Attacks that know the defence") == 1
@@ -240,6 +241,7 @@ def test_numbers() -> None:
 # The file
 
 
+@pytest.mark.long
 def test_the_same_folder_gives_the_same_bytes(run: Path) -> None:
     first = build_report(run).read_bytes()
     assert build_report(run, run / "again.html").read_bytes() == first
@@ -296,6 +298,7 @@ def test_vegas_script_is_bundled_once_and_a_damaged_or_closed_cache_does_no_harm
     assert build._vega_bundle("a") == "/* a */"
 
 
+@pytest.mark.long
 def test_size(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read_run(fake)
     assert len(build.render(data)) <= build.MAX_BYTES

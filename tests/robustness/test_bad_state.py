@@ -172,6 +172,7 @@ FIELDS = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_state_file_with_one_field_of_something_else(study: Study, name: str) -> None:
     """Whatever stands in one place, or is missing there, is taken as what it must be or refused in a sentence."""

@@ -37,6 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> int:
     return int(done.value.code or 0)
 
 
+@pytest.mark.long
 def test_a_campaign_goes_on_and_is_analysed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_thresholds_keep_their_promise_on_what_they_come_from() -> None:
         assert (scores > threshold(scores, rate)).mean() <= rate
 
 
+@pytest.mark.long
 def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     prompts, calls = few_prompts(), list[set[tuple[str, str]]]()

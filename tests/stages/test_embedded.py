@@ -70,6 +70,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "findings").iterdir())}
 
 
+@pytest.mark.long
 def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
     named = {"config.toml", "env.json", "status.json", "prompts.jsonl", "suffixes.jsonl", "steps.jsonl",
              "direction.safetensors"}  # fmt: skip
@@ -84,6 +85,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
     assert [row["step"] for row in files.read_jsonl(finished / "steps.jsonl")] == [1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_a_second_call_repeats_nothing(finished: Path) -> None:
     before, narrator = digest(finished), Silent()
     Study(finished, SHORT, narrator).run()
@@ -91,6 +93,7 @@ def test_a_second_call_repeats_nothing(finished: Path) -> None:
     assert digest(finished) == before
 
 
+@pytest.mark.long
 def test_every_arm_met_every_prompt(finished: Path) -> None:
     rows = files.read_table(finished / "findings" / "replies.parquet")
     suffixes = runs.read_suffixes(finished / "suffixes.jsonl")
@@ -103,6 +106,7 @@ def test_every_arm_met_every_prompt(finished: Path) -> None:
     assert count["none"] == count["harmless"] == count["harmless+adversarial"] == 8
 
 
+@pytest.mark.long
 def test_checks_hold_and_the_report_is_built(finished: Path) -> None:
     from reports import build_report
 
@@ -163,11 +167,11 @@ def test_direction_on_few_prompts_and_trace() -> None:
     harmful = load_prompts("embedded", split="fit", kind="harmful")
     harmless = load_prompts("embedded", split="fit", kind="harmless")
     direction = find_direction(
-        model, harmful, harmless, DirectionConfig(n_fit=32, n_select=6, layer_step=5, rescore=2, kl_threshold=1.0)
+        model, harmful, harmless, DirectionConfig(n_fit=16, n_select=6, layer_step=9, rescore=2, kl_threshold=1.0)
     )
     assert direction.vector.shape == (576,) and direction.position < 0 <= direction.layer < 24
     chosen = [row for row in direction.scores if row["status"] == "chosen"]
     assert [(r["position"], r["layer"]) for r in chosen] == [(direction.position, direction.layer)]
-    assert {r["layer"] for r in direction.scores} == set(range(0, 30, 5))
+    assert {r["layer"] for r in direction.scores} == {0, 9, 18, 27}
     traces = trace(model, load_prompts("embedded", split="report", kind="harmful")[:4], direction)
     assert traces.identity < 1e-5

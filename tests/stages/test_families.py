@@ -57,18 +57,15 @@ ANY = DirectionConfig(n_fit=10, n_select=4, kl_threshold=math.inf, induce_thresh
 SUFFIX = "x y z"
 
 
-def _repeats(name: str) -> bool:
-    """Whether an earlier family has the same mathematics, so that only the chat format is another."""
-    before = list(CASES)[: list(CASES).index(name)]
-    own = CASES[name].architecture, CHANGES.get(name)
-    return any((CASES[other].architecture, CHANGES.get(other)) == own for other in before)
+# the whole line takes seconds a family; in `make test` one without norms behind its blocks, and two with them
+FEW = ("Llama 2 Chat", "Gemma 2 it", "OLMo 2 Instruct")
 
 
 @pytest.fixture(
-    params=[pytest.param(name, marks=[pytest.mark.slow] if _repeats(name) else []) for name in CASES], ids=list(CASES)
+    params=[pytest.param(name, marks=[] if name in FEW else [pytest.mark.long]) for name in CASES], ids=list(CASES)
 )
 def line_case(request: pytest.FixtureRequest) -> Family:
-    """One family after the other; in `make test` each mathematics once, because the whole line takes seconds."""
+    """One family after the other."""
     return CASES[request.param]
 
 

@@ -27,6 +27,8 @@ from tests.planted.models import (
     planted,
 )
 
+pytestmark = pytest.mark.long
+
 
 def prompts(split: str, count: int, seed: int, kind: str = "harmful") -> list[Prompt]:
     texts = instructions(count, harmful=kind == "harmful", seed=seed)

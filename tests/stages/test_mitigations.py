@@ -30,6 +30,8 @@ from suffix_analysis.prompts import load_prompts
 from tests import tiny
 from tests.stages.test_defences import SUFFIX, TEXTS, every_head, few_prompts, some_direction, some_levels, suffixes
 
+pytestmark = pytest.mark.long
+
 
 def test_the_tables_have_every_line_and_their_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")

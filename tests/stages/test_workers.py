@@ -26,6 +26,8 @@ from suffix_analysis.traces import trace
 from suffix_analysis.workers import answer, attack_all, trace_all
 from tests import tiny
 
+pytestmark = pytest.mark.long
+
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
 TOKENS = [40, 41]
 
