@@ -81,8 +81,11 @@ def page(template: str, variables: dict[str, Any], payload: dict[str, Any]) -> b
 
 
 def packed(payload: dict[str, Any]) -> str:
-    """Return the payload as base64 of its gzipped JSON: small, and free of anything a parser could take for markup."""
-    return base64.b64encode(gzip.compress(json_bytes(payload), compresslevel=9, mtime=0)).decode("ascii")
+    """Return the payload as base64 of its gzipped JSON: small, and free of anything a parser could take for markup.
+
+    Level 9 takes three times as long as 6, for a twenty-fifth less.
+    """
+    return base64.b64encode(gzip.compress(json_bytes(payload), compresslevel=6, mtime=0)).decode("ascii")
 
 
 @cache

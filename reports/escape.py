@@ -23,6 +23,8 @@ def visible(text: str, *, newlines: bool = False) -> str:
     code points become ⟨U+202E⟩ and the like, long stacks of combining marks are cut. With ``newlines`` true, newline
     and tab stay as they are. The result is valid UTF-8 whatever went in.
     """
+    if text.isascii() and text.isprintable():  # nearly all of a page
+        return text
     out: list[str] = []
     marks = 0
     for char in text:
