@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attacks.caches import cache_argument
+from attacks.terms import decoder_layers
 from suffix_analysis.batching import sharing_at_most
 from suffix_analysis.causal import Head
 from suffix_analysis.chat import Chat
@@ -97,12 +98,13 @@ def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def damped(
-    model: Model, heads: Sequence[Head], strength: float, tail: int = TAIL, *, behind: int = 0
+    model: Model, heads: Sequence[Head], strength: float, tail: int = TAIL, *, before: bool = False, behind: int = 0
 ) -> Iterator[None]:
     """The chat tokens attend less to the last ``tail`` tokens of the user's text, in ``heads``; others take the mass.
 
     A pattern p becomes (1 − ``strength``) p on those tokens and is scaled to sum to 1. Strength 0 changes nothing, bit
-    for bit; 1 cuts the edges. ``behind``: see :func:`watched_place`.
+    for bit; 1 cuts the edges. With ``before``, as a control, as much mass is taken from the user's tokens before them
+    instead, or all that is there. ``behind``: see :func:`watched_place`.
 
     Raises:
         ValueError: the strength is not between 0 and 1.
@@ -115,18 +117,23 @@ def damped(
     with watched_place(model, behind) as place:
 
         def weaken(pattern: Tensor, hook: Any, which: list[int]) -> Tensor | None:
-            if place.chat is None or place.user is None:
+            if place.chat is None or place.user is None or strength == 0:
                 return None
             at = place.queries
             user = place.user[:, -pattern.shape[3] :].to(pattern.device)
             ends = user & (user.flip(1).cumsum(dim=1).flip(1) <= tail)
+            rows = pattern[:, which, at].float()  # a row of bfloat16 sums to 1 only within a tenth
+            taken = strength * ends[:, None, None] * rows
+            if before:
+                there = (user & ~ends)[:, None, None] * rows
+                mass = there.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+                taken = there * (taken.sum(dim=-1, keepdim=True) / mass).clamp(max=1)
+            left = rows - taken
+            # a row whose mass was all there, to the last bit, stays empty
+            left = left / left.sum(dim=-1, keepdim=True).clamp(min=1e-30)
             chat = place.chat[:, None, at, None].to(pattern.device)
-            rows = pattern[:, which, at]
-            factor = torch.where(chat, 1 - strength * ends[:, None, None].to(rows.dtype), torch.ones_like(rows))
-            # what is left of a row's mass: never 0, because every chat token also attends to itself
-            left = 1 - (rows * (1 - factor)).sum(dim=-1, keepdim=True)
             changed = pattern.clone()
-            changed[:, which, at] = rows * factor / left
+            changed[:, which, at] = torch.where(chat, left.to(pattern.dtype), pattern[:, which, at])
             return changed
 
         hooks = [
@@ -160,9 +167,10 @@ def restored(
     to = unit if along is None else (along / along.norm()).to(unit)
     with watched_place(model, behind) as place:
 
-        def restore(x: Float[Tensor, "row token d_model"], hook: Any) -> Tensor | None:
+        def restore(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
             if place.chat is None or place.last is None:
                 return None
+            x: Float[Tensor, "row token d_model"] = args[0] if args else kwargs["hidden_states"]
             at = place.queries
             tokens = torch.arange(at.start, at.stop, device=x.device)
             first = place.last.to(x.device)[:, None] - len(levels) + 1
@@ -172,7 +180,7 @@ def restored(
                 step = step * fires(x)[:, None]
             changed = x.clone()
             changed[:, at] += (step[..., None] * to.to(x.device)).to(x.dtype)
-            return changed
+            return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
         def fires(x: Tensor) -> Bool[Tensor, " row"]:
             assert harmfulness is not None and place.user is not None and place.last is not None
@@ -182,8 +190,12 @@ def restored(
             here = x[torch.arange(len(x), device=x.device), place.last.to(x.device)].float()
             return harm_without_refusal(direction, harmfulness, most, here @ unit.to(x.device)) > threshold
 
-        with model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", restore)]):
+        # on the block itself: the model need not be wrapped, which takes time in every forward
+        handle = decoder_layers(model.hf)[layer].register_forward_pre_hook(restore, with_kwargs=True)
+        try:
             yield
+        finally:
+            handle.remove()
 
 
 def harmful_levels(model: Model, direction: Direction, harmful: Sequence[Chat]) -> Float[Tensor, " chat"]:

@@ -247,3 +247,64 @@ def test_an_attackers_forward_meets_the_same_defence() -> None:
             by_embeddings = model.hf(inputs_embeds=model.hf.get_input_embeddings()(longer)).logits[0, len(ids) - 1]
         assert torch.allclose(by_ids, wanted, atol=1e-4)
         assert torch.allclose(by_embeddings, wanted, atol=1e-4)
+
+
+def test_restoring_needs_no_wrapped_model() -> None:
+    model, wrapped = tiny.model("llama"), tiny.model("llama")
+    direction = some_direction(wrapped)
+    rows = [model.chat(text, SUFFIX).ids for text in TEXTS]
+    plain, found = last_logits(model.hf, model.tokenizer, rows), []
+    for one in (model, wrapped):
+        with restored(one, direction, some_levels(one)):
+            found.append(last_logits(one.hf, one.tokenizer, rows))
+    assert "bridge" not in model.__dict__ and "bridge" in wrapped.__dict__
+    assert torch.allclose(found[0], found[1], atol=1e-4) and not torch.allclose(found[0], plain, atol=1e-3)
+
+
+def patterns(model: Model, chats: list[Any], layer: int = 0) -> list[torch.Tensor]:
+    """What the heads of a layer attend to from chat[-1], as the forward then uses it: [head, token] by conversation."""
+    seen: list[torch.Tensor] = []
+
+    def look(pattern: torch.Tensor, hook: object) -> None:
+        seen.append(pattern[0, :, -1].detach().clone())
+
+    with torch.no_grad(), model.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", look)]):
+        for chat in chats:
+            model.hf(input_ids=chat.ids[None])
+    return seen
+
+
+def test_the_control_takes_as_much_from_the_users_tokens_before_the_tail() -> None:
+    model, tail, strength = tiny.model("llama"), 3, 0.4
+    assert model.bridge is not None
+    chats = [model.chat(text, SUFFIX) for text in TEXTS]
+    plain = patterns(model, chats)
+    with damped(model, every_head(model), strength, tail, before=True):
+        changed = patterns(model, chats)
+    for chat, was, now in zip(chats, plain, changed, strict=True):
+        user = user_mask(chat).nonzero().flatten()
+        last, first = user[-tail:], user[:-tail]
+        taken = torch.minimum(strength * was[:, last].sum(dim=1), was[:, first].sum(dim=1))
+        scale = 1 / (1 - taken)
+        torch.testing.assert_close(now[:, last], was[:, last] * scale[:, None], atol=1e-6, rtol=1e-4)
+        wanted = (was[:, first].sum(dim=1) - taken) * scale
+        torch.testing.assert_close(now[:, first].sum(dim=1), wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_damped_rows_sum_to_one_in_bfloat16_and_where_all_is_on_the_tail() -> None:
+    model = tiny.model("llama", dtype=torch.bfloat16)
+    assert model.bridge is not None
+    chats = [model.chat(text, SUFFIX) for text in TEXTS]
+
+    def all_on_the_tail(pattern: torch.Tensor, hook: object) -> torch.Tensor:
+        changed = torch.zeros_like(pattern)
+        changed[..., user_mask(chats[0]).nonzero().flatten()[-1]] = 1
+        return changed
+
+    for strength in (0.9, 1.0):
+        with damped(model, every_head(model), strength, 3):
+            for row in patterns(model, chats):
+                assert torch.allclose(row.float().sum(dim=-1), torch.ones(len(row)), atol=0.01)
+    hooks = [("blocks.0.attn.hook_pattern", all_on_the_tail)]
+    with model.bridge.hooks(fwd_hooks=hooks), damped(model, every_head(model), 1.0, 3):
+        assert all(torch.isfinite(row).all() for row in patterns(model, chats[:1]))
