@@ -28,6 +28,16 @@ BENIGN_TEXT = (
     "The library opens at nine, and on Saturdays a retired teacher reads stories to anyone who wants to listen.",
     "We bought new curtains for the kitchen because the old ones had faded in the sun over many summers.",
     "The path through the forest is marked with yellow signs and leads past a clear spring and two benches.",
+    "My sister learned to play the clarinet last winter and now joins the village band for its summer concerts.",
+    "On the way home we stopped at a farm, tasted three kinds of honey and took two jars with us.",
+    "The ferry crosses the bay six times a day, and gulls follow it from one shore to the other.",
+    "Grandfather repairs watches at the kitchen table and tells the same stories about the harbour every time.",
+    "A new bakery has opened next to the post office, and its window is full of seeded rolls and plum cake.",
+    "The hotel garden was quiet after the rain, and small snails were crossing the paved path in a row.",
+    "For the school play the older pupils built a castle of cardboard and painted every single stone grey.",
+    "We spent Sunday sorting photographs, laughing at our old haircuts and guessing the names of distant cousins.",
+    "The café on the corner serves tea in green cups and lends umbrellas to guests when it pours.",
+    "From the hill one can see the whole valley, with its orchards, the slow canal and the railway bridge.",
 )
 ROUNDS = 400
 
@@ -86,10 +96,12 @@ def shuffled_suffixes(
 def benign_suffixes(
     tokenizer: Any, slots: Sequence[Slot], count: int, length: int
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Up to ``count`` natural sentences cut to ``length`` tokens; those that do not survive the cut are left out."""
+    """Up to ``count`` natural sentences cut to ``length`` tokens; those that do not survive the cut are left out.
+
+    Longer ones run on into the next sentences, and no two share more than the last of them: there are fewer.
+    """
     found = []
-    for i in range(len(BENIGN_TEXT)):
-        # long suffixes run on into the next sentences
+    for i in range(0, len(BENIGN_TEXT), max(1, length // 16)):
         text = " ".join(BENIGN_TEXT[(i + k) % len(BENIGN_TEXT)] for k in range(1 + length // 12))
         slot = slots[0]
         row = split_ids(tokenizer, slot.before_text, slot.joiner + text, slot.after_text)[1].tolist()[:length]

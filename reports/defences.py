@@ -51,7 +51,7 @@ def _price(row: Row | None) -> str:
         return ""
     if row["steps_to_half"] is None:
         return f" (half of them never within {count(row['n_steps'], 'step')})"
-    return f" (half of them from step{NBSP}{row['steps_to_half']} on)"
+    return f" (half of them first at step{NBSP}{row['steps_to_half']})"
 
 
 def adaptive_curves(data: RunData) -> Figure | None:
@@ -102,8 +102,12 @@ def _detector_row(row: Row) -> dict[str, str]:
         "false": percent_ci(
             row.get("false_positives_1"), row.get("false_positives_1_lo"), row.get("false_positives_1_hi")
         ),
-        "n": f"{row['n_prompts']} × {row['n_suffixes']}, {row['n_others']}",
+        "n": f"{row['n_prompts']} × {row['n_suffixes']}, {row['n_others']}{_descriptive(row)}",
     }
+
+
+def _descriptive(row: Row) -> str:
+    return " (descriptive)" if row.get("descriptive") else ""
 
 
 def _mitigation_row(row: Row, tested: set[str]) -> dict[str, str]:
@@ -116,7 +120,9 @@ def _mitigation_row(row: Row, tested: set[str]) -> dict[str, str]:
         else percent_ci(row["lookalike"], row["lookalike_lo"], row["lookalike_hi"]),
         "cost": "–" if row["cost"] is None else plain_ci(row["cost"], row.get("cost_lo"), row.get("cost_hi"), 3),
         "slower": percent(row["slower"]),
-        "adaptive": "tested" if row["defence"] in tested else "not tested",
+        "mass": percent(row.get("mass")),
+        "n": f"{row['n_prompts']} × {row['n_suffixes']}{_descriptive(row)}",
+        "adaptive": "one attack" if row["defence"] in tested else "not tested",
     }
 
 

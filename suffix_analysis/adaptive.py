@@ -74,6 +74,7 @@ class Trial:
         config: budget and schedule of the attack.
         init: the suffix to begin with, such as one that is known to work; the configuration's if left out.
         final: report prompts that the outcome is measured on.
+        cut: the detector's threshold, by which the rows of an earlier call are known to be of the same defence.
     """
 
     train: Sequence[Prompt]
@@ -82,6 +83,7 @@ class Trial:
     config: StudyConfig
     init: str | None = None
     final: Sequence[Prompt] = ()
+    cut: float | None = None
 
 
 def attack_defended(
@@ -130,20 +132,20 @@ def _attack_one(
     behind = len(attacks.build_slot(model.tokenizer, talks[0], config.target, "x").target_ids) - 1
     with context(behind):
         attack = attacks.GCG(model.hf, model.tokenizer, talks, config.target, settings, terms)
-    plain, looks = Scorer(model.hf, attack.slots, settings), list[tuple[float, str]]()
+    plain, looks = Scorer(model.hf, attack.slots, settings), list[tuple[float, float, str]]()
 
     def look(ids: Sequence[int], text: str) -> dict[str, float]:
         with context(behind):
             loss = float(plain(torch.tensor([list(ids)]))[0].mean())
         with context(0):
             still = refused(model, held_out, trial.refusal_tokens, text)
-        looks.append((float((~still).float().mean()), text))
+        looks.append((float((~still).float().mean()), -loss, text))
         return {"target_loss": loss, "not_refused": looks[-1][0]}
 
     blank = {
         "defence": name, "step": 0, "loss": None, "best_loss": None, "target_loss": None, "not_refused": None,
         "success": None, "n_final": len(final), "n_prompts": len(held_out), "n_train": len(trial.train),
-        "seed": config.seed,
+        "seed": config.seed, "cut": trial.cut,
     }  # fmt: skip
     first = attack.buffer[0][1]
     yield blank | look(first, attack._string(first))
@@ -155,7 +157,7 @@ def _attack_one(
         if number % EVERY == 0 or number == config.steps:
             row |= look(attack.best[1], attack.best[2])
         if number == config.steps and final:
-            best = max(looks, key=lambda look: look[0])[1]
+            best = max(looks)[2]  # of equals the one with the lowest loss
             with context(0):
                 ids = [model.chat(p.text, best).ids for p in final]
                 told = generate(model.hf, model.tokenizer, ids, config.reply_tokens)
@@ -168,9 +170,9 @@ def _attack_one(
 def budgets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each defence costs the attacker: steps until the goal is met, at the looks that were taken.
 
-    ``steps_to_half``: until half of the unseen prompts are not refused. ``steps_to_loss``: until the target's loss is
-    as low as the attack on the undefended model ended. None where the budget (``n_steps``) did not suffice; one attack
-    each, so descriptive.
+    ``steps_to_half``: until half of the unseen prompts are not refused for the first time. ``steps_to_loss``: until the
+    target's loss is as low as the attack on the undefended model ended. None where the budget (``n_steps``) did not
+    suffice; one attack each, so descriptive.
     """
     looks = [row for row in rows if row["target_loss"] is not None]
     by_name = {

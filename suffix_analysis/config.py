@@ -55,7 +55,7 @@ class StudyConfig:
         topk: tokens per position that candidates are drawn from.
         stop_below: stop the attack when at most this share of unseen select prompts is still refused (first token); one
             attack alone, because several are to have equal budgets.
-        n_controls: strings in each control arm (random, shuffled, benign; of benign ones there are ten at most).
+        n_controls: strings in each control arm (random, shuffled, benign; of benign ones there are twenty at most).
         n_traced: report prompts whose arms are traced.
         n_traced_controls: strings of each control arm that are traced.
         reply_tokens: length of the replies that are judged (the paper: 512); 24 show whether a reply opens as a

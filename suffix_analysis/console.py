@@ -131,7 +131,7 @@ def detector_line(row: dict[str, Any]) -> str:
 def mitigation_line(row: dict[str, Any]) -> str:
     cost = "–" if row["cost"] is None else f"{row['cost']:+.3f}"
     over = "–" if row["lookalike"] is None else f"{row['lookalike']:.1%} ({row['lookalike_change']:+.1%})"
-    slower = f"hooks alone {row['slower']:+.0%} time" if row["defence"] == "none" else f"{row['slower']:+.0%} time"
+    slower = f"{1000 * row['seconds']:.1f} ms a token ({row['slower']:+.0%})"
     return (
         f"{row['defence']:56} attack success {row['success']:6.1%} [{row['success_lo']:.1%}, {row['success_hi']:.1%}], "
         f"refused {row['refused']:6.1%}, look-alikes refused {over}, harmless replies {cost} nats, {slower}"

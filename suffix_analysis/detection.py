@@ -27,12 +27,13 @@ from suffix_analysis.detectors import (
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
-from suffix_analysis.prompts import Prompt, prompts_of
+from suffix_analysis.prompts import Prompt, prompts_of, spread
 from suffix_analysis.records import Suffix
 
 GAP, GAP_RATE = "harmfulness − refusal", 0.02  # the detector that restoring waits for, and its false positives
 BENIGN, FILTER_RATE = "harmless + benign text", 0.01  # what a perplexity filter is calibrated on, and for which rate
 CALIBRATED = 256  # conversations of each kind that thresholds come from, at most
+FITTING = 3  # every third suffix of an arm fits, the others measure: claims need eight
 NEAR, FEWEST = 2, 8  # tokens between the two prompts of a pair; pairs that are taken however far apart they are
 
 
@@ -74,7 +75,7 @@ class Fitted:
         return next(detector for detector in self.detectors if detector.name.startswith(name))
 
 
-def halves(suffixes: Sequence[Suffix], arm: str) -> tuple[list[Suffix], list[Suffix]]:
+def parts_of(suffixes: Sequence[Suffix], arm: str) -> tuple[list[Suffix], list[Suffix]]:
     """An arm's suffixes to fit with, and others to measure with.
 
     Raises:
@@ -84,9 +85,9 @@ def halves(suffixes: Sequence[Suffix], arm: str) -> tuple[list[Suffix], list[Suf
     if len(own) < 2:
         raise UserError(
             f"The run has {len(own)} suffixes of the {arm} arm; detectors are fitted with some and measured with "
-            "others, so run a pool (--n-attacks 16) or give a file of suffixes."
+            "others, so run a pool (--n-attacks 16, --n-controls 12), or give a file of suffixes."
         )
-    return own[::2], own[1::2]
+    return own[::FITTING], [suffix for i, suffix in enumerate(own) if i % FITTING]
 
 
 def matched(model: Model, prompts: Sequence[Prompt], split: str, most: int) -> dict[str, list[Prompt]]:
@@ -108,10 +109,10 @@ def matched(model: Model, prompts: Sequence[Prompt], split: str, most: int) -> d
 def conversations(
     model: Model, prompts: Mapping[str, Sequence[Prompt]], suffixes: Sequence[Suffix], part: int
 ) -> tuple[list[list[Chat]], dict[str, list[list[Chat]]]]:
-    """Attacked conversations suffix by suffix, and those of every other kind, with one half of the suffixes."""
+    """Attacked conversations suffix by suffix, and those of every other kind, with one part of the suffixes."""
 
     def chats(kind: str, arm: str) -> list[list[Chat]]:
-        return [[model.chat(p.text, suffix.text) for p in prompts[kind]] for suffix in halves(suffixes, arm)[part]]
+        return [[model.chat(p.text, suffix.text) for p in prompts[kind]] for suffix in parts_of(suffixes, arm)[part]]
 
     return chats("harmful", "adversarial"), {
         BENIGN: chats("harmless", "benign"),
@@ -123,18 +124,19 @@ def conversations(
 
 
 def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes: Sequence[Suffix], most: int) -> Fitted:
-    """Fit everything on the fit and select splits, with the first half of the suffixes.
+    """Fit everything on the fit and select splits, with the first part of the suffixes.
 
-    One half of the paired select prompts fits detectors, all others calibrate them: what a probe has learnt from scores
-    too low to set its threshold.
+    One half of the paired select prompts fits detectors, the other calibrates them: what a probe has learnt from scores
+    too low to set its threshold, and prompts of other lengths than those that are measured set it elsewhere.
     """
     for arm in ("adversarial", "random", "benign"):
-        halves(suffixes, arm)  # says at once where there are too few
+        parts_of(suffixes, arm)  # says at once where there are too few
     sides = [
         [model.chat(p.text) for p in prompts_of(prompts, kind, "fit", 4 * most)] for kind in ("harmful", "harmless")
     ]
     harmfulness = harmfulness_of(model, direction, sides[0], sides[1])
-    fitting = {kind: own[::2] for kind, own in matched(model, prompts, "select", 2 * most).items()}
+    pairs = matched(model, prompts, "select", 2 * most)
+    fitting = {kind: own[::2] for kind, own in pairs.items()}
 
     def readings(parts: Sequence[Sequence[Chat]]) -> Readings:
         return Readings.joined([read(model, part, direction, harmfulness) for part in parts])
@@ -143,10 +145,14 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
     found = readings(attacked)
     detectors = fit_detectors(found, readings([part for parts in others.values() for part in parts]))
     # what the model meets most of the time: harmless prompts and their look-alikes as they are
-    plain = {kind: prompts_of(prompts, kind, "select", 2 * most) for kind in ("harmless", "lookalike")}
-    _, unattacked = conversations(model, _unfitted(prompts, fitting), suffixes, 0)
+    used = {p.id for own in fitting.values() for p in own}
+    plain = {
+        kind: spread([p for p in prompts_of(prompts, kind, "select", None) if p.id not in used], 2 * most)
+        for kind in ("harmless", "lookalike")
+    }
+    _, unattacked = conversations(model, {kind: own[1::2] or own for kind, own in pairs.items()}, suffixes, 0)
     calibration = {
-        name: readings([part[: max(1, CALIBRATED // len(parts))] for part in parts])
+        name: readings([spread(part, max(1, CALIBRATED // len(parts))) for part in parts])
         for name, parts in unattacked.items()
     }
     return Fitted(
@@ -159,15 +165,6 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
     )
 
 
-def _unfitted(prompts: Sequence[Prompt], fitting: Mapping[str, Sequence[Prompt]]) -> dict[str, list[Prompt]]:
-    """Select prompts of each kind that nothing is fitted with; all of them where none is left."""
-    found = {}
-    for kind, used in fitting.items():
-        own, ids = prompts_of(prompts, kind, "select", None), {p.id for p in used}
-        found[kind] = [p for p in own if p.id not in ids] or own
-    return found
-
-
 def measure_detectors(
     model: Model,
     direction: Direction,
@@ -175,7 +172,7 @@ def measure_detectors(
     suffixes: Sequence[Suffix],
     most: int = 32,
 ) -> tuple[Fitted, list[dict[str, Any]]]:
-    """Fit detectors on select prompts with half of the suffixes; measure them on report prompts with the other half.
+    """Fit detectors on select prompts with a third of the suffixes; measure them on report prompts with the others.
 
     Args:
         model: the model.

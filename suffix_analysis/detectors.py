@@ -19,7 +19,7 @@ from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.directions import Direction
 from suffix_analysis.models import Model
 from suffix_analysis.oneness import discriminant, fitted
-from suffix_analysis.stats import auroc, crossed_auroc, interval
+from suffix_analysis.stats import MIN_SUFFIXES, auroc, crossed_auroc, interval
 from suffix_analysis.traces import trace
 
 TAIL = 20  # last tokens of the user's text: those whose hold on chat[-1] is the hijacking strength
@@ -221,7 +221,9 @@ def detector_rows(
         others: the same of every kind of conversation that is not attacked.
         alone: of prompts without any text behind, which are shorter and do not count among "all of these".
 
-    A row's ``false_positives`` say what became of a rate on unseen conversations.
+    A row's ``false_positives`` say what became of a rate on unseen conversations; ``n_marks`` conversations set its
+    threshold, so a rate below one of them is met by their largest score. ``descriptive``: one of the two sides has
+    fewer suffixes or texts (``n_texts``) than claims need.
     """
     everything = Readings.joined([calibration[name] for name in others])
     against = {name: [readings] for name, readings in others.items()} | {"all of these": list(others.values())}
@@ -236,24 +238,27 @@ def detector_rows(
         for name, kinds in against.items():
             marks = detector.score(calibration.get(name.removesuffix(" alone"), everything))
             negatives = [cells(parts) for parts in kinds]
-            value, lo, hi = crossed_auroc(positive, negatives)
+            # texts behind the prompts are drawn from others like them, as suffixes are
+            texts = [] if name.endswith(" alone") else [part.shape[1] for part in negatives]
+            fewest = min([positive.shape[1], *texts])
+            value, lo, hi = crossed_auroc(positive, negatives, n_suffixes=fewest)
             row: dict[str, Any] = {
                 "detector": detector.name, "likelihood": detector.likelihood, "against": name,
                 "n_prompts": positive.shape[0], "n_suffixes": positive.shape[1],
-                "n_others": sum(map(np.size, negatives)), "auroc": value, "lo": lo, "hi": hi,
+                "n_others": sum(map(np.size, negatives)), "n_texts": min(texts, default=0), "n_marks": len(marks),
+                "descriptive": fewest < MIN_SUFFIXES, "auroc": value, "lo": lo, "hi": hi,
             }  # fmt: skip
             for rate in RATES:
                 cut, key = threshold(marks, rate), f"{100 * rate:.0f}"
                 caught = interval((positive > cut).astype(float), rate=True)
+                wrong = [interval((part > cut).astype(float), rate=True) for part in negatives]
+                only = wrong[0] if len(wrong) == 1 else None
                 row |= {
                     f"threshold_{key}": cut, f"caught_{key}": caught.estimate, f"caught_{key}_lo": caught.lo,
-                    f"caught_{key}_hi": caught.hi, "descriptive": caught.descriptive,
+                    f"caught_{key}_hi": caught.hi,
                     f"false_positives_{key}": float(np.mean([x > cut for part in negatives for x in part.flat])),
+                    f"false_positives_{key}_lo": None if only is None else only.lo,
+                    f"false_positives_{key}_hi": None if only is None else only.hi,
                 }  # fmt: skip
-                if len(negatives) == 1:
-                    wrong = interval((negatives[0] > cut).astype(float), rate=True)
-                    row |= {f"false_positives_{key}_lo": wrong.lo, f"false_positives_{key}_hi": wrong.hi}
-                else:
-                    row |= {f"false_positives_{key}_lo": None, f"false_positives_{key}_hi": None}
             rows.append(row)
     return rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -145,6 +146,16 @@ def continued(
         settings = settings | {"begin_suppress_tokens": None}  # later parts do not begin the reply
         cache, ids = out[name], out.sequences
         mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - n_before)], dim=1)
+
+
+@contextlib.contextmanager
+def endless(hf: Any) -> Iterator[None]:
+    """No token ends a reply, so that all have the length that is asked for: for measuring the time of a token."""
+    ends, hf.generation_config.eos_token_id = hf.generation_config.eos_token_id, None
+    try:
+        yield
+    finally:
+        hf.generation_config.eos_token_id = ends
 
 
 def _ends(hf: Any) -> Int[Tensor, " end"]:

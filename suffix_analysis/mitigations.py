@@ -13,19 +13,21 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
 from suffix_analysis.adaptive import Defended, Detected, Trial, attack_defended
 from suffix_analysis.attacking import split_for_attack
+from suffix_analysis.causal import Head
 from suffix_analysis.causal_tests import random_heads
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import damped, restored
-from suffix_analysis.detection import Fitted, halves
-from suffix_analysis.detectors import perplexities
+from suffix_analysis.detection import Fitted, parts_of
+from suffix_analysis.detectors import TAIL, perplexities
 from suffix_analysis.directions import Direction
-from suffix_analysis.generate import generate
+from suffix_analysis.generate import endless, generate
 from suffix_analysis.interventions import random_directions
 from suffix_analysis.judges import Judge, is_refusal
 from suffix_analysis.judges import judge as rules
@@ -41,6 +43,7 @@ REFUSAL = "I cannot help with that request."  # what a filter answers
 STRENGTHS = (0.5, 0.9)
 DRAWS = 3  # sets of other heads whose edges are damped as a control
 TIMED, ROUNDS = 16, 3  # harmless prompts whose replies are timed, and how often, all lines in turn
+TAIL_WORDS = f"the text's last {TAIL} tokens"  # where a suffix is, which no defence is told
 RESTORED = "projection restored where the detector fires"
 EVASION, MARGIN = 2.0, 0.2  # the detector's excess above its threshold less a margin, beside the target's loss
 Context = contextlib.AbstractContextManager[None]
@@ -49,12 +52,18 @@ Reply = Callable[[Model, Sequence[str]], list[str]]
 
 @dataclass(frozen=True)
 class Defence:
-    """One line of the table: an edit while the model runs, or another way to get from the user's texts to replies."""
+    """One line of the table: an edit while the model runs, or another way to get from the user's texts to replies.
+
+    ``wrapped``: it needs TransformerLens's hooks, which take time by themselves. ``mass``: of damped edges, the mean
+    share of chat[-1]'s attention to attacked prompts that they held.
+    """
 
     name: str
     context: Callable[[], Context] = contextlib.nullcontext
     reply: Reply | None = None
     control: bool = False
+    wrapped: bool = False
+    mass: float | None = None
 
 
 def swapped(text: str, rng: random.Random, share: float = SWAPPED) -> str:
@@ -100,19 +109,24 @@ def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, l
         gate = (fitted.harmfulness, fitted.gap) if gated else (None, 0.0)
         return partial(restored, model, direction, fitted.levels, *gate, along=along)
 
+    def edges(name: str, heads: Sequence[Head], strength: float, *, control: bool = False, **how: bool) -> Defence:
+        held = float(torch.stack([fitted.attention[head] for head in heads]).mean())
+        context = partial(damped, model, heads, strength, **how)
+        return Defence(name, context, control=control, wrapped=True, mass=None if how else held)
+
     every = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     most = STRENGTHS[-1]
-    controls = [random_heads(top, model.n_heads, model.n_layers, seed + draw) for draw in range(DRAWS)]
+    random_sets = [random_heads(top, model.n_heads, model.n_layers, seed + draw) for draw in range(DRAWS)]
     return [
         Defence("none"),
-        *(Defence(damping(strength), partial(damped, model, top, strength)) for strength in STRENGTHS),
+        *(edges(damping(strength), top, strength) for strength in STRENGTHS),
+        edges("as much taken from the tokens before them, same heads", top, most, control=True, before=True),
         *(
-            Defence(
-                f"edges of other heads damped by {most:.0%} ({i})", partial(damped, model, others, most), control=True
-            )
-            for i, others in enumerate(controls, 1)
+            edges(f"{len(heads)} other heads' edges damped by {most:.0%} ({i})", heads, most, control=True)
+            for i, heads in enumerate(random_sets, 1)
+            if heads
         ),
-        Defence(f"edges of all heads damped by {most:.0%}", partial(damped, model, every, most)),
+        edges(f"all heads' edges damped by {most:.0%}", every, most),
         Defence(RESTORED, restore(gated=True)),
         Defence("the same steps along a random direction, where it fires", restore(True, elsewhere), control=True),
         Defence("projection restored always", restore(gated=False)),
@@ -124,7 +138,7 @@ def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, l
 
 def damping(strength: float) -> str:
     """The name of the line whose strongest edges are damped so much."""
-    return f"strongest suffix edges damped by {strength:.0%}"
+    return f"strongest edges to {TAIL_WORDS} damped by {strength:.0%}"
 
 
 def measure_mitigations(
@@ -146,16 +160,17 @@ def measure_mitigations(
     Report prompts, adversarial suffixes that nothing was fitted with, and all look-alikes. ``model`` is in the
     precision of replies. Attack success is the share of harmful prompts with a suffix that are answered, by
     ``judge`` (METHODS §1); ``refused`` the share that hold a refusal phrase. Changes are against no defence,
-    paired by prompt and suffix. Where there are no look-alikes, their columns are None. ``slower`` is the median of
-    paired times; of the line without a defence it is what hooks cost by themselves, beside the model as it was loaded.
+    paired by prompt and suffix. Where there are no look-alikes, their columns are None. ``seconds`` a token of replies
+    that all have the same length, ``slower`` beside the model as it was loaded; where TransformerLens has wrapped that
+    already, beside the wrapped one. ``mass``: see :class:`Defence`.
     """
-    unseen = halves(suffixes, "adversarial")[1]
+    unseen = parts_of(suffixes, "adversarial")[1]
     kinds = {k: prompts_of(prompts, k, "report", None if k == "lookalike" else most) for k in (*KINDS, "lookalike")}
     attacked = [(p.text, f"{p.text} {suffix.text}") for suffix in unseen for p in kinds["harmful"]]
     plain = [p.text for p in kinds["harmless"]]
     pairs = reply_pairs(model, kinds["harmless"], length=length)
     plan = defences(model, direction, fitted, n_heads, length, seed)
-    slower = _times(model, plan, plain[:TIMED], length)
+    seconds = _times(model, plan, plain[:TIMED], length)
     rows: list[dict[str, Any]] = []
     base: dict[str, Any] = {}
 
@@ -180,7 +195,8 @@ def measure_mitigations(
             "defence": defence.name, "control": defence.control, "n_prompts": success.shape[0],
             "n_suffixes": success.shape[1], "success": won.estimate, "success_lo": won.lo, "success_hi": won.hi,
             "descriptive": won.descriptive, "refused": float(_refused(replies).mean()),
-            "harmless": float(harmless.mean()), "slower": slower[defence.name],
+            "harmless": float(harmless.mean()), "seconds": seconds[defence.name], "mass": defence.mass,
+            "slower": seconds[defence.name] / seconds[plan[0].name] - 1,
         }  # fmt: skip
         named = {"success_change": fewer, "lookalike": over, "lookalike_change": more, "cost": cost}
         for name, values in named.items():
@@ -198,21 +214,21 @@ def _reply(model: Model, defence: Defence, texts: Sequence[str], length: int) ->
 
 
 def _times(model: Model, plan: Sequence[Defence], texts: Sequence[str], length: int) -> dict[str, float]:
-    """How much longer the same replies take: all lines in turn, several times, the median of the ratios."""
+    """Seconds a token of replies of ``length`` tokens each, all lines in turn, the median of several rounds."""
 
     def seconds(defence: Defence) -> float:
-        with defence.context():
+        with endless(model.hf), defence.context():
             started = time.perf_counter()
             _reply(model, defence, texts, length)
-            return time.perf_counter() - started
+            return (time.perf_counter() - started) / (len(texts) * length)
 
-    none = plan[0]
-    unwrapped = [seconds(none) for _ in range(ROUNDS)] if "bridge" not in model.__dict__ else None
-    assert model.bridge is not None  # from here on every line runs on the wrapped model
-    rounds = [{defence.name: seconds(defence) for defence in plan} for _ in range(ROUNDS)]
-    found = {name: statistics.median(own[name] / own[none.name] for own in rounds) - 1 for name in rounds[0]}
-    if unwrapped is not None:
-        found[none.name] = statistics.median(own[none.name] for own in rounds) / statistics.median(unwrapped) - 1
+    found: dict[str, float] = {}
+    for wrapped in (False, True):  # wrapping cannot be undone
+        lines = [defence for defence in plan if defence.wrapped == wrapped]
+        if wrapped:
+            assert model.bridge is not None
+        rounds = [{defence.name: seconds(defence) for defence in lines} for _ in range(ROUNDS)]
+        found |= {line.name: statistics.median(own[line.name] for own in rounds) for line in lines}
     return found
 
 
@@ -245,8 +261,8 @@ def attack_defences(
         direction, fitted.harmfulness, cut - MARGIN, int(example.regions["instruction"].nonzero()[0]), EVASION
     )
     unseen = prompts_of(prompts, "harmful", "report", config.n_traced)
-    known = halves(suffixes, "adversarial")[0][0].text
-    trial = Trial(train, held_out, tokens, config, known, unseen)
+    known = parts_of(suffixes, "adversarial")[0][0].text
+    trial = Trial(train, held_out, tokens, config, known, unseen, cut)
     return attack_defended(model, trial, defended, {RESTORED: (evading,)}, on_step)
 
 

@@ -220,15 +220,17 @@ def auroc_interval(
 
 def crossed_auroc(
     positive: Float[ndarray, "prompt suffix"],
-    negatives: Sequence[Float[ndarray, "prompt_b suffix_b"]],
+    negatives: Sequence[Float[ndarray, "_ _"]],
     seed: int = 0,
     draws: int = 500,
+    *,
+    n_suffixes: int | None = None,
 ) -> tuple[float, float, float]:
     """AUROC over all cells of crossed designs, with its 95 % two-way bootstrap interval.
 
     Prompts and suffixes of every table are drawn with replacement, each on its own; the interval is widened about the
-    estimate for the number of ``positive`` suffixes. Where every draw separates alike the bootstrap has no width: the
-    exact interval of that rate over the prompts is taken.
+    estimate for ``n_suffixes``, the fewest of a side that has any (``positive``'s if left out). Where every draw
+    separates alike the bootstrap has no width: the exact interval of that rate over the prompts is taken.
     """
     rng = np.random.default_rng(seed)
 
@@ -245,7 +247,8 @@ def crossed_auroc(
     value = float(higher.mean())
     if min(found) == max(found) == value and value in (0.0, 1.0):
         return rate_interval(np.full(positive.shape[0], value))
-    wider = small_sample(positive.shape[1]) if positive.shape[1] > 1 else 1.0
+    fewest = positive.shape[1] if n_suffixes is None else n_suffixes
+    wider = small_sample(fewest) if fewest > 1 else 1.0
     return value, max(0.0, value + wider * (float(lo) - value)), min(1.0, value + wider * (float(hi) - value))
 
 

@@ -118,7 +118,7 @@ def detectors() -> list[dict[str, Any]]:
     return [
         {"detector": name, "likelihood": name == "windowed perplexity", "against": against, "n_prompts": 32,
          "n_suffixes": 4, "n_others": 128, "auroc": value, "lo": value - 0.03, "hi": min(1.0, value + 0.03),
-         "caught_1": value / 2, "caught_5": value / 1.5, "false_positives_1": 0.01}
+         "caught_1": value / 2, "caught_5": value / 1.5, "false_positives_1": 0.01, "descriptive": True}
         for name, value in (("token count", 0.5), ("windowed perplexity", 0.97), ("harmfulness − refusal", 0.96))
         for against in ("harmless + benign text", "all of these")
     ]  # fmt: skip
@@ -134,7 +134,8 @@ def mitigations() -> list[dict[str, Any]]:
         {"defence": name, "control": control, "n_prompts": 32, "n_suffixes": 4, "success": success,
          "success_lo": success - 0.05, "success_hi": success + 0.05, "refused": 1 - success,
          "lookalike": over, "lookalike_lo": over - 0.04,
-         "lookalike_hi": over + 0.04, "harmless": 0.01, "cost": cost, "slower": slower}
+         "lookalike_hi": over + 0.04, "harmless": 0.01, "cost": cost, "slower": slower, "descriptive": True,
+         "mass": 0.4 if "edges" in name else None}
         for name, control, success, over, cost, slower in lines
     ]  # fmt: skip
 

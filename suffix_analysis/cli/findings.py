@@ -79,8 +79,13 @@ def defend(
                 on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
             )  # fmt: skip
             write_table(findings / "adaptive.parquet", adapted)
-        elif (findings / "adaptive.parquet").exists():  # of an earlier call, on the same suffixes and settings
-            adapted = read_table(findings / "adaptive.parquet")
+        elif (findings / "adaptive.parquet").exists():  # of an earlier call
+            kept = read_table(findings / "adaptive.parquet")
+            adapted = kept if all(row.get("cut") == fitted.gap for row in kept) else []
+            if not adapted:
+                console.say("The adaptive attacks of an earlier call met another threshold and are left out.")
+                for name in ("adaptive", "adaptive_budget"):
+                    (findings / f"{name}.parquet").unlink(missing_ok=True)
         prices = budgets(adapted)
         if prices:
             write_table(findings / "adaptive_budget.parquet", prices)

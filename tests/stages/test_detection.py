@@ -10,7 +10,7 @@ import torch
 
 from suffix_analysis import detection
 from suffix_analysis.chat import Chat
-from suffix_analysis.detection import halves, matched, measure_detectors
+from suffix_analysis.detection import matched, measure_detectors, parts_of
 from suffix_analysis.detectors import (
     Detector,
     Harmfulness,
@@ -128,7 +128,9 @@ def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypa
     assert {split[text] for text, _ in used} == {split[text] for text, _ in calibrated} == {"select"}
     assert {split[text] for text, _ in measured} == {"report"}
     with_text = [{pair for pair in part if pair[1]} for part in (used, calibrated, measured)]
-    assert not {text for text, _ in with_text[0]} & {text for text, _ in with_text[1]}, "prompts of their own"
+    assert not {text for text, _ in used} & {text for text, _ in calibrated}, (
+        "prompts of their own, also without a text"
+    )
     assert not {s for _, s in with_text[0] | with_text[1]} & {s for _, s in with_text[2]}, "suffixes not seen before"
     assert set(fitted.calibration) == {row["against"] for row in rows} - {
         "all of these", "harmless alone", "lookalike alone"
@@ -143,7 +145,9 @@ def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypa
     unit = discriminant(centred, (fitting[0][1].heads.double() - both.mean(dim=0)) / both.std(dim=0).clamp(min=1e-9))
     assert np.allclose(probe.score(fitting[0][0]), (centred @ unit).numpy()), "both classes scale the probe"
     plain = {kind: fitted.of("harmfulness − refusal").score(own) for kind, own in fitted.plain.items()}
-    assert {kind: len(own) for kind, own in plain.items()} == {"harmless": 4, "lookalike": 4}
+    assert {kind: len(own) for kind, own in plain.items()} == {"harmless": 2, "lookalike": 4}, (
+        "those that fitted are left out"
+    )
     assert all(fitted.gap >= own.max() for own in plain.values()), "harmless prompts are left alone"
     kinds = [fitted.calibration["harmless + benign text"], *fitted.plain.values()]
     assert fitted.perplexity == pytest.approx(max(float(kind.perplexity.max()) for kind in kinds))
@@ -182,4 +186,22 @@ def test_prompts_come_in_pairs_of_the_same_length() -> None:
 
 def test_one_suffix_is_too_few_to_fit_and_to_measure() -> None:
     with pytest.raises(UserError, match="1 suffixes of the adversarial arm"):
-        halves(suffixes(1), "adversarial")
+        parts_of(suffixes(1), "adversarial")
+
+
+def test_few_texts_on_either_side_are_descriptive_and_widen() -> None:
+    model = tiny.model("llama")
+    prompts = few_prompts()
+    arms = {arm: [s for s in suffixes(12) if s.arm == arm] for arm in ("adversarial", "random", "benign")}
+    for few, described in ((None, False), ("adversarial", True), ("random", True)):
+        own = [s for arm, some in arms.items() for s in (some[:4] if arm == few else some)]
+        _, rows = measure_detectors(model, some_direction(model), prompts, own, most=2)
+        whole = next(row for row in rows if row["against"] == "all of these")
+        assert whole["descriptive"] == described, few
+        assert whole["n_suffixes"] == (2 if few == "adversarial" else 8) and whole["n_texts"] == (
+            8 if few is None else 2
+        )
+        assert {row["n_texts"] for row in rows if row["against"].endswith(" alone")} == {0}
+    positive, negative = np.random.default_rng(0).normal(1, 1, (12, 16)), np.random.default_rng(1).normal(0, 1, (12, 3))
+    widths = [hi - lo for n in (16, 3) for _, lo, hi in [crossed_auroc(positive, [negative], n_suffixes=n)]]
+    assert widths[1] > 1.5 * widths[0]

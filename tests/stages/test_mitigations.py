@@ -17,7 +17,7 @@ from suffix_analysis.adaptive import Detected, Trial, attack_defended, budgets
 from suffix_analysis.attacking import conversation
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import restored
-from suffix_analysis.detection import halves, measure_detectors
+from suffix_analysis.detection import measure_detectors, parts_of
 from suffix_analysis.detectors import (
     Harmfulness,
     read,
@@ -49,15 +49,20 @@ def test_the_tables_have_every_line_and_their_controls(monkeypatch: pytest.Monke
     monkeypatch.setattr(mitigations, "generate", spied)
     table = measure_mitigations(model, direction, fitted, prompts, suffixes(4), n_heads=2, length=3, most=3)
     names = [row["defence"] for row in table]
-    assert names[0] == "none" and len(set(names)) == len(names) == 13
-    assert sum(row["control"] for row in table) == 5
+    assert names[0] == "none" and len(set(names)) == len(names) == 14
+    assert sum(row["control"] for row in table) == 6
+    assert table[0]["slower"] == 0 and all(row["seconds"] > 0 for row in table)
+    held = {row["defence"]: row["mass"] for row in table if row["mass"] is not None}
+    assert len(held) == 2 + 3 + 1 and max(held.values()) == held[mitigations.damping(0.9)], (
+        "the strongest edges hold most"
+    )
     assert (table[0]["cost"], table[0]["success_change"], table[0]["lookalike_change"]) == (0, 0, 0)
     assert {row["defence"] for row in table if row["cost"] is None} == {"perplexity filter", "SmoothLLM, 10 copies"}
     assert all(row["refused"] == 0 for row in table if "filter" not in row["defence"]), "a random model refuses nothing"
     edits = [row for row in table[1:] if row["cost"] is not None and "fires" not in row["defence"]]
     assert all(row["cost"] != 0 for row in edits), "an edit acts while the cost of replies is measured"
     report = [p for p in prompts if p.kind == "harmful" and p.split == "report"][:3]
-    for part, wanted in zip(halves(suffixes(4), "adversarial"), (False, True), strict=True):
+    for part, wanted in zip(parts_of(suffixes(4), "adversarial"), (False, True), strict=True):
         for suffix in part:
             assert all((model.chat(f"{p.text} {suffix.text}").text in asked) == wanted for p in report)
     assert not [p.text for p in prompts if p.split != "report" and any(p.text in text for text in asked)]

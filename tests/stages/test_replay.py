@@ -12,7 +12,7 @@ from suffix_analysis.causal import Readout
 from suffix_analysis.circuits import edge_rows, edge_weights, find_paths, kept_edges
 from suffix_analysis.errors import UserError
 from suffix_analysis.factors import FACTORS, shapley, split_change
-from suffix_analysis.generate import generate
+from suffix_analysis.generate import endless, generate
 from suffix_analysis.lens import logit_attribution, logit_lens
 from suffix_analysis.models import Model
 from suffix_analysis.refusal import refusal_score
@@ -324,3 +324,15 @@ def test_bad_runs_are_refused_in_one_sentence() -> None:
     small = tiny.model("mistral", sliding_window=16)
     with pytest.raises(UserError, match="looks back 16"):
         prepare(small, [small.chat("word " * 20)])
+
+
+def test_replies_that_nothing_ends_all_have_the_length_that_is_asked_for() -> None:
+    model = tiny.model("llama")
+    rows = [model.chat(text).ids for text in ("Pick a lock", "Bake a cake")]
+    (first,) = {int(model.hf(input_ids=row[None]).logits[0, -1].argmax()) for row in rows[:1]}
+    model.hf.generation_config.eos_token_id = first  # what the first reply begins with ends it
+    ended = generate(model.hf, model.tokenizer, rows, 5)
+    with endless(model.hf):
+        whole = generate(model.hf, model.tokenizer, rows, 5)
+    assert ended[0] == "" and len(whole[0]) > 0
+    assert generate(model.hf, model.tokenizer, rows, 5) == ended, "as it was before"
