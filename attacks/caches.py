@@ -30,6 +30,14 @@ def prefix_cache(model: Any, ids: Int[Tensor, " before"], before: Any = None, ro
     return out[cache_argument(model)]
 
 
+def keeps_tokens(model: Any) -> bool:
+    """Whether all blocks keep keys and values of tokens: a state of another kind can be neither shared nor derived."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    attention = all("attention" in kind and "linear" not in kind for kind in kinds)
+    return attention and bool(getattr(text, "num_attention_heads", 0))
+
+
 def cache_argument(model: Any) -> str:
     """The forward's name for the key-value cache: transformers renamed ``past_key_values`` to ``cache`` in 5.2x."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

@@ -28,9 +28,9 @@ def forbidden_ids(tokenizer: Any, n_rows: int, *, allow_non_ascii: bool, compat:
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     if not compat:
         special |= set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) | set(range(size, n_rows))
-    banned = {i for i in special if i is not None}
+    banned = {i for i in special if i is not None and i < n_rows}  # a tokenizer may have more tokens than the model
     if not allow_non_ascii:
-        texts = tokenizer.batch_decode([[i] for i in range(size)])
+        texts = tokenizer.batch_decode([[i] for i in range(min(size, n_rows))])
         banned |= {i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable())}
     elif compat:
         banned = set()

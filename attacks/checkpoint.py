@@ -30,7 +30,7 @@ class Packed(TypedDict):
 class State(TypedDict):
     """What an attack is made of between two steps."""
 
-    attack: str
+    attack: dict[str, str]
     step: NonNegativeInt
     stopped: bool
     buffer: list[tuple[float, tuple[int, ...]]]
@@ -87,12 +87,42 @@ def restore(attack: GCG, state: Any) -> None:
 FREE = ("num_steps", "batch_size", "early_stop", "verbosity", "score_dtype")
 
 
-def digest(attack: GCG) -> str:
-    """What tells one attack from another: conversations, targets, initial suffix and settings."""
-    settings = {key: value for key, value in asdict(attack.config).items() if key not in FREE}
-    slots = [[part.tolist() for part in (s.before_ids, s.suffix_ids, s.after_ids, s.target_ids)] for s in attack.slots]
-    told = json.dumps([settings, slots, [repr(term) for term in attack.terms]], sort_keys=True, default=repr)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+def digest(attack: GCG) -> dict[str, str]:
+    """What tells one attack from another, part by part."""
+    config = attack.config
+    scheduled = config.search_width_start is not None or config.n_replace_start is not None
+    free = set(FREE) - ({"num_steps"} if scheduled else set())  # a schedule depends on the number of steps
+    parts: dict[str, Any] = {
+        "conversations": attack.conversations,
+        "targets": [slot.target_ids.tolist() for slot in attack.slots],
+        "initial suffix": attack.slots[0].suffix_ids.tolist(),
+        "text that the chat template writes": [[s.before_ids.tolist(), s.after_ids.tolist()] for s in attack.slots],
+        "settings": {key: value for key, value in asdict(config).items() if key not in free},
+        "terms": [_told(term) for term in attack.terms],
+        "model": [attack.model.config.get_text_config().model_type, *_corners(attack.model)],
+    }
+    told = {name: json.dumps(part, sort_keys=True, default=_told) for name, part in parts.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in told.items()}
+
+
+def _corners(model: Any) -> list[str]:
+    """The first number of every weight, in any precision the same: fine-tuned models differ in some of them, and
+    wrapping a model changes none.
+    """
+    weights = (p for p in model.parameters() if p.numel() and p.device.type != "meta")
+    return sorted({str(float(p.detach().flatten()[0].bfloat16())) for p in weights})
+
+
+def _told(value: Any) -> Any:
+    """What JSON does not know: a tensor by all its bytes, an object by what it holds; its words may leave things out,
+    or hold an address.
+    """
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().float().contiguous().numpy().tobytes()
+        return [list(value.shape), hashlib.sha256(raw).hexdigest()]
+    if hasattr(value, "__dict__"):
+        return [type(value).__qualname__, getattr(value, "__qualname__", ""), dict(vars(value))]
+    return repr(value)
 
 
 def _damaged(told: str) -> AttackError:
@@ -100,10 +130,11 @@ def _damaged(told: str) -> AttackError:
 
 
 def _restore(attack: GCG, state: State) -> None:
-    if state["attack"] != digest(attack):
+    own = digest(attack)
+    other = [name for name in own if state["attack"].get(name) != own[name]]
+    if other:
         raise AttackError(
-            "The saved state is of another attack: its conversations, target, initial suffix or settings differ from "
-            "these; give the same, or attack anew."
+            f"The saved state is of another attack: another {', another '.join(other)}; give the same, or attack anew."
         )
     known = {str(kind): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
     dtype = str(attack.search.model.dtype)
@@ -121,11 +152,11 @@ def _restore(attack: GCG, state: State) -> None:
             f"{'not ' * (len(state['batches']) == 1)}scored again. Load the model as it was."
         )
     _fits(attack, state)
-    attack.step, attack.stopped = state["step"], state["stopped"]
+    attack.step, attack.stopped = state["step"], state["stopped"] and attack.config.early_stop
     attack.buffer, attack.best = state["buffer"], state["best"]
     attack.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
     for scorer, (batch_size, memory) in zip(attack._both, state["batches"], strict=True):
-        scorer.batch_size, scorer.memory = batch_size, memory
+        scorer.batch_size, scorer.memory = attack.config.batch_size or batch_size, memory
     for scorer, seen in zip(attack._both, state["seen_match"], strict=True):
         scorer.seen_match = seen
     attack._activate(state["active"])

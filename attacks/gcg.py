@@ -19,7 +19,7 @@ from attacks.memory import memory_for
 from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives, with_template
 from attacks.precision import copied
 from attacks.scorer import Scorer, rescored_best
-from attacks.slot import Messages, Slot, build_slot, split_ids, suffix_string, survives
+from attacks.slot import Messages, Slot, build_slot, placed, split_ids, suffix_string, survives
 from attacks.terms import Term
 
 Entry = tuple[float, tuple[int, ...]]
@@ -52,7 +52,7 @@ class GCG:
         tokenizer = with_template(tokenizer) if config.compat else tokenizer
         self.tokenizer, self.config, self.terms = tokenizer, config, tuple(terms)
         conversations, targets = pair_up(messages, target)
-        self.conversations: list[Messages] = conversations
+        self.conversations: list[Messages] = []
         self.generator = torch.Generator()
         self.generator.manual_seed(config.seed) if config.seed is not None else self.generator.seed()
         inits = [config.optim_str_init] if isinstance(config.optim_str_init, str) else list(config.optim_str_init)
@@ -66,6 +66,8 @@ class GCG:
         for i, (talk, aim) in enumerate(zip(conversations, targets, strict=True)):
             try:
                 self.slots.append(build(tokenizer, talk, lead + aim, inits[0]))
+                # nanoGCG puts the suffix right behind the last turn
+                self.conversations.append(talk if config.compat else placed(talk))
             except AttackError as error:
                 if len(conversations) == 1:
                     raise

@@ -19,10 +19,14 @@ def pair_up(messages: Conversations, target: str | list[str]) -> tuple[list[Mess
     Raises:
         AttackError: no conversation, or another number of targets.
     """
+    if not isinstance(messages, (str, list, tuple)):
+        raise AttackError(f"The conversation is {messages!r:.60}; give a string, a list of turns, or a list of those.")
     single = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
     conversations: list[Any] = [messages] if single else list(messages)
     if not conversations:
         raise AttackError("There is no conversation to attack; give a string, a list of turns, or a list of those.")
+    if not isinstance(target, (str, list, tuple)):
+        raise AttackError(f"The target is {target!r:.60}; give a string, or a list with one for each conversation.")
     targets = [target] * len(conversations) if isinstance(target, str) else list(target)
     if len(targets) != len(conversations):
         raise AttackError(f"{len(conversations)} conversations but {len(targets)} targets; give one target or as many.")
@@ -30,11 +34,13 @@ def pair_up(messages: Conversations, target: str | list[str]) -> tuple[list[Mess
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model whose tokens cannot be differentiated or whose logits cannot be taken.
+    """Refuse a model whose tokens cannot be differentiated, whose logits cannot be taken, or that draws lots.
 
     Raises:
-        AttackError: it gives no embedding or no unembedding with a weight.
+        AttackError: it gives no embedding or no unembedding with a weight, or is being trained.
     """
+    if getattr(model, "training", False):
+        raise AttackError("The model is in training mode, where dropout makes losses random; call model.eval().")
     for name, what in (("get_input_embeddings", "input embeddings"), ("get_output_embeddings", "vocabulary head")):
         try:
             found = getattr(model, name)()

@@ -14,7 +14,9 @@ from attacks.config import AttackError
 
 SHARE = 0.5  # of the free memory that a batch may take
 _tasks = 1  # processes like this one on the machine (or on its GPU), among which that is divided
-WANT = re.compile(r"out of memory|(can't|cannot) allocate|not enough memory|failed to allocate", re.IGNORECASE)
+WANT = re.compile(
+    r"out of memory|(can't|cannot) allocate|not enough memory|failed to allocate|alloc_failed", re.IGNORECASE
+)
 LOGIT_BUDGET = 2**27  # on a CPU: logits held at once (512 MB in float32)
 TOKEN_BUDGET = 8192  # on a CPU: tokens in one forward; larger batches gain nothing there and only cost memory
 
@@ -24,6 +26,11 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def own_bytes(device: torch.device) -> int:
+    """This process's part of it (see :func:`share_memory`)."""
+    return free_bytes(device) // _tasks
 
 
 def share_memory(tasks: int) -> None:
@@ -74,6 +81,8 @@ def candidate_bytes(model: Any, n_run: int, n_total: int, n_target: int) -> int:
 def cached_bytes(config: Any, itemsize: int) -> int:
     """What the keys and values of one token take in all blocks."""
     text = config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):  # a state-space model keeps no token
+        return 0
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     d_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * itemsize * int(heads * d_head * text.num_hidden_layers)
@@ -90,12 +99,12 @@ def most_tokens(model: Any, most: int) -> int:
     """Tokens that run and are cached at once: what half of the free memory holds, at most ``most``, at least 1."""
     size = model.dtype.itemsize
     each = cached_bytes(model.config, size) + run_bytes(model.config, size)
-    return max(1, min(most, int(SHARE / _tasks * free_bytes(model.device)) // each))
+    return max(1, min(most, int(SHARE * own_bytes(model.device)) // each))
 
 
 def most_candidates(model: Any, n_run: int, n_total: int, n_target: int, free: int) -> int:
     """Candidates in one forward: what half of ``free`` holds and, on a CPU, no more than is of use; at least 1."""
-    most = SHARE / _tasks * free // candidate_bytes(model, n_run, n_total, n_target)
+    most = SHARE * free // candidate_bytes(model, n_run, n_total, n_target)
     if model.device.type == "cpu":
         vocab = model.get_output_embeddings().weight.shape[0]
         most = min(most, LOGIT_BUDGET // (vocab * n_target), TOKEN_BUDGET // n_run)

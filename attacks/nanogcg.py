@@ -29,7 +29,7 @@ def compat_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) ->
         AttackError: an empty target or suffix.
     """
     if not target.strip():
-        raise AttackError("The target is empty; give the words that the reply should begin with, e.g. 'Sure, here is'.")
+        raise AttackError(f"The target is empty ({target!r}); give the words that the reply is to begin with.")
     if not suffix:
         raise AttackError("The initial suffix is empty; give at least one token.")
     before, after = render(tokenizer, messages)

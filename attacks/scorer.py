@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attacks.caches import cache_argument, croppable, fresh, prefix_cache
+from attacks.caches import cache_argument, croppable, fresh, keeps_tokens, prefix_cache
 from attacks.candidates import combined
 from attacks.config import AttackError, GCGConfig
 from attacks.grouping import first_changes, group_by_start, overhead_tokens
-from attacks.memory import free_bytes, is_out_of_memory, memory_for, most_candidates, out_of_memory
+from attacks.memory import is_out_of_memory, memory_for, most_candidates, out_of_memory, own_bytes
 from attacks.objective import target_loss
 from attacks.precision import contiguous_head, or_float32
 from attacks.slot import Slot
@@ -41,11 +41,11 @@ class Scorer:
     terms: tuple[Term, ...] = ()
 
     def __post_init__(self) -> None:
-        keep = self.config.use_prefix_cache
+        self.shares = self.config.use_prefix_cache and keeps_tokens(self.model)
         with memory_for("what stands before the suffix", self.model):
-            self.caches = [prefix_cache(self.model, slot.before_ids) if keep else None for slot in self.slots]
+            self.caches = [prefix_cache(self.model, slot.before_ids) if self.shares else None for slot in self.slots]
         self.batch_size = self.config.batch_size
-        self.memory = free_bytes(self.model.device)  # once: batches must not depend on the moment
+        self.memory = own_bytes(self.model.device)  # once: batches must not depend on the moment
         self.active = len(self.slots)
         self.flops = 0.0
         self.seen_match = False  # of any candidate so far
@@ -143,7 +143,7 @@ class Scorer:
         n_target, n_before = len(slot.target_ids), len(slot.before_ids)
         length = n_run + len(slot.after_ids) + n_target
         total = n_before + len(slot.suffix_ids) + len(slot.after_ids) + n_target
-        length += 0 if self.config.use_prefix_cache else n_before
+        length += 0 if self.shares else n_before
         return most_candidates(self.model, length, total, n_target, self.memory)
 
     def _score(self, goal: int, ids: Tensor, cache: Any, drop: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class Scorer:
         # the last target token predicts nothing that is scored, so it is not run
         tail = torch.cat([slot.after_ids, slot.target_ids[:-1]]).expand(len(ids), -1)
         row = torch.cat([ids, tail], dim=1).to(device)
-        if cache is None and not self.config.use_prefix_cache:
+        if cache is None and not self.shares:
             row = torch.cat([slot.before_ids.expand(len(ids), -1).to(device), row], dim=1)
         self.flops += self.forward_flops(row.numel(), len(ids) * n_target)
         with contiguous_head(self.model), watched(self.terms, self.model, slot) as read:

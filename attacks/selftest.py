@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from attacks.candidates import compat_gradient, token_gradient
 from attacks.gcg import GCG, at_step
 from attacks.memory import candidate_bytes, free_bytes, memory_for
+from attacks.scorer import Scorer
 from attacks.slot import PLACEHOLDER, Messages, Slot, turns_of
 
 PROBE = 32  # candidates that are scored to measure the speed; of fewer, starting a forward is a large part
@@ -51,7 +52,8 @@ def self_test(attack: GCG) -> SelfTest:
         if replies[-1].strip().startswith(tokenizer.decode(slot.target_ids).strip()):
             warnings.append(f"Conversation {i} gets its target without any suffix; there is nothing to attack.")
     ids = attack.slots[0].suffix_ids
-    losses, _ = (attack.exact or attack.search)(ids[None])
+    # of the target's words alone, in every conversation
+    losses, _ = Scorer(model, attack.slots, replace(config, use_mellowmax=False))(ids[None])
     seconds = _seconds_per_step(attack, ids)
     if seconds * config.num_steps > 3600:
         warnings.append(
@@ -142,7 +144,8 @@ def _gib(attack: GCG) -> float:
     search, most = attack.search, 0
     for goal, slot in enumerate(search.slots):
         n_run = len(slot.suffix_ids) + slot.n_behind
-        count = min(attack.config.search_width, search.most(goal, len(slot.suffix_ids)))
+        count = attack.config.batch_size or search.most(goal, len(slot.suffix_ids))
+        count = min(attack.config.search_width, count)
         total = len(slot.before_ids) + n_run + 1
         most = max(most, count * candidate_bytes(search.model, n_run, total, len(slot.target_ids)))
     twin = 0 if attack.exact is None else search.model.dtype.itemsize * (search.body_weights + search.head_weights)

@@ -64,6 +64,19 @@ def turns_of(messages: Messages) -> list[dict[str, str]]:
     return turns
 
 
+def placed(messages: Messages) -> list[dict[str, str]]:
+    """A conversation with the suffix's place: where none is marked, behind the last turn and a space.
+
+    Without the space, the suffix's first token may merge with the turn's last word.
+    """
+    turns = turns_of(messages)
+    last = turns[-1]["content"].removesuffix(PLACEHOLDER)
+    marked = messages if isinstance(messages, str) else "".join(turn["content"] for turn in messages)
+    if PLACEHOLDER in marked or not last or last[-1].isspace():
+        return turns
+    return [*turns[:-1], turns[-1] | {"content": f"{last} {PLACEHOLDER}"}]
+
+
 def render(tokenizer: Any, messages: Messages) -> tuple[str, str]:
     """The rendered conversation before and after the suffix.
 
@@ -92,18 +105,22 @@ def build_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) -> 
     Raises:
         AttackError: an empty target or suffix, a slow tokenizer, or a suffix whose tokens merge with its neighbours.
     """
-    if not target.strip():
-        raise AttackError("The target is empty; give the words that the reply should begin with, e.g. 'Sure, here is'.")
+    if not isinstance(target, str) or not target.strip():
+        raise AttackError(f"The target is empty ({target!r}); give the words that the reply is to begin with.")
     if not suffix.strip():
         raise AttackError(f"The initial suffix is {suffix!r}; give at least one visible token.")
     if not tokenizer.is_fast:
         raise AttackError("The tokenizer is a slow one (no offsets); load it with use_fast=True.")
-    before, after = render(tokenizer, messages)
+    turns = placed(messages)
+    before, after = render(tokenizer, turns)
     stripped = before.rstrip(" ")
     joiner, before = before[len(stripped) :], stripped
     before_ids, suffix_ids, after_ids = split_ids(tokenizer, before, joiner + suffix, after)
     target_ids = torch.tensor(tokenizer(target, add_special_tokens=False).input_ids)
-    opens = any(turn["content"].startswith(PLACEHOLDER) for turn in turns_of(messages))
+    if not len(target_ids):
+        raise AttackError(f"The target {target!r} has no tokens in this vocabulary; give visible words.")
+    # some templates strip a turn, so the space in front of an opening suffix goes too
+    opens = any(turn["content"].lstrip().startswith(PLACEHOLDER) for turn in turns)
     return Slot(before, joiner, after, before_ids, suffix_ids, after_ids, target_ids, opens)
 
 

@@ -64,7 +64,7 @@ class Projection:
                 f"The direction has the shape {list(self.direction.shape)} and the length {length:.3g}; the model's "
                 f"residual stream has {width} dimensions, and a direction must not be 0."
             )
-        unit = (self.direction / length).to(model.device)
+        unit = (self.direction.float() / length).to(model.device)
         seen: list[Tensor] = []
 
         def catch(module: Any, args: Any, kwargs: Any) -> None:
