@@ -18,7 +18,9 @@ KINDS = ("defence", "control", "no defence")
 def context(data: RunData) -> dict[str, Any]:
     """Return the template's rows of both tables; empty where `suffix-analysis defend` has not run."""
     tested = {row["defence"] for row in data.table("adaptive")}
+    first = next(iter(data.table("mitigations")), None)
     return {
+        "counts": "" if first is None else _counts(first),
         "detectors": [_detector_row(row) for row in data.table("detectors")],
         "mitigations": [_mitigation_row(row, tested) for row in data.table("mitigations")],
         "adaptive": "" if adaptive_curves(data) else adaptive(data),  # the figure's caption says it otherwise
@@ -106,6 +108,12 @@ def _detector_row(row: Row) -> dict[str, str]:
     }
 
 
+def _counts(row: Row) -> str:
+    """Return how many prompts and suffixes the mitigations were measured with, as a sentence with its blank."""
+    prompts, suffixes = count(row["n_prompts"], "report prompt"), count(row["n_suffixes"], "suffix", "suffixes")
+    return f"Mitigations: {prompts}, each with {suffixes}{_descriptive(row)}. "
+
+
 def _descriptive(row: Row) -> str:
     return " (descriptive)" if row.get("descriptive") else ""
 
@@ -121,7 +129,6 @@ def _mitigation_row(row: Row, tested: set[str]) -> dict[str, str]:
         "cost": "–" if row["cost"] is None else plain_ci(row["cost"], row.get("cost_lo"), row.get("cost_hi"), 3),
         "slower": percent(row["slower"]),
         "mass": percent(row.get("mass")),
-        "n": f"{row['n_prompts']} × {row['n_suffixes']}{_descriptive(row)}",
         "adaptive": "one attack" if row["defence"] in tested else "not tested",
     }
 
