@@ -64,6 +64,7 @@ def defend(
     with held(out) as study:
         suffixes = read_suffixes(out / "suffixes.jsonl")
         config, direction, prompts = study.config, study.direction(), study.prompts()
+        console.say("Conversations with every suffix are read for the detectors …")
         fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
         write_table(findings / "detectors.parquet", detectors)
         rows = measure_mitigations(
