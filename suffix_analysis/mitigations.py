@@ -42,7 +42,7 @@ COPIES, SWAPPED = 10, 0.1  # SmoothLLM: noisy copies of a prompt, and the share 
 REFUSAL = "I cannot help with that request."  # what a filter answers
 STRENGTHS = (0.5, 0.9)
 DRAWS = 3  # sets of other heads whose edges are damped as a control
-TIMED, ROUNDS = 16, 3  # harmless prompts whose replies are timed, and how often, all lines in turn
+TIMED, ROUNDS = 8, 5  # harmless prompts whose replies are timed, and how often, all lines in turn
 TAIL_WORDS = f"the text's last {TAIL} tokens"  # where a suffix is, which no defence is told
 RESTORED = "projection restored where the detector fires"
 EVASION, MARGIN = 2.0, 0.2  # the detector's excess above its threshold less a margin, beside the target's loss
@@ -214,7 +214,10 @@ def _reply(model: Model, defence: Defence, texts: Sequence[str], length: int) ->
 
 
 def _times(model: Model, plan: Sequence[Defence], texts: Sequence[str], length: int) -> dict[str, float]:
-    """Seconds a token of replies of ``length`` tokens each, all lines in turn, the median of several rounds."""
+    """Seconds a token of replies of ``length`` tokens each: all lines in turn, every round from another one on.
+
+    A line is compared with none in the same round, because a machine is not equally fast all the time.
+    """
 
     def seconds(defence: Defence) -> float:
         with endless(model.hf), defence.context():
@@ -222,13 +225,19 @@ def _times(model: Model, plan: Sequence[Defence], texts: Sequence[str], length: 
             _reply(model, defence, texts, length)
             return (time.perf_counter() - started) / (len(texts) * length)
 
-    found: dict[str, float] = {}
+    none, found = plan[0], dict[str, float]()
     for wrapped in (False, True):  # wrapping cannot be undone
-        lines = [defence for defence in plan if defence.wrapped == wrapped]
+        lines = [none, *(defence for defence in plan[1:] if defence.wrapped == wrapped)]
         if wrapped:
             assert model.bridge is not None
-        rounds = [{defence.name: seconds(defence) for defence in lines} for _ in range(ROUNDS)]
-        found |= {line.name: statistics.median(own[line.name] for own in rounds) for line in lines}
+        seconds(none)  # the first forward allocates
+        rounds = []
+        for first in range(ROUNDS):
+            turn = [lines[(i + first) % len(lines)] for i in range(len(lines))]
+            rounds.append({line.name: seconds(line) for line in turn})
+        base = statistics.median(own[none.name] for own in rounds)
+        for line in lines[1:] if wrapped else lines:
+            found[line.name] = base * statistics.median(own[line.name] / own[none.name] for own in rounds)
     return found
 
 
