@@ -33,12 +33,13 @@ def test_half_of_the_free_memory_is_used_and_never_less_than_one_candidate() -> 
 
 
 def test_processes_side_by_side_divide_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    each = candidate_bytes(model(), 30, 70, 10)
     monkeypatch.setattr(memory, "_tasks", 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     memory.share_memory(4)
-    assert most_candidates(model(), 30, 70, 10, 200 * each) == 25
+    assert memory.own_bytes(torch.device("cpu")) == 250
+    assert most_candidates(model(), 30, 70, 10, 200 * candidate_bytes(model(), 30, 70, 10)) == 100, "half of its part"
     memory.share_memory(0)
-    assert most_candidates(model(), 30, 70, 10, 200 * each) == 100
+    assert memory.own_bytes(torch.device("cpu")) == 1000
 
 
 def test_logits_and_caches_are_counted() -> None:
