@@ -79,6 +79,7 @@ def test_one_arm_drives_grid_and_circuit(browser: sync_api.Browser, report: Path
     seen.quiet()
 
 
+@pytest.mark.long
 def test_grid_and_circuits_show_one_arm_or_say_that_there_is_none(browser: sync_api.Browser, report: Path) -> None:
     page, seen = open_page(browser, report)
     shown = [page.locator(f"#fig-{name} .switch") for name in ("heads", "circuit", "circuit-control")]

@@ -105,6 +105,7 @@ def labels(data: RunData, figure: str) -> list[str]:
     return [view.label for view in figures(data)[figure].views] if figure in figures(data) else []
 
 
+@pytest.mark.long
 def test_how_far_each_candidate_tells_prompts_apart_is_a_view_of_its_own(data: RunData) -> None:
     assert labels(data, "candidates") == ["bypass", "induce", "KL", "AUROC"]
     (apart,) = (view for view in figures(data)["candidates"].views if view.label == "AUROC")
@@ -117,6 +118,7 @@ def test_how_far_each_candidate_tells_prompts_apart_is_a_view_of_its_own(data: R
     assert "AUROC" not in figures(without)["candidates"].caption
 
 
+@pytest.mark.long
 def test_what_is_written_along_the_direction_is_drawn_without_a_lens(data: RunData) -> None:
     every = ["logit lens", "attention writes", "MLP writes", "attention along r̂", "MLP along r̂"]
     assert labels(data, "lens") == every

@@ -163,6 +163,7 @@ def test_a_model_without_attention_is_attacked_without_a_prefix_cache() -> None:
     assert found[0].losses == pytest.approx(found[1].losses)
 
 
+@pytest.mark.long
 def test_the_self_test_tells_the_targets_own_loss_in_every_conversation() -> None:
     model, tok = tiny.hf_model("llama"), tiny.tokenizer()
     plain = attacks.self_test(attacks.GCG(model, tok, TALKS, "Sure", attacks.GCGConfig(**SMALL)))

@@ -189,6 +189,7 @@ def test_one_suffix_is_too_few_to_fit_and_to_measure() -> None:
         parts_of(suffixes(1), "adversarial")
 
 
+@pytest.mark.long
 def test_few_texts_on_either_side_are_descriptive_and_widen() -> None:
     model = tiny.model("llama")
     prompts = few_prompts()
