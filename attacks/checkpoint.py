@@ -48,7 +48,7 @@ class State(TypedDict):
 def save(attack: GCG) -> dict[str, Any]:
     """Everything that :func:`restore` needs."""
     return {
-        "attack": digest(attack),
+        "attack": attack.digest,
         "step": attack.step,
         "stopped": attack.stopped,
         "buffer": [[loss, list(ids)] for loss, ids in attack.buffer],
@@ -130,7 +130,7 @@ def _damaged(told: str) -> AttackError:
 
 
 def _restore(attack: GCG, state: State) -> None:
-    own = digest(attack)
+    own = attack.digest
     other = [name for name in own if state["attack"].get(name) != own[name]]
     if other:
         raise AttackError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from attacks.memory import memory_for
 from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives, with_template
 from attacks.precision import copied
 from attacks.scorer import Scorer, rescored_best
-from attacks.slot import Messages, Slot, build_slot, placed, split_ids, suffix_string, survives
+from attacks.slot import Messages, Slot, build_slot, split_ids, suffix_string, survives, turns_of
 from attacks.terms import Term
 
 Entry = tuple[float, tuple[int, ...]]
@@ -67,7 +68,7 @@ class GCG:
             try:
                 self.slots.append(build(tokenizer, talk, lead + aim, inits[0]))
                 # nanoGCG puts the suffix right behind the last turn
-                self.conversations.append(talk if config.compat else placed(talk))
+                self.conversations.append(talk if config.compat else turns_of(talk, spaced=True))
             except AttackError as error:
                 if len(conversations) == 1:
                     raise
@@ -231,6 +232,11 @@ class GCG:
         if self.config.compat:
             return str(self.tokenizer.decode(list(ids)))
         return suffix_string(self.tokenizer, self.slots[0], ids)
+
+    @functools.cached_property
+    def digest(self) -> dict[str, str]:
+        """What tells this attack from another; once, because it reads all weights and a state is saved every step."""
+        return checkpoint.digest(self)
 
     def state(self) -> dict[str, Any]:
         """Everything that ``restore`` needs, as plain JSON: step, buffer, best and the generator's state."""

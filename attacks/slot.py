@@ -44,8 +44,10 @@ class Slot:
         return len(self.after_ids) + len(self.target_ids) - 1
 
 
-def turns_of(messages: Messages) -> list[dict[str, str]]:
+def turns_of(messages: Messages, *, spaced: bool = False) -> list[dict[str, str]]:
     """The conversation as a new list of turns, with the placeholder in it: at the end where it stands nowhere.
+
+    ``spaced``: behind a space there, so that the suffix's first token does not merge with the last word.
 
     Raises:
         AttackError: no turn, one without role or content, or not exactly one placeholder.
@@ -57,24 +59,12 @@ def turns_of(messages: Messages) -> list[dict[str, str]]:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise AttackError(f"The turn {str(turn)[:60]} has no role and content; both must be text.")
     if not any(PLACEHOLDER in turn["content"] for turn in turns):
-        turns[-1]["content"] += PLACEHOLDER
+        last = turns[-1]["content"]
+        turns[-1]["content"] += (" " if spaced and last and not last[-1].isspace() else "") + PLACEHOLDER
     count = sum(turn["content"].count(PLACEHOLDER) for turn in turns)
     if count != 1:
         raise AttackError(f"The conversation holds {PLACEHOLDER} {count} times; it must stand exactly once.")
     return turns
-
-
-def placed(messages: Messages) -> list[dict[str, str]]:
-    """A conversation with the suffix's place: where none is marked, behind the last turn and a space.
-
-    Without the space, the suffix's first token may merge with the turn's last word.
-    """
-    turns = turns_of(messages)
-    last = turns[-1]["content"].removesuffix(PLACEHOLDER)
-    marked = messages if isinstance(messages, str) else "".join(turn["content"] for turn in messages)
-    if PLACEHOLDER in marked or not last or last[-1].isspace():
-        return turns
-    return [*turns[:-1], turns[-1] | {"content": f"{last} {PLACEHOLDER}"}]
 
 
 def render(tokenizer: Any, messages: Messages) -> tuple[str, str]:
@@ -111,7 +101,7 @@ def build_slot(tokenizer: Any, messages: Messages, target: str, suffix: str) -> 
         raise AttackError(f"The initial suffix is {suffix!r}; give at least one visible token.")
     if not tokenizer.is_fast:
         raise AttackError("The tokenizer is a slow one (no offsets); load it with use_fast=True.")
-    turns = placed(messages)
+    turns = turns_of(messages, spaced=True)
     before, after = render(tokenizer, turns)
     stripped = before.rstrip(" ")
     joiner, before = before[len(stripped) :], stripped

@@ -43,7 +43,6 @@ REFUSAL = "I cannot help with that request."  # what a filter answers
 STRENGTHS = (0.5, 0.9)
 DRAWS = 3  # sets of other heads whose edges are damped as a control
 TIMED, ROUNDS = 8, 5  # harmless prompts whose replies are timed, and how often, all lines in turn
-TAIL_WORDS = f"the text's last {TAIL} tokens"  # where a suffix is, which no defence is told
 RESTORED = "projection restored where the detector fires"
 EVASION, MARGIN = 2.0, 0.2  # the detector's excess above its threshold less a margin, beside the target's loss
 Context = contextlib.AbstractContextManager[None]
@@ -138,7 +137,7 @@ def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, l
 
 def damping(strength: float) -> str:
     """The name of the line whose strongest edges are damped so much."""
-    return f"strongest edges to {TAIL_WORDS} damped by {strength:.0%}"
+    return f"strongest edges to the text's last {TAIL} tokens damped by {strength:.0%}"
 
 
 def measure_mitigations(
