@@ -19,7 +19,7 @@ from suffix_analysis.causal import Head
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.placement import in_memory
 from suffix_analysis.replay import Prepared
-from suffix_analysis.residual import multiplier, post_norms, rms_norm
+from suffix_analysis.residual import as_linear, multiplier, post_norms
 from suffix_analysis.stats import interval
 from suffix_analysis.traces import output_directions
 
@@ -120,16 +120,16 @@ def _reading(
     vector = matrix @ end
     if "ln1" not in (block.submodules or {}):
         return vector.expand(len(run), run.n_chat, -1), constant
-    norm = rms_norm(block.ln1.original_component, run.model.d_model)
+    norm = as_linear(block.ln1.original_component, run.model.d_model)
     scale = norm.scale(run.resid[:, layer])
-    return scale[..., None] * (norm.weight.to(vector.device) * vector), constant
+    return scale[..., None] * norm.pull(vector), constant + norm.constant(vector)
 
 
 def _target(run: Prepared, layer: int, reading: Tensor, norm: Any, scale: Tensor | None) -> Tensor:
     """``reading`` moved to the other side of what stands behind a block's attention."""
     if norm is not None:
         assert scale is not None
-        reading = reading * norm.weight.to(reading.device) * scale[..., None]
+        reading = norm.pull(reading) * scale[..., None]
     return multiplier(run.model) * reading
 
 

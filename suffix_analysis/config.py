@@ -39,6 +39,9 @@ class StudyConfig:
     Attributes:
         model: "embedded", a local folder, a GGUF file or a hub id.
         adapter: a LoRA adapter on the model: a folder or a hub id.
+        system: a system prompt of every conversation; the template's own if left out (the paper: none at all).
+        reply_prefix: text that every conversation ends with after the template's own, where all of a model's replies
+            open alike (Llama 2's with a space).
         harmful: harmful prompts: "embedded", a file, or a Hugging Face dataset (see load_prompts).
         harmless: harmless prompts, likewise.
         column: of those files, the one that holds the prompt; recognised by its usual names if left out.
@@ -89,6 +92,8 @@ class StudyConfig:
 
     model: str = "embedded"
     adapter: str | None = None
+    system: str | None = None
+    reply_prefix: str | None = None
     harmful: str = "embedded"
     harmless: str = "embedded"
     column: str | None = None

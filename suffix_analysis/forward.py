@@ -175,9 +175,10 @@ def skipped(model: Model, layer: int, state: Tensor) -> Iterator[None]:
     # the bridge passes attributes on to what it wraps, so that is what has to be changed and put back
     blocks = [block.original_component for block in model.bridge.blocks][:layer]
     placed = [vars(block).get("forward") for block in blocks]  # accelerate's, where it spread the model
+    given: Any = (state,) if model.blocks_give_tuples else state
     try:
         for block in blocks:
-            block.forward = lambda *args, **kwargs: state
+            block.forward = lambda *args, **kwargs: given
         yield
     finally:
         for block, own in zip(blocks, placed, strict=True):

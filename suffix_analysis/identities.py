@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from suffix_analysis.errors import UserError, first_line
-from suffix_analysis.interventions import ablate
+from suffix_analysis.forward import added_logits, last_logits
+from suffix_analysis.interventions import ablate, add
 from suffix_analysis.models import Model
+from suffix_analysis.residual import norm_error
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, trace
 
 PROBE = "Write a short poem about the sea"
@@ -60,6 +62,19 @@ def check_identities(model: Model) -> tuple[Identity, ...]:
         nonlocal left
         left = max(left, float((x.float() @ unit).abs().max() / x.float().norm(dim=-1).max()))
 
+    alone = [chat.ids, model.chat(PROBE).ids]
+    each = torch.cat([model.hf(input_ids=row[None].to(ids)).logits[:, -1].float() for row in alone])
+    together = last_logits(model.hf, model.tokenizer, alone)
+    layer = model.n_layers // 2
+    with add(model, vector, layer):
+        moved = last_logits(model.hf, model.tokenizer, alone)
+    replayed = added_logits(model, alone)(vector[None], layer)[0]
+    norms = [
+        block.submodules[name]
+        for block in model.bridge.blocks
+        for name in ("ln1", "ln1_post")
+        if name in block.submodules
+    ]
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(1, model.n_layers)]
     names.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
     with ablate(model, vector), model.bridge.hooks(fwd_hooks=[(name, remember) for name in names]):
@@ -71,6 +86,21 @@ def check_identities(model: Model) -> tuple[Identity, ...]:
         ("head contributions add up to the attention write", traces.identity, max(least, IDENTITY_BOUND)),
         ("the embedding and all writes add up to the final residual stream", traces.closure, max(least, CLOSURE_BOUND)),
         ("nothing is left of an ablated direction", left, max(least, IDENTITY_BOUND)),
+        (
+            "prompts in one batch behind what they share have the logits that each has alone",
+            float((together - each).abs().max()) / top,
+            max(least, LOGIT_BOUND),
+        ),
+        (
+            "what is added at a layer does the same when the blocks below are left out",
+            float((replayed - moved).abs().max() / moved.abs().max()),
+            max(least, LOGIT_BOUND),
+        ),
+        (
+            "norms are RMS or layer norms",
+            max(norm_error(norm.original_component, model.d_model) for norm in [*norms, model.bridge.ln_final]),
+            max(least, LOGIT_BOUND),
+        ),
         ("removed hooks leave no trace in the logits", float((after - wrapped).abs().max()) / top, 0.0),
     ]
     if fresh:

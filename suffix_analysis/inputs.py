@@ -38,7 +38,7 @@ def study_model(config: StudyConfig) -> Model:
     """
     model = load_model(
         config.model, dtype=getattr(torch, config.dtype), device=config.device, four_bit=config.four_bit,
-        adapter=config.adapter,
+        adapter=config.adapter, system=config.system, reply_prefix=config.reply_prefix or "",
     )  # fmt: skip
     model.twin(fast_dtype(config, model))
     return model

@@ -16,7 +16,7 @@ from suffix_analysis.placement import in_memory
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import refusal_score
 from suffix_analysis.replay import Prepared, groups, prepare, replay
-from suffix_analysis.residual import rms_norm
+from suffix_analysis.residual import as_linear
 from suffix_analysis.stats import interval_table
 from suffix_analysis.traces import trace
 
@@ -39,13 +39,15 @@ def logit_lens(prepared: Prepared, tokens: Sequence[int]) -> Float[Tensor, "prom
 class LogitAttribution:
     """Every write's share of the refusal tokens' mean logit over the vocabulary's mean, the final norm's scale frozen.
 
-    ``total`` is that difference itself, of the logits before any cap or scaling; all terms sum to it.
+    ``total`` is that difference itself, of the logits before any cap or scaling; all terms sum to it. ``bias`` is what
+    the final norm's and the head's biases give whatever the state is.
     """
 
     heads: Float[Tensor, "prompt layer head"]
     attention_bias: Float[Tensor, "prompt layer"]
     mlp_out: Float[Tensor, "prompt layer"]
     embedding: Float[Tensor, " prompt"]
+    bias: float
     total: Float[Tensor, " prompt"]
 
 
@@ -63,21 +65,29 @@ def read_directly(prepared: Prepared, tokens: Sequence[int]) -> Float[Tensor, " 
 @torch.no_grad()
 def logit_attribution(model: Model, chats: Sequence[Chat], tokens: Sequence[int]) -> LogitAttribution:
     """Direct logit attribution: the trace along the direction in which the refusal tokens' logits are read."""
-    norm = rms_norm(model.bridge.ln_final.original_component, model.d_model)
+    norm = as_linear(model.bridge.ln_final.original_component, model.d_model)
     head = model.hf.get_output_embeddings()
     with in_memory(head):
-        weight = head.weight.float()
-        read = (weight[list(tokens)].mean(dim=0) - weight.mean(dim=0)).cpu() * norm.weight.cpu()
+        weight, constant = head.weight.float(), getattr(head, "bias", None)
+        direct = (weight[list(tokens)].mean(dim=0) - weight.mean(dim=0)).cpu()
+        bias = norm.constant(direct)
+        if constant is not None:
+            bias += float(constant[list(tokens)].float().mean() - constant.float().mean())
+    read = norm.pull(direct)
     length = float(read.norm())
     traces = trace(model, chats, read)
-    # the norm's own scale: 1 / √(mean square + ε) of the final state
-    scale = length * (traces.norm[:, -1].square() / model.d_model + norm.eps).rsqrt()
+    # the norm's own scale: 1 / √(mean square + ε) of the final state, without its mean where the norm takes that away
+    square = traces.norm[:, -1].square() / model.d_model
+    if norm.centred:
+        square = square - trace(model, chats, torch.ones(model.d_model)).projection[:, -1].square() / model.d_model
+    scale = length * (square + norm.eps).rsqrt()
     return LogitAttribution(
         heads=traces.head_contribution * scale[:, None, None],
         attention_bias=traces.attention_bias[None] * scale[:, None],
         mlp_out=traces.mlp_out * scale[:, None],
         embedding=traces.embedding * scale,
-        total=traces.projection[:, -1] * scale,
+        bias=bias,
+        total=traces.projection[:, -1] * scale + bias,
     )
 
 
@@ -108,7 +118,7 @@ def measure_lens(
         scores, wanted = (torch.cat(parts) for parts in zip(*by_group, strict=True))
         found = logit_attribution(model, [chat for group in chats for chat in group], tokens)
         whole = found.heads.sum(dim=(1, 2)) + found.attention_bias.sum(dim=1) + found.mlp_out.sum(dim=1)
-        errors.append(float((whole + found.embedding - wanted).abs().max() / wanted.abs().max()))
+        errors.append(float((whole + found.embedding + found.bias - wanted).abs().max() / wanted.abs().max()))
         tables["lens"] += _rows(scores, arm, range(scores.shape[1]))
         layers = range(model.n_layers)
         tables["logits"] += [
@@ -116,6 +126,9 @@ def measure_lens(
             *_rows(found.mlp_out, arm, layers, term="MLP", head=-1),
             *_rows(found.embedding[:, None], arm, [-1], term="embedding", head=-1),
         ]
+        if found.bias:
+            bias = torch.full_like(found.embedding, found.bias)
+            tables["logits"] += _rows(bias[:, None], arm, [-1], term="bias", head=-1)
         for layer, head in top:
             tables["logits"] += _rows(found.heads[:, layer, head, None], arm, [layer], term="head", head=head)
     return tables, errors

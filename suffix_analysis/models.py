@@ -21,6 +21,7 @@ from suffix_analysis.chat import Chat, render_chat
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.families import known_architectures
 from suffix_analysis.placement import Device, default_device, is_spread, loading_arguments
+from suffix_analysis.templates import prepared
 
 # what loading damaged or foreign files raises
 BROKEN = (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError)
@@ -67,6 +68,24 @@ class Model:
         """TransformerBridge over ``hf``; hook names are TransformerLens's."""
         return boot_bridge(self.hf, self.tokenizer, self.path or self.name)
 
+    @functools.cached_property
+    def blocks_give_tuples(self) -> bool:
+        """Whether blocks return a tuple that begins with their state (Falcon, Bloom), instead of the state alone."""
+        seen: list[bool] = []
+
+        def look(module: Any, args: Any, out: Any) -> None:
+            seen.append(isinstance(out, tuple))
+            raise _Seen
+
+        block = self.bridge.blocks[0].original_component
+        handle = block.register_forward_hook(look)
+        try:
+            with contextlib.suppress(_Seen), torch.no_grad():
+                self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.hf.device))
+        finally:
+            handle.remove()
+        return seen[0]
+
     @property
     def n_layers(self) -> int:
         """Number of blocks."""
@@ -95,6 +114,10 @@ class Model:
             self._twins[dtype] = Model(self.name, copied(self.hf, dtype), self.tokenizer, self.system, self.path)
         twin: Model = self._twins[dtype]
         return twin
+
+
+class _Seen(Exception):
+    """What a forward was for has been seen; the rest of it need not run."""
 
 
 def boot_bridge(hf: Any, tokenizer: Any, path: str) -> Any:
@@ -162,6 +185,7 @@ def load_model(
     device: Device = None,
     four_bit: bool = False,
     adapter: str | None = None,
+    reply_prefix: str = "",
 ) -> Model:
     """Load a chat model.
 
@@ -173,6 +197,8 @@ def load_model(
             and disk, and a mapping (module name → device or ``"disk"``) says exactly how.
         four_bit: quantise the weights (bitsandbytes).
         adapter: a LoRA adapter (a folder or a hub id, as PEFT saves them) that is merged into the weights.
+        reply_prefix: text that every conversation ends with after the template's own, where all replies of a model
+            open alike (Llama 2's with a space): chat[-1] is its last token.
 
     Raises:
         UserError: nothing of that name, no weights, too little memory, no chat template, an adapter that does not fit,
@@ -187,7 +213,7 @@ def load_model(
         hf, tokenizer, path = _load_hf(name, dtype, device, four_bit)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"The tokenizer of {name!r} has no chat template; use an instruction-tuned model.")
-    tokenizer.chat_template = without_thinking(tokenizer.chat_template)
+    tokenizer.chat_template = prepared(tokenizer, reply_prefix)
     if adapter is not None:
         hf = _with_adapter(hf, adapter)
     if not is_spread(device) and not stays_put(hf):
@@ -199,17 +225,6 @@ def load_model(
 
         require_identities(model)
     return model
-
-
-def without_thinking(template: Any) -> Any:
-    """A chat template that asks for the reply itself, where it can also ask for a reasoning block before it.
-
-    Otherwise chat[-1] would stand before the reasoning, and no refusal could be read there (the paper's figures are
-    those of models that answer at once). Templates that know no ``enable_thinking`` stay as they are.
-    """
-    if isinstance(template, str) and "enable_thinking" in template:
-        return "{% set enable_thinking = false %}" + template
-    return template
 
 
 def _with_adapter(hf: Any, adapter: str) -> Any:

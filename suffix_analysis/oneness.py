@@ -193,12 +193,12 @@ def effects(
     tokens, length = direction.refusal_tokens, direction.vector.norm()
     last = vectors.get("refusal", direction.vector)
     bad, good = ([chat.ids for chat in spread(chats, EFFECT_PROMPTS)] for chats in held_out)
-    plain = [refusal_score(last_logits(model.hf, model.tokenizer, rows), tokens) for rows in (bad, good)]
+    plain = [refusal_score(last_logits(model.hf, model.tokenizer, rows), tokens).cpu() for rows in (bad, good)]
     stacked = torch.stack([vector / vector.norm() * length for vector in vectors.values()])
     ablated, added = ablated_logits(model, bad)(stacked), added_logits(model, good, alpha)(stacked, direction.layer)
     rows = []
     for name, vector, *changed in zip(vectors, stacked, ablated, added, strict=True):
-        scores = [refusal_score(logits, tokens) for logits in changed]
+        scores = [refusal_score(logits, tokens).cpu() for logits in changed]
         row = {
             "direction": name, "control": name in controls,
             "cosine_with_refusal": float(torch.cosine_similarity(vector, direction.vector, dim=0)),

@@ -111,9 +111,12 @@ def _side_by_side(config: StudyConfig) -> int:
     return max(1, (os.cpu_count() or 1) // config.attack_cpus)
 
 
+_LOADING = ("model", "adapter", "system", "reply_prefix", "dtype", "four_bit", "score_dtype")
+
+
 def worker_model(config: StudyConfig) -> Model:
     """The study's model in a worker; the worker's next task finds it loaded."""
-    named = {name: getattr(config, name) for name in ("model", "adapter", "dtype", "four_bit", "score_dtype")}
+    named = {name: getattr(config, name) for name in _LOADING}
     return _model(StudyConfig(**named, device=config.device or ("cuda" if config.attack_gpus else None)))
 
 

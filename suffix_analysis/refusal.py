@@ -54,7 +54,8 @@ def discover_refusal_tokens(
         min_refused: share of the harmful prompts that the model must refuse at least.
 
     Raises:
-        UserError: the model refuses (almost) none of the harmful prompts, so there is nothing to measure.
+        UserError: the model refuses (almost) none of the harmful prompts, so there is nothing to measure, or all of its
+            replies open alike.
     """
     opens_refusal: Counter[int] = Counter()
     opens_harmless: Counter[int] = Counter()
@@ -80,10 +81,23 @@ def discover_refusal_tokens(
         if count >= min_share * refused and count / refused >= min_ratio * opens_harmless[token] / answered
     ]
     if not found:
+        _refuse_shared(model, opens_refusal, opens_harmless)
         raise UserError(
             f"No token opens the refusals of {model.name} and rarely its other replies; give the refusal tokens."
         )
     return found
+
+
+def _refuse_shared(model: Model, opens_refusal: Counter[int], opens_harmless: Counter[int]) -> None:
+    """Where one token opens replies of both kinds, the prompt has to end with it before the next one can tell them."""
+    (token, _), *_ = opens_refusal.most_common(1)
+    if opens_harmless[token] > 0.5 * sum(opens_harmless.values()):
+        before = model.chat("x").ids.tolist()  # alone, some tokenizers' words lose the space before them
+        text = model.tokenizer.decode([*before, token]).removeprefix(model.tokenizer.decode(before))
+        raise UserError(
+            f"Refusals and other replies of {model.name} open with the same token, {text!r} (id {token}); make it a "
+            f"part of the prompt: --reply-prefix {text!r}."
+        )
 
 
 def scores_of(model: Model, rows: Sequence[Int[Tensor, " _"]], token_ids: Sequence[int]) -> Float[Tensor, " prompt"]:

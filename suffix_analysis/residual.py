@@ -18,29 +18,43 @@ from suffix_analysis.placement import in_memory
 
 
 @dataclass(frozen=True)
-class PostNorm:
-    """An RMS norm after attention (Gemma 2 and 3, OLMo 2 and 3): write = weight ⊙ y / √(mean y² + eps).
+class Norm:
+    """A norm as a linear map with a frozen scale: weight ⊙ y · scale(y) + bias, where y loses its mean if ``centred``.
 
-    ``weight`` is the effective one, 1 + the stored weight where the family adds it.
+    RMS norms are not centred, layer norms are. ``weight`` is the effective one, 1 + the stored weight where the family
+    adds it.
     """
 
     weight: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
     eps: float
+    centred: bool
 
     def scale(self, y: Float[Tensor, "*row d_model"]) -> Float[Tensor, " *row"]:
         """1 / rms(y), frozen where a write is divided into its parts."""
-        return (y.float().square().mean(dim=-1) + self.eps).rsqrt()
+        y = y.float()
+        y = y - y.mean(dim=-1, keepdim=True) if self.centred else y
+        return (y.square().mean(dim=-1) + self.eps).rsqrt()
+
+    def pull(self, reading: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """What reads from y, without its scale, what ``reading`` reads from the norm's output (but ``constant``)."""
+        pulled = self.weight.to(reading.device) * reading
+        return pulled - pulled.mean(dim=-1, keepdim=True) if self.centred else pulled
+
+    def constant(self, reading: Float[Tensor, " d_model"]) -> float:
+        """What ``reading`` reads from the norm's output whatever y is."""
+        return float(self.bias.to(reading.device) @ reading)
 
 
 @torch.no_grad()
-def post_norm(block: Any, d_model: int) -> PostNorm | None:
+def post_norm(block: Any, d_model: int) -> Norm | None:
     """The norm between a block's attention and the residual stream, or None."""
     if "ln1_post" not in (block.submodules or {}):
         return None
-    return rms_norm(block.ln1_post.original_component, d_model)
+    return as_linear(block.ln1_post.original_component, d_model)
 
 
-def post_norms(model: Model) -> list[PostNorm | None]:
+def post_norms(model: Model) -> list[Norm | None]:
     """The norm behind attention of every block, or None."""
     return [post_norm(block, model.d_model) for block in model.bridge.blocks]
 
@@ -51,14 +65,30 @@ def has_post_norms(model: Model) -> bool:
 
 
 @torch.no_grad()
-def rms_norm(norm: Any, d_model: int) -> PostNorm:
-    """An RMS norm module's effective weight and epsilon."""
+def as_linear(norm: Any, d_model: int) -> Norm:
+    """A norm module's effective weight, bias and epsilon, read from what it makes of three vectors."""
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
     with in_memory(norm):
         weight = next(norm.parameters())
-        # an RMS norm returns its effective weight for a vector of ones
-        ones = torch.ones(1, 1, d_model, device=weight.device, dtype=weight.dtype)
-        return PostNorm(type(norm).forward(norm, ones)[0, 0].float(), float(eps))
+        signs = torch.ones(d_model, device=weight.device, dtype=weight.dtype)
+        signs[1::2] = -1  # no mean, and a mean square of 1
+        vectors = torch.stack([torch.zeros_like(signs), signs, torch.ones_like(signs)])
+        bias, signed, level = type(norm).forward(norm, vectors[None])[0].float()
+    own = (signed - bias) * signs.float() * (1 + float(eps)) ** 0.5
+    return Norm(own, bias, float(eps), centred=bool((level - bias).abs().max() < 1e-3 * own.abs().max()))
+
+
+@torch.no_grad()
+def norm_error(norm: Any, d_model: int) -> float:
+    """How far a norm module is from the linear map with a frozen scale that :func:`as_linear` takes it for."""
+    linear = as_linear(norm, d_model)
+    y = torch.randn(4, d_model, generator=torch.Generator().manual_seed(0)) + 0.5
+    with in_memory(norm):
+        weight = next(norm.parameters())
+        wanted = type(norm).forward(norm, y[None].to(weight))[0].float().cpu()
+    y = y - y.mean(dim=-1, keepdim=True) if linear.centred else y
+    found = linear.weight.cpu() * y * linear.scale(y)[:, None] + linear.bias.cpu()
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def multiplier(model: Model) -> float:

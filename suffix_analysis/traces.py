@@ -24,7 +24,7 @@ from suffix_analysis.forward import run_batch
 from suffix_analysis.models import Model
 from suffix_analysis.placement import in_memory
 from suffix_analysis.prompts import Prompt, to_prompts
-from suffix_analysis.residual import PostNorm, multiplier, post_norms
+from suffix_analysis.residual import Norm, multiplier, post_norms
 
 Job = tuple[Sequence[Prompt], str]  # prompts to trace, with a suffix or an empty one
 CANCELS = 0.1  # share of the contributions' absolute values that a write is held to at least: float32 sums keep 1e-6
@@ -72,7 +72,7 @@ class Traces:
 
 
 def output_directions(
-    model: Model, unit: Float[Tensor, " d_model"], norms: Sequence[PostNorm | None]
+    model: Model, unit: Float[Tensor, " d_model"], norms: Sequence[Norm | None]
 ) -> Float[Tensor, "layer head d_head"]:
     """W_O r̂ of every head: the dot product of a head's value with it is its write along r̂.
 
@@ -162,7 +162,7 @@ def _batch(
     prefix: Any,
     unit: Tensor,
     heads: Tensor,
-    norms: Sequence[PostNorm | None],
+    norms: Sequence[Norm | None],
     at: int,
     keep_rows: bool,
 ) -> list[dict[str, Any]]:
@@ -178,7 +178,7 @@ def _batch(
 
         return take
 
-    def before_norm(layer: int, norm: PostNorm) -> Callable[[Tensor, Any], None]:
+    def before_norm(layer: int, norm: Norm) -> Callable[[Tensor, Any], None]:
         def take(y: Tensor, hook: Any) -> None:
             seen["scale", layer] = norm.scale(y[:, at])
 

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from suffix_analysis.models import Model, without_thinking
+from suffix_analysis.models import Model
 from suffix_analysis.prompts import load_prompts
+from suffix_analysis.templates import prepared
 from tests.formats import FORMATS, Format
 
 # a chat format of our own: a system turn, then the user's, then the reply's header
@@ -50,7 +51,8 @@ def tokenizer(format_name: str | None = None) -> PreTrainedTokenizerFast:
     )
     tok.train_from_iterator([p.text for p in load_prompts("embedded")], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token=chat.eos, bos_token=chat.bos)
-    fast.chat_template = without_thinking(chat.template)
+    fast.chat_template = chat.template
+    fast.chat_template = prepared(fast)
     return fast
 
 
@@ -108,3 +110,29 @@ def unit(n: int, seed: int = 0) -> torch.Tensor:
     """A random direction of length 3."""
     vector = torch.randn(n, generator=torch.Generator().manual_seed(seed))
     return 3 * vector / vector.norm()
+
+
+def shake(hf: Any) -> None:
+    """Move biases and the weights of norms, which are neutral as they are made."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def falcon() -> Model:
+    """A model whose blocks return tuples."""
+    config = CONFIG_MAPPING["falcon"](
+        vocab_size=700,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        alibi=False,
+        bos_token_id=None,
+        eos_token_id=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hf = AutoModelForCausalLM.from_config(config).eval()
+    return Model("tiny-falcon", hf, tokenizer(), None)

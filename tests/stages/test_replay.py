@@ -22,7 +22,7 @@ from tests import tiny
 
 ARCHITECTURES = (
     "llama", "gemma", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "olmo2", "olmo3", "smollm3",
-    "granite",
+    "granite", "stablelm", "phi",
 )  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {"granite": {"residual_multiplier": 0.4, "embedding_multiplier": 3.0}}
 SUFFIX = "x y z ! more"
@@ -33,6 +33,7 @@ TOKENS = (40, 41)
 def runs(request: pytest.FixtureRequest) -> tuple[Model, Prepared, Prepared]:
     """A model with prompts of several lengths, without and with a suffix."""
     model = tiny.model(request.param, **CHANGES.get(request.param, {}))
+    tiny.shake(model.hf)
     plain, attacked = (prepare(model, [model.chat(t, suffix) for t in tiny.TEXTS]) for suffix in ("", SUFFIX))
     return model, plain, attacked
 
@@ -249,7 +250,13 @@ def test_the_lens_ends_at_the_models_own_output(runs: tuple[Model, Prepared, Pre
 def test_direct_logit_attribution_adds_up(runs: tuple[Model, Prepared, Prepared]) -> None:
     model, _, attacked = runs
     found = logit_attribution(model, attacked.chats, TOKENS)
-    parts = found.heads.sum(dim=(1, 2)) + found.attention_bias.sum(dim=1) + found.mlp_out.sum(dim=1) + found.embedding
+    parts = (
+        found.heads.sum(dim=(1, 2))
+        + found.attention_bias.sum(dim=1)
+        + found.mlp_out.sum(dim=1)
+        + found.embedding
+        + found.bias
+    )
     torch.testing.assert_close(parts, found.total, atol=1e-4, rtol=1e-4)
     if model.hf.config.model_type in ("gemma2", "granite"):  # caps and scales stand behind what is attributed
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from attacks.slot import build_slot
 from suffix_analysis.chat import REGIONS, render_chat, survives_decoding
 from suffix_analysis.errors import UserError
-from suffix_analysis.models import without_thinking
+from suffix_analysis.templates import prepared, without_thinking
 from tests import tiny
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30).filter(lambda t: t.strip() != "")
@@ -89,7 +90,7 @@ def test_a_template_that_can_think_is_told_not_to() -> None:
     """As the published templates of Qwen3 and SmolLM3 say it: with thinking off an empty block is opened and closed."""
     tok = copy.deepcopy(tiny.tokenizer())
     plain = tok.chat_template
-    assert without_thinking(plain) == plain and without_thinking(None) is None
+    assert without_thinking(plain) == plain
     tok.chat_template = plain + (
         "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
         "<think>\n\n</think>\n\n{% endif %}"
@@ -98,3 +99,37 @@ def test_a_template_that_can_think_is_told_not_to() -> None:
     tok.chat_template = without_thinking(tok.chat_template)
     assert render_chat(tok, "Sing").text.endswith("<|reply|>\n<think>\n\n</think>\n\n")
     assert build_slot(tok, "Sing {optim_str}", "Sure", "x").after_text.endswith("</think>\n\n")
+
+
+def test_a_reasoning_block_that_is_always_opened_is_closed() -> None:
+    """As the templates of R1's distilled models open it."""
+    tok = copy.deepcopy(tiny.tokenizer())
+    plain = tok.chat_template
+    tok.chat_template = plain + "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    assert render_chat(tok, "Sing").text.endswith("<|reply|>\n<think>\n")
+    tok.chat_template = prepared(tok)
+    assert render_chat(tok, "Sing").text.endswith("<|reply|>\n<think>\n\n</think>\n\n")
+    tok.chat_template = plain + "{# <think> #}"
+    assert prepared(tok) == tok.chat_template
+
+
+def test_prompts_are_the_same_on_every_day() -> None:
+    """As the templates of Llama 3.1 and Granite ask for the day."""
+    tok = copy.deepcopy(tiny.tokenizer())
+    plain = tok.chat_template
+    tok.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        'Today: {{ date_string }}, {{ strftime_now("%B %d, %Y") }}. ' + plain
+    )
+    assert str(datetime.date.today().year) in render_chat(tok, "Sing").text
+    tok.chat_template = prepared(tok)
+    assert render_chat(tok, "Sing").text.startswith("Today: 26 Jul 2024, July 26, 2024. ")
+
+
+def test_a_reply_prefix_is_part_of_the_template() -> None:
+    """As the authors' template of Llama 2 has a space at its end."""
+    tok = copy.deepcopy(tiny.tokenizer())
+    tok.chat_template = prepared(tok, " \"I'")
+    chat = render_chat(tok, "Sing")
+    assert chat.text.endswith("<|reply|>\n \"I'") and bool(chat.regions["chat"][-1])
+    assert build_slot(tok, "Sing {optim_str}", "Sure", "x").after_text.endswith(" \"I'")
