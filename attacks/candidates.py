@@ -78,7 +78,8 @@ def token_gradient(
         rows = embed(torch.arange(embed.weight.shape[0], device=model.device))
         gradient = (total / len(slots)) @ rows.T
     if not torch.isfinite(gradient).all():
-        raise AttackError(f"The gradient on the suffix is not finite in {model.dtype}; {or_float32(model)}.")
+        told = or_float32(model, "what is added to the loss")
+        raise AttackError(f"The gradient on the suffix is not finite in {model.dtype}; {told}.")
     return gradient.float().cpu()
 
 

@@ -95,10 +95,14 @@ def run_bytes(config: Any, itemsize: int) -> int:
     return itemsize * int(6 * text.hidden_size + 3 * wide)
 
 
-def most_tokens(model: Any, most: int) -> int:
-    """Tokens that run and are cached at once: what half of the free memory holds, at most ``most``, at least 1."""
+def most_tokens(model: Any, most: int, logits: bool = False) -> int:
+    """Tokens that run and are cached at once: what half of the free memory holds, at most ``most``, at least 1.
+
+    ``logits``: each of them gives its logits, which are then taken to float32.
+    """
     size = model.dtype.itemsize
     each = cached_bytes(model.config, size) + run_bytes(model.config, size)
+    each += (size + 4) * model.get_output_embeddings().weight.shape[0] if logits else 0
     return max(1, min(most, int(SHARE * own_bytes(model.device)) // each))
 
 

@@ -37,11 +37,11 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if bf16_speedup(torch.device(device)) >= 1.5 else torch.float32
 
 
-def or_float32(model: Any) -> str:
-    """What to do about numbers that are not finite."""
+def or_float32(model: Any, added: str = "") -> str:
+    """What to do about numbers that are not finite; ``added``: what besides the weights may be broken."""
     if model.dtype != torch.float32:
         return "try float32"
-    return "the model's weights, or what is added to the loss, are broken"
+    return f"the model's weights{added and f', or {added},'} are broken"
 
 
 def stays_put(model: Any) -> bool:

@@ -83,7 +83,7 @@ class Scorer:
             if not torch.isfinite(sums).all():
                 raise AttackError(
                     f"The loss of conversation {goal} is not finite ({float(sums[~sums.isfinite()][0])}) in "
-                    f"{self.model.dtype}; {or_float32(self.model)}."
+                    f"{self.model.dtype}; {or_float32(self.model, 'what is added to the loss')}."
                 )
 
         rest, bound = torch.arange(len(ids)), float("inf")

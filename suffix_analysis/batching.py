@@ -103,14 +103,19 @@ class Batch:
 
 
 def prefix_batches(
-    hf: Any, tokenizer: Any, rows: Sequence[Int[Tensor, " _"]], new_tokens: int = 0, leave: int = 1
+    hf: Any,
+    tokenizer: Any,
+    rows: Sequence[Int[Tensor, " _"]],
+    new_tokens: int = 0,
+    leave: int = 1,
+    logits: bool = False,
 ) -> tuple[int, list[Batch]]:
     """The length of the shared prefix, and batches of what follows it, padded on the left.
 
     The padding stands between the prefix and the rest, where a sliding window would count it; so nothing is taken apart
     if the longest prompt and ``new_tokens`` more do not fit into the model's window. Every new token runs all batches
     again, so where some are to come there are fewer and larger ones. At least ``leave`` tokens of each prompt are left
-    to the batches.
+    to the batches. ``logits``: not only the last token's are wanted.
     """
     window = getattr(hf.config.get_text_config(), "sliding_window", None)
     longest = max(len(row) for row in rows) + new_tokens
@@ -118,7 +123,7 @@ def prefix_batches(
     most = _most_shared.get()
     n_prefix = n_prefix if most is None else min(n_prefix, most)
     rests = [row[n_prefix:] for row in rows]
-    budget = most_tokens(hf, REPLY_BUDGET if new_tokens else TOKEN_BUDGET)
+    budget = most_tokens(hf, REPLY_BUDGET if new_tokens else TOKEN_BUDGET, logits)
     made = []
     lengths, cost = [len(rest) for rest in rests], BATCH_COST * (1 + new_tokens)
     for group in batches(lengths, budget, shared=n_prefix + new_tokens, batch_cost=cost):

@@ -95,10 +95,15 @@ def _none_passes(
     kl, induce = rules["kl_threshold"], rules["induce_threshold"]
     largest = max(1e-9, *(abs(row["steering_score"] - induce) for row, _ in scored))
 
-    def missed(row: Mapping[str, Any], why: str) -> tuple[bool, float]:
-        """How far a row is from passing: late ones last; KL in units of its bound, induce of its largest miss."""
+    def missed(row: Mapping[str, Any], why: str) -> tuple[bool, bool, float]:
+        """How far a row is from passing: late ones and those that are no numbers last; KL in units of its bound,
+        induce of its largest miss."""
         over = (row["kl_div_score"] - kl) / max(kl, 1e-9) if _finite(row["kl_div_score"]) else 0.0
-        return why == "too late", max(0.0, over) + max(0.0, (induce - row["steering_score"]) / largest)
+        return (
+            why == "not finite",
+            why == "too late",
+            max(0.0, over) + max(0.0, (induce - row["steering_score"]) / largest),
+        )
 
     row, why = min(scored, key=lambda pair: missed(*pair))
     misses = {
@@ -139,6 +144,9 @@ def select(
         lacking = [name for name in COLUMNS if name not in row]
         if lacking:
             raise UserError(f"A row of the candidate table has no {', '.join(lacking)}; it needs {', '.join(COLUMNS)}.")
+        text = [name for name in COLUMNS if isinstance(row[name], str)]
+        if text:
+            raise UserError(f"{text[0]} of the candidate table is text ({row[text[0]]!r}); it must be a number.")
     rules = {"kl_threshold": kl_threshold, "induce_threshold": induce_threshold, "layer_share": layer_share}
     told = [(row, status(row, n_layers=n_layers, **rules)) for row in rows if row.get("status") != "zero"]
     kept = [row for row, why in told if why == "kept"]
@@ -167,8 +175,9 @@ def score_candidates(
     n_layers, n_chat, _ = candidates.shape
     bad, good = [chat.ids for chat in harmful], [chat.ids for chat in harmless]
     baseline = last_logits(model.hf, model.tokenizer, good)
+    layers = {layer for _, layer in only} if only else range(n_layers)
     # one pass for both sets, so that the shared prefix runs once
-    run_ablated, run_added = ablated_logits(model, [*bad, *good]), added_logits(model, good, config.alpha)
+    run_ablated, run_added = ablated_logits(model, [*bad, *good]), added_logits(model, good, config.alpha, layers)
     # lower than the rule's, so that rounding in a quick precision cannot leave a candidate unscored
     least = -math.inf if config.score_excluded else config.induce_threshold - MARGIN
     pairs = only or [(i - n_chat, layer) for i in range(n_chat) for layer in range(0, n_layers, config.layer_step)]

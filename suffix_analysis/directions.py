@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attacks.precision import fast_dtype
+from attacks.precision import fast_dtype, or_float32
 from suffix_analysis.candidate_table import DirectionConfig, rescore_leaders, score_candidates, select, status
 from suffix_analysis.chat import Chat
 from suffix_analysis.errors import UserError
@@ -79,7 +79,9 @@ def chat_means(model: Model, chats: Sequence[Chat]) -> tuple[Float[Tensor, "laye
     means = total / len(chats)
     if not torch.isfinite(means).all():
         layer = int((~torch.isfinite(means)).flatten(1).any(dim=1).nonzero()[0])
-        raise UserError(f"The residual stream is not finite at layer {layer} in {model.hf.dtype}; load in float32.")
+        raise UserError(
+            f"The residual stream is not finite at layer {layer} in {model.hf.dtype}; {or_float32(model.hf)}."
+        )
     return means, float(means.norm(dim=-1).mean())
 
 
@@ -177,6 +179,9 @@ def find_direction(
     def chats(prompts: Sequence[Prompt]) -> list[Chat]:
         return [model.chat(p.text) for p in prompts]
 
+    for token in refusal_tokens or ():
+        if not 0 <= token < model.hf.get_output_embeddings().weight.shape[0]:
+            raise UserError(f"{token} is no token id of {model.name}; give the ids of tokens that open refusals.")
     tokens = list(refusal_tokens or discover_refusal_tokens(model, chats(sel_bad), chats(sel_good)))
     sets = [chats(part) for part in (fit_bad, fit_good, sel_bad, sel_good)]
     if config.keep_by_score:

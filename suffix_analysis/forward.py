@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,24 +136,25 @@ def ablated_logits(
 
 @torch.no_grad()
 def added_logits(
-    model: Model, rows: Sequence[Int[Tensor, " _"]], alpha: float = 1.0
+    model: Model, rows: Sequence[Int[Tensor, " _"]], alpha: float = 1.0, layers: Iterable[int] | None = None
 ) -> Callable[[Float[Tensor, "vector d_model"], int], Float[Tensor, "vector prompt vocab"]]:
     """A function from (vectors, layer) to the last logits with α · each of the vectors added at that layer's input.
 
     Nothing changes below the layer, so those blocks run once, here, and are skipped afterwards (the prefix, one row a
-    vector, runs whole).
+    vector, runs whole). ``layers``: those that will be asked for (all if left out); only their inputs are kept.
     """
     n_prefix, groups = prefix_batches(model.hf, model.tokenizer, rows)
     plain = prefix_cache(model.hf, rows[0][:n_prefix])
-    inputs: list[list[Tensor]] = []
+    inputs: list[dict[int, Tensor]] = []
 
-    def keep(x: Tensor, hook: Any) -> None:
-        inputs[-1].append(x)
+    def keep(x: Tensor, hook: Any, layer: int) -> None:
+        inputs[-1][layer] = x
 
-    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.n_layers)]
-    with model.bridge.hooks(fwd_hooks=[(name, keep) for name in names]):
+    wanted = sorted(set(range(model.n_layers) if layers is None else layers))
+    hooks = [(f"blocks.{layer}.hook_resid_pre", functools.partial(keep, layer=layer)) for layer in wanted]
+    with model.bridge.hooks(fwd_hooks=hooks):
         for batch in groups:
-            inputs.append([])
+            inputs.append({})
             run_batch(model.hf, batch, plain)
 
     @torch.no_grad()

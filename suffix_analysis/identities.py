@@ -116,7 +116,7 @@ def first_blocks(model: Model) -> Model:
     a missing factor would change. What makes an identity hold does not depend on the precision.
 
     Blocks are of one kind if they have the same modules, shapes and entry in the configuration's ``layer_types``.
-    Weights that are not in memory (offloaded ones) are random in the copy.
+    Weights that are not in memory (offloaded ones) or packed into four bits are random in the copy.
     """
     config = copy.deepcopy(model.hf.config)
     text = config.get_text_config()
@@ -125,9 +125,10 @@ def first_blocks(model: Model) -> Model:
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     with torch.random.fork_rng(devices=[]):
         small = type(model.hf)(config).float()
-    names = small.state_dict().keys()
-    own = {name: x for name, x in model.hf.state_dict().items() if name in names and not x.is_meta}
-    small.load_state_dict(own, strict=False)
+    there = small.state_dict()
+    own = {name: x for name, x in model.hf.state_dict().items() if name in there and not x.is_meta}
+    # packed weights have another shape, and are random in the copy like those that are not in memory
+    small.load_state_dict({name: x for name, x in own.items() if x.shape == there[name].shape}, strict=False)
     return Model(model.name, small.eval(), model.tokenizer, model.system, model.path)
 
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import os
 import re
+import unittest.mock
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -123,12 +124,14 @@ class _Seen(Exception):
 def boot_bridge(hf: Any, tokenizer: Any, path: str) -> Any:
     """Wrap a model that is already in memory; works offline."""
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources.transformers import helpers
 
     hf.config.architectures = [type(hf).__name__]
     own = copy.deepcopy(tokenizer)
     own.init_kwargs["add_bos_token"] = True  # the dict only: otherwise the bridge reloads it and adds a BOS
     own.init_kwargs.setdefault("name_or_path", path)
-    with quiet():
+    # for models that take images too it would pip-install torchvision, without a word
+    with quiet(), unittest.mock.patch.object(helpers, "_ensure_torchvision", lambda: False):
         bridge = TransformerBridge.boot_transformers(os.path.abspath(path), hf_model=hf, tokenizer=own)
     bridge.cfg.default_prepend_bos = False  # a rendered chat has the template's BOS already
     for block in bridge.blocks:

@@ -195,7 +195,10 @@ def effects(
     bad, good = ([chat.ids for chat in spread(chats, EFFECT_PROMPTS)] for chats in held_out)
     plain = [refusal_score(last_logits(model.hf, model.tokenizer, rows), tokens).cpu() for rows in (bad, good)]
     stacked = torch.stack([vector / vector.norm() * length for vector in vectors.values()])
-    ablated, added = ablated_logits(model, bad)(stacked), added_logits(model, good, alpha)(stacked, direction.layer)
+    ablated, added = (
+        ablated_logits(model, bad)(stacked),
+        added_logits(model, good, alpha, [direction.layer])(stacked, direction.layer),
+    )
     rows = []
     for name, vector, *changed in zip(vectors, stacked, ablated, added, strict=True):
         scores = [refusal_score(logits, tokens).cpu() for logits in changed]

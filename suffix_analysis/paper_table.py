@@ -112,7 +112,13 @@ def measure_interventions(
         made: is asked for the replies of each other plan, by its name, their number and what makes them.
         judge: gives the verdicts.
         on_line: called with (done, total).
+
+    Raises:
+        UserError: the report split has no prompts of a kind.
     """
+    for kind in ("harmful", "harmless"):
+        if not any(p.kind == kind and p.split == "report" for p in prompts):
+            raise UserError(f"There are no {kind} prompts in the report split to measure interventions on.")
     rows, replies = [], []
     lines = plans(model, direction, alpha, n_controls, seed)
     for done, plan in enumerate(lines, 1):
@@ -160,7 +166,7 @@ def nats_of_each(
     found = np.zeros((len(pairs), 2))
     whole = [torch.cat(pair) for pair in pairs]
     n_longest = max(len(part) for _, part in pairs)
-    n_prefix, groups = prefix_batches(hf, tokenizer, whole, leave=n_longest + 1)
+    n_prefix, groups = prefix_batches(hf, tokenizer, whole, leave=n_longest + 1, logits=True)
     prefix = prefix_cache(hf, whole[0][:n_prefix])
     for batch in groups:
         kept = max(len(pairs[i][1]) for i in batch.members) + 1

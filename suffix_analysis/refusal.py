@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attacks.precision import or_float32
 from suffix_analysis.chat import Chat
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import block_inputs, last_logits
@@ -130,7 +131,7 @@ def require_finite(model: Model, rows: Sequence[Int[Tensor, " _"]], logits: Floa
     place = f"the residual stream from layer {min(broken)} on" if broken else "the model's head"
     raise UserError(
         f"{len(wrong)} of {len(rows)} prompts have logits that are not finite in {model.hf.dtype}, because of {place}; "
-        "load in float32, or check the weights."
+        f"{or_float32(model.hf)}."
     )
 
 

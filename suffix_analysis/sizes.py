@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,8 +65,10 @@ def size_of(name: str) -> Size:
         raise UserError(f"The configuration of {name!r} cannot be read: {first_line(error)}") from error
     count = sum(p.numel() for p in hf.parameters())  # shared weights count once
     outer = {id(part.weight): part.weight.numel() for part in (hf.get_input_embeddings(), hf.get_output_embeddings())}
-    full, half = 4 * count / GIB, 2 * count / GIB
-    quarter = (2 * sum(outer.values()) + FOUR_BIT * (count - sum(outer.values()))) / GIB
+    ends, inner = sum(outer.values()), count - sum(outer.values())
+    full, half, quarter = 4 * count / GIB, 2 * count / GIB, (2 * ends + FOUR_BIT * inner) / GIB
+    if (stored := _stored_bytes(config)) is not None:  # as its files have them, whatever precision is asked for
+        full = half = quarter = (2 * ends + stored * inner) / GIB
     work = BASE_GIB + REPLY_BUDGET * (cached_bytes(config, 2) + run_bytes(config, 2)) / GIB
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return Size(
@@ -75,7 +78,7 @@ def size_of(name: str) -> Size:
         float32=full,
         bfloat16=half,
         four_bit=quarter,
-        needed_float32=full + half + work,
+        needed_float32=full + (half if stored is None else 0) + work,
         needed_bfloat16=half + work,
         needed_four_bit=quarter + work,
         free_ram=free_bytes(torch.device("cpu")) / GIB,
@@ -85,6 +88,16 @@ def size_of(name: str) -> Size:
     )
 
 
+def _stored_bytes(config: Any) -> float | None:
+    """Bytes a weight of a model whose files are quantised already (GPTQ, AWQ, bitsandbytes, FP8), else None."""
+    kept = getattr(config, "quantization_config", None)
+    if kept is None:
+        return None
+    found = kept if isinstance(kept, dict) else kept.to_dict()
+    bits = found.get("bits") or (4 if found.get("load_in_4bit") or "4" in str(found.get("quant_method")) else 8)
+    return float(bits) / 8 + FOUR_BIT - 0.5
+
+
 def require_fit(name: str, dtype: torch.dtype, device: Device, four_bit: bool = False) -> None:
     """Refuse a model whose weights alone are larger than the memory that is free where they would go.
 
@@ -92,7 +105,8 @@ def require_fit(name: str, dtype: torch.dtype, device: Device, four_bit: bool = 
         UserError: says how much is needed and free, and what to do.
     """
     size = size_of(name)
-    needed = size.four_bit if four_bit else dtype.itemsize * size.n_parameters / GIB
+    whole = {4: size.float32, 2: size.bfloat16}.get(dtype.itemsize, dtype.itemsize * size.n_parameters / GIB)
+    needed = size.four_bit if four_bit else whole
     free, where = _free(size, device)
     if needed > free:
         how = "4 bits" if four_bit else str(dtype).removeprefix("torch.")
@@ -109,7 +123,8 @@ def _free(size: Size, device: Device = None) -> tuple[float, str]:
         return (size.free_gpus or 0) + size.free_ram + size.free_disk, "GPU memory, memory and disk together"
     if device == "cpu" or size.free_gpu is None:
         return size.free_ram, "memory"
-    return size.free_gpu, "GPU memory"
+    one = torch.device(device) if isinstance(device, str) and device.startswith("cuda:") else None
+    return size.free_gpu if one is None else free_bytes(one) / GIB, "GPU memory"
 
 
 def verdict(size: Size) -> str:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attacks.caches import prefix_cache
+from attacks.precision import or_float32
 from suffix_analysis.batching import Batch, prefix_batches
 from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.directions import Direction
@@ -301,7 +302,7 @@ def _bias(block: Any) -> Tensor | None:
 def _check(traces: Traces, model: Model) -> None:
     if not bool(torch.isfinite(traces.projection).all()) or not bool(torch.isfinite(traces.contribution).all()):
         layer = int((~torch.isfinite(traces.projection)).any(dim=0).float().argmax())
-        raise UserError(f"The trace is not finite, first at layer {layer} in {model.hf.dtype}; load in float32.")
+        raise UserError(f"The trace is not finite, first at layer {layer} in {model.hf.dtype}; {or_float32(model.hf)}.")
     # float32 sums of thousands of terms stay below the bounds; lower precisions round each write themselves
     if model.hf.dtype != torch.float32 or getattr(model.hf, "is_quantized", False):
         return

@@ -41,8 +41,14 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         from attacks import AttackError
+        from attacks.memory import is_out_of_memory
 
-        if isinstance(error, AttackError):
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            tell(
+                f"suffix-analysis: there was not enough memory ({first_line(error)}); what was finished is kept. Take "
+                "--dtype bfloat16 or --four-bit, spread the model with --device auto, or use fewer or shorter prompts."
+            )
+        elif isinstance(error, AttackError):
             tell(f"suffix-analysis: {error}")
         elif os.environ.get("SUFFIX_ANALYSIS_DEBUG"):
             raise

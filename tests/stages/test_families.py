@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import attacks
 from suffix_analysis import models
@@ -285,6 +287,29 @@ def test_norms_behind_the_writes_leave_no_orthogonalised_weights_however_little_
 def test_an_architecture_that_the_bridge_does_not_know_is_refused_with_a_sentence() -> None:
     with pytest.raises(UserError, match=r"\(persimmon\) is not known here"):
         require_identities(tiny.model("persimmon"))
+
+
+def test_a_model_that_takes_images_too_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerLens would run pip for torchvision."""
+    ran: list[Any] = []
+    monkeypatch.setattr(subprocess, "check_call", ran.append)
+    config = CONFIG_MAPPING["gemma3"](
+        text_config={**tiny.SIZES, "vocab_size": 700, "head_dim": 8}, image_token_index=699, boi_token_index=698,
+        eoi_token_index=697,
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+                       "image_size": 32, "patch_size": 16},
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = Model("gemma-3-4b", AutoModelForCausalLM.from_config(config).eval(), tiny.tokenizer())
+    require_identities(model)
+    assert model.bridge is not None and not ran
+
+
+def test_weights_that_are_packed_are_random_in_the_copy_that_is_checked() -> None:
+    model = tiny.model("stablelm")
+    packed = model.hf.model.layers[0].mlp.down_proj
+    packed.weight = torch.nn.Parameter(torch.zeros(packed.weight.numel() // 2, 1, dtype=torch.uint8), False)
+    assert first_blocks(model).hf.model.layers[0].mlp.down_proj.weight.shape == (32, 48)
 
 
 def test_the_check_looks_at_every_kind_of_block() -> None:

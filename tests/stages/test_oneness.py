@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from suffix_analysis import oneness
 from suffix_analysis.directions import Direction
 from suffix_analysis.interventions import ablate, add
 from suffix_analysis.oneness import (
@@ -158,3 +159,22 @@ def test_effects_are_those_of_directions_of_the_refusal_directions_length() -> N
     with add(model, vector, 1, 0.5):
         wanted = scores_of(model, [chat.ids for chat in good], (5,)).mean()
     assert row["harmless_added"] == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_effects_are_counted_on_the_cpu_whatever_the_model_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on a GPU have no numpy()."""
+
+    class Elsewhere(torch.Tensor):
+        def cpu(self) -> torch.Tensor:  # type: ignore[override]
+            return self.as_subclass(torch.Tensor)
+
+        def numpy(self) -> None:  # type: ignore[override]
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    here = oneness.refusal_score
+    monkeypatch.setattr(oneness, "refusal_score", lambda *args: here(*args).as_subclass(Elsewhere))
+    model = tiny.model("llama")
+    bad, good = ([model.chat(text) for text in texts] for texts in (HARMFUL, HARMLESS))
+    zeros = torch.zeros(model.n_layers + 1, model.d_model)
+    direction = Direction(tiny.unit(model.d_model), -1, 1, [], zeros, zeros, (5,), {})
+    assert len(effects(model, direction, {"chosen": direction.vector}, (bad, good))) == 1

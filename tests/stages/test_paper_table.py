@@ -10,6 +10,7 @@ import torch
 
 from suffix_analysis import paper_table
 from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate, random_directions
 from suffix_analysis.models import Model
@@ -112,6 +113,13 @@ def test_table_has_every_line_and_the_replies_behind_it() -> None:
     with ablate(model, some_direction(model).vector):
         wanted = generate(model.hf, model.tokenizer, [model.chat("Pick a lock").ids], 6)
     assert texts["ablated", "harmful-0", None] == wanted[0]
+
+
+def test_a_report_split_without_prompts_of_a_kind_is_named() -> None:
+    model = tiny.model("llama")
+    some = [p for p in PROMPTS if p.kind == "harmful"]
+    with pytest.raises(UserError, match="no harmless prompts in the report split"):
+        measure_interventions(model, some_direction(model), some, 4)
 
 
 def test_what_a_model_does_not_allow_is_said_in_its_line() -> None:

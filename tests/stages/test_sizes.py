@@ -75,3 +75,20 @@ def test_the_command_prints_the_table_or_one_model(tmp_path: Path, capsys: pytes
 def test_a_model_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="no model 'nothing'"):
         size_of("nothing")
+
+
+@pytest.mark.parametrize(
+    ("stored", "bits"),
+    [({"quant_method": "gptq", "bits": 4}, 4), ({"quant_method": "fp8"}, 8), ({"load_in_4bit": True}, 4)],
+)
+def test_weights_that_are_quantised_in_their_files_count_as_they_are(
+    tmp_path: Path, stored: dict[str, object], bits: int
+) -> None:
+    config = tiny.hf_model("llama").config
+    config.quantization_config = stored
+    config.save_pretrained(tmp_path)
+    size = size_of(str(tmp_path))
+    outer = config.vocab_size * config.hidden_size
+    assert size.float32 == size.bfloat16 == size.four_bit
+    assert size.bfloat16 * GIB == pytest.approx(2 * outer + (bits / 8 + 0.0625) * (size.n_parameters - outer))
+    assert size.needed_float32 == size.needed_bfloat16

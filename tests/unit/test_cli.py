@@ -177,6 +177,20 @@ def test_interrupts_and_errors(
     assert "\x1b" not in err and "Traceback" not in err
 
 
+def test_too_little_memory_is_said_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(self: Study, stages: object = None) -> None:
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Study, "run", fail)
+    assert call(monkeypatch, "demo", "--out", str(tmp_path / "run")) == 1
+    err = capsys.readouterr().err
+    assert "not enough memory" in err and "--dtype bfloat16" in err and "report it" not in err
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

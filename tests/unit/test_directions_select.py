@@ -86,3 +86,19 @@ def test_ties_go_to_the_authors_first_whatever_the_order() -> None:
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(UserError, match="no kl_div_score; it needs position, layer"):
         select([{k: v for k, v in row(-1, 3, -5.0).items() if k != "kl_div_score"}], n_layers=10)
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf, None])
+def test_a_candidate_without_numbers_is_not_the_nearest(kl: float | None) -> None:
+    rows = [
+        {"position": -1, "layer": 2, "refusal_score": 0.0, "steering_score": 5.0, "kl_div_score": kl},
+        {"position": -1, "layer": 3, "refusal_score": 0.0, "steering_score": 1.0, "kl_div_score": 0.11},
+    ]
+    with pytest.raises(UserError, match="The nearest is position -1, layer 3: KL too high"):
+        select(rows, 10)
+
+
+def test_scores_that_are_text_are_named() -> None:
+    row = {"position": -1, "layer": 2, "refusal_score": "0.1", "steering_score": 5.0, "kl_div_score": 0.0}
+    with pytest.raises(UserError, match=r"refusal_score of the candidate table is text \('0.1'\)"):
+        select([row], 10)
