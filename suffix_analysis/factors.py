@@ -22,7 +22,7 @@ from torch import Tensor
 
 from suffix_analysis.causal import cut
 from suffix_analysis.errors import UserError
-from suffix_analysis.replay import Hook, Prepared, replay
+from suffix_analysis.replay import Hook, Prepared, aligned, replay
 from suffix_analysis.residual import post_norms
 from suffix_analysis.traces import output_directions, values_along
 
@@ -71,11 +71,10 @@ def split_change(plain: Prepared, attacked: Prepared, unit: Float[Tensor, " d_mo
         unit: r̂.
 
     Raises:
-        UserError: the runs are of different prompts, or the two ends of the split are not the two runs (something in
-            the model's attention depends on more than the factors).
+        UserError: the runs are not of the same instructions, token by token, or the two ends of the split are not the
+            two runs (something in the model's attention depends on more than the factors).
     """
-    if [c.instruction for c in plain.chats] != [c.instruction for c in attacked.chats]:
-        raise UserError("The two runs to compare have different instructions; prepare the same prompts in one order.")
+    attacked = aligned(plain, attacked)
     model = attacked.model
     norms = post_norms(model)
     weights = output_directions(model, unit.float().to(model.hf.device), norms)

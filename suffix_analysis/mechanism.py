@@ -36,7 +36,7 @@ from suffix_analysis.mechanism_tables import (
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
-from suffix_analysis.replay import Prepared, groups, prepare, reply
+from suffix_analysis.replay import Prepared, aligned, groups, prepare, reply
 from suffix_analysis.residual import post_norms
 from suffix_analysis.traces import output_directions
 
@@ -120,14 +120,14 @@ def measure_mechanism(
             arms[arm].setdefault(suffix.id, []).append(paths)
 
         for number, suffix in enumerate(controls):
-            run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
+            run = aligned(plain, prepare(model, [model.chat(p.text, suffix.text) for p in group]))
             split(run, suffix, number)
             if suffix.arm == "shuffled" and shuffled is None:
                 shuffled = run
         cells.add("terms none", _terms(plain, readout, top))
         cells.add_outcome("none", causal.base(plain, readout))
         for number, suffix in enumerate(suffixes):
-            run = prepare(model, [model.chat(p.text, suffix.text) for p in group])
+            run = aligned(plain, prepare(model, [model.chat(p.text, suffix.text) for p in group]))
             # attention rows fit only where the control is token by token as long as the attacked run
             fits = shuffled is not None and torch.equal(shuffled.mask, run.mask)
             runs = Runs(plain, run, shuffled if fits else None)

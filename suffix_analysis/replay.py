@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,6 +140,30 @@ def prepare(model: Model, chats: Sequence[Chat]) -> Prepared:
         raise UserError(f"A replay is not finite in {model.hf.dtype}; load the model in float32.")
     kept_too: dict[str, Any] = {**vars(cached), **stacked}
     return Prepared(**kept_too, logits=logits)
+
+
+def aligned(plain: Prepared, attacked: Prepared) -> Prepared:
+    """The attacked run with what only the suffix made tokens of the instruction counted to the suffix.
+
+    Where a template puts a line's end behind the user's text (OLMo 2), an instruction's last sign may be one token with
+    it: then, without a suffix, it stands in the template, and with one it is a token more of the instruction.
+
+    Raises:
+        UserError: the runs are of different prompts, or a suffix changes an instruction's other tokens.
+    """
+    if [c.instruction for c in plain.chats] != [c.instruction for c in attacked.chats]:
+        raise UserError("The two runs to compare have different instructions; prepare the same prompts in one order.")
+    mask, suffix = attacked.regions["instruction"].clone(), attacked.regions["suffix"].clone()
+    for row, (before, after) in enumerate(zip(plain.chats, attacked.chats, strict=True)):
+        own, there = (chat.ids[chat.regions["instruction"]] for chat in (before, after))
+        if not torch.equal(there[: len(own)], own):
+            raise UserError(
+                f"The instruction {before.instruction[:40]!r} has other tokens with the suffix {after.suffix[:40]!r}, "
+                "so the two cannot be compared token by token; leave the prompt out, or take another suffix."
+            )
+        added = mask[row].nonzero().flatten()[len(own) :]
+        mask[row, added], suffix[row, added] = False, True
+    return replace(attacked, regions={**attacked.regions, "instruction": mask, "suffix": suffix})
 
 
 def _checked(model: Model, chats: Sequence[Chat]) -> int:

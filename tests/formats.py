@@ -120,7 +120,7 @@ FORMATS = {
         + "<|{{ m['role'] }}|>\n{{ m['content'] }}{% if not loop.last %}\n{% endif %}"
         + END
         + REPLY
-        + "\n<|assistant|>\n{% endif %}",
+        + "{{ '\\n' }}<|assistant|>\n{% endif %}",  # a newline behind a tag would be trimmed
         ("<|endoftext|>",),
         "<|endoftext|>",
         "<|endoftext|>",

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -35,6 +35,7 @@ SIZES: dict[str, Any] = {
 }
 
 
+WORDS = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 OWN = Format(TEMPLATE, ("<|sys|>", "<|user|>", "<|reply|>", "<|end|>"), "<|end|>")
 
 
@@ -44,12 +45,16 @@ def tokenizer(format_name: str | None = None) -> PreTrainedTokenizerFast:
     chat = OWN if format_name is None else FORMATS[format_name]
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if format_name is not None:  # as in most of these families, where "?" and a line's end behind it are one token
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        tok.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     special = ["<|pad|>", *chat.special]
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tok.train_from_iterator([p.text for p in load_prompts("embedded")], trainer)
+    end = "" if format_name is None else "\n"
+    tok.train_from_iterator([p.text + end for p in load_prompts("embedded")], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token=chat.eos, bos_token=chat.bos)
     fast.chat_template = chat.template
     fast.chat_template = prepared(fast)
