@@ -2,7 +2,7 @@
 
 `python benchmarks/mechanism.py [trace|peer|sweep|arms|all]` on the embedded model; one run, the same prompts.
 
-- trace: attention rows and contributions of all heads against plain forwards of the same batches;
+- trace: attention rows and contributions of all heads against plain forwards, with and without the shared prefix;
 - peer: the same quantities from `run_with_cache` with per-head results;
 - sweep: every head mean-ablated at the chat tokens, against whole forwards (of a sample of heads, scaled up), and the
   largest difference;
@@ -25,6 +25,7 @@ from torch import Tensor
 from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.causal import Readout, head_sweep
 from suffix_analysis.chat import Chat
+from suffix_analysis.forward import last_logits
 from suffix_analysis.models import Model, load_model
 from suffix_analysis.prompts import load_prompts
 from suffix_analysis.replay import prepare
@@ -56,7 +57,7 @@ def best_of(run: Callable[[], Any], times: int = 3) -> float:
 
 @torch.no_grad()
 def plain(model: Model, chats: Sequence[Chat]) -> None:
-    """The forwards alone, in the batches that a trace makes."""
+    """The forwards alone, of whole prompts: what one has without a shared prefix."""
     for group in batches([len(chat.ids) for chat in chats]):
         model.hf(**left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), "cpu"), logits_to_keep=1)
 
@@ -83,8 +84,11 @@ def time_trace(count: int) -> None:
     """Print how much a trace costs beside the forwards."""
     model, chats, unit = setting(count)
     forwards = best_of(lambda: plain(model, chats))
+    shared = best_of(lambda: last_logits(model.hf, model.tokenizer, [chat.ids for chat in chats]))
     traced = best_of(lambda: trace(model, chats, unit))
-    print(f"trace: {traced:.2f} s, plain forwards {forwards:.2f} s, ratio {traced / forwards:.2f} ({count} prompts)")
+    print(f"trace: {traced:.2f} s ({count} prompts)")
+    print(f"  plain forwards {forwards:.2f} s, ratio {traced / forwards:.2f}")
+    print(f"  forwards behind the shared prefix, as the trace's {shared:.2f} s, ratio {traced / shared:.2f}")
 
 
 def one_peer(ours: bool, count: int) -> None:

@@ -67,9 +67,15 @@ def _measure(row: Row) -> str:
 def against_controls(data: RunData) -> list[Row]:
     """Return the mechanism's contrasts with their measure in words."""
     return [
-        {**row, "measure": _KINDS.get(row["kind"], "{}").format(_measure(row))}
+        {**row, "measure": _KINDS.get(row["kind"], "{}").format(_measure(row)), "against": _against(row)}
         for row in data.table("mechanism_contrasts")
     ]
+
+
+def _against(row: Row) -> str:
+    """What a row is held against; of random sets, which are taken as they are, how many and how many do less."""
+    n, told = row.get("n_sets"), visible(str(row["against"] or ""))
+    return told if not n else f"{told} ({n} taken as they are; it does more than {row.get('n_beyond')} of them)"
 
 
 def _beside(controls: list[str], rows: list[Row], key: str, words: dict[str, str]) -> list[dict[str, Any]]:
@@ -128,18 +134,35 @@ def _as_much_elsewhere(data: RunData, parts: list[tuple[str, Row]]) -> str:
     """Return which of the parts a control of the same length has as well: those are not this suffix's doing."""
     by_control: dict[str, list[str]] = {}
     for name, row in parts:
-        if row["lo"] is None or row["hi"] is None or row["lo"] <= 0 <= row["hi"]:
-            continue
-        least = min(abs(row["lo"]), abs(row["hi"])) * (1 if row["value"] > 0 else -1)
         for other in data.table("factors"):
             same = (other["layer"], other["factor"]) == (-1, row["factor"]) and other["arm"] in CONTROL_WORDS
-            told = other["lo"] is None or other["hi"] is None or not other["lo"] <= 0 <= other["hi"]
-            if same and told and other["value"] / least >= 1:
+            if same and _told(row) and _told(other) and not _clearly_more(data, row, other):
                 by_control.setdefault(CONTROL_WORDS[other["arm"]], []).append(name)
     if not by_control:
         return ""
     control, names = max(by_control.items(), key=lambda item: len(item[1]))
-    return f" ({control}, as long, has as much from {' and '.join(names)})"
+    return f" ({control}, as long, has no clearly smaller part from {' and '.join(names)})"
+
+
+def _told(row: Row) -> bool:
+    """Whether a part is told from none."""
+    return row["lo"] is not None and row["hi"] is not None and not row["lo"] <= 0 <= row["hi"]
+
+
+def _clearly_more(data: RunData, row: Row, other: Row) -> bool:
+    """Whether a part is larger, on its own side, than a control's: by the paired contrast where there is one."""
+    sign = 1 if row["value"] > 0 else -1
+    paired = next(
+        (
+            each
+            for each in data.table("mechanism_contrasts")
+            if (each["kind"], each["measure"], each["against"]) == ("factors", row["factor"], other["arm"])
+        ),
+        None,
+    )
+    if paired is not None and paired["lo"] is not None:
+        return min(sign * paired["lo"], sign * paired["hi"]) > 0
+    return sign * other["value"] < min(abs(row["lo"]), abs(row["hi"]))
 
 
 def sentences(data: RunData) -> Iterator[str]:

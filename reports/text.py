@@ -126,7 +126,7 @@ def sum_rows(data: RunData) -> dict[tuple[str, str], Row]:
 def _attention(data: RunData) -> Iterator[str]:
     rows = sum_rows(data)
     none, ours = rows.get(("none", "instruction")), rows.get(("adversarial", "instruction"))
-    suffix, junk = rows.get(("adversarial", "suffix")), rows.get(("random", "suffix"))
+    suffix = rows.get(("adversarial", "suffix"))
     if not none or not ours:
         return
     keys = ("attention_lo", "attention_hi")
@@ -138,14 +138,21 @@ def _attention(data: RunData) -> Iterator[str]:
     text = (
         f"The {count(heads, 'head')} that write most along the direction (chosen on the select split, shown on the "
         f"report split) gave the instruction {before} of their attention without a suffix and {after} with "
-        f"{the_suffixes(adversarial_count(data))}"
+        f"{the_suffixes(adversarial_count(data))}{_beside(rows, ours)}"
     )
     if suffix:
         text += f"; the suffix tokens took {percent_ci(suffix['attention'], suffix[keys[0]], suffix[keys[1]])}"
-        if junk:
-            taken = percent_ci(junk["attention"], junk[keys[0]], junk[keys[1]])
-            text += f", random text of the same length {taken}"
+        text += _beside(rows, suffix)
     yield text + "."
+
+
+def _beside(rows: dict[tuple[str, str], Row], ours: Row) -> str:
+    """Return, in brackets, the control arm whose attention to the same region comes nearest."""
+    control = nearest([row for (_, region), row in rows.items() if region == ours["region"]], "attention", ours)
+    if control is None:
+        return ""
+    taken = percent_ci(control["attention"], control["attention_lo"], control["attention_hi"])
+    return f" ({CONTROL_WORDS[control['arm']]}: {taken})"
 
 
 def _interventions(data: RunData) -> Iterator[str]:

@@ -66,6 +66,9 @@ def analyze(
         UserError: no harmful prompts, or a trace fails (see :func:`suffix_analysis.traces.trace`).
     """
     records = to_suffixes(suffixes)
+    empty = next((s.id for s in records if not s.text.strip()), None)
+    if empty is not None:
+        raise UserError(f"The suffix {empty} is empty; give a text, or leave it out.")
     report = prompts_of(prompts, "harmful", "report", max_prompts)
     if not report:
         raise UserError("There are no harmful prompts of the report split to analyse.")
@@ -111,7 +114,7 @@ def analyze(
         "top_heads": [vars(head) for head in heads],
         "shift": [row for arm in arms for row in shift_rows(arm, heads)],
         "dominance": [row for arm in arms for row in dominance_rows(arm)],
-        "contrasts": of_few_texts(projection_contrasts(pairs, direction), records),
+        "contrasts": projection_contrasts(pairs, direction),
         "head_differences": head_differences(pairs),
     }
     everything = [t for arm in [*arms, *select_arms] for t in arm.traces]
@@ -194,18 +197,6 @@ def projection_contrasts(pairs: Sequence[Pair], direction: Direction) -> list[di
     ]
 
 
-def of_few_texts(rows: Sequence[dict[str, Any]], suffixes: Sequence[Suffix]) -> list[dict[str, Any]]:
-    """Contrasts as they are, but descriptive where all shuffled suffixes are permutations of too few others."""
-    texts = {tuple(sorted(s.ids)) if s.ids else s.id for s in suffixes if s.arm == "shuffled"}
-    few = len(texts) < MIN_SUFFIXES
-    return [
-        row | {"descriptive": True, "verdict": "descriptive"}
-        if few and "shuffled" in (row["arm"], row["against"])
-        else row
-        for row in rows
-    ]
-
-
 def head_differences(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """What the adversarial suffixes change in every head's contribution, against none and each control.
 
@@ -218,7 +209,7 @@ def head_differences(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
             continue
         cells = [arm.cells(lambda t: t.head_contribution) for arm in (a, b)]
         mean, lo, hi = contrast_table(cells[0], cells[1])
-        several = all(len(arm.suffixes) >= MIN_SUFFIXES for arm in (a, b) if arm.suffixes)
+        several = all(arm.n_texts >= MIN_SUFFIXES for arm in (a, b) if arm.suffixes)
         p = None
         if several and len(cells[0]) > 1:
             p = crossed_max_t(cells[0], cells[1]).p
@@ -228,7 +219,7 @@ def head_differences(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
                 "arm": a.arm, "against": b.arm, "layer": i // n_heads, "head": i % n_heads,
                 "contribution": float(mean[i]), "lo": float(lo[i]), "hi": float(hi[i]),
                 "p": None if p is None else float(p[i]),
-                "n_prompts": len(cells[0]), "n_suffixes": len(a.suffixes),
+                "n_prompts": len(cells[0]), "n_suffixes": a.n_texts,
             }
             for i in range(len(mean))
         ]  # fmt: skip
@@ -244,7 +235,7 @@ def identity_checks(
     identity, closure = (
         torch.tensor([[t.identity, t.closure] for t in traces], dtype=torch.float64).amax(dim=0).tolist()
     )
-    several = {arm.arm: len(arm.suffixes) for arm in arms if arm.suffixes}
+    several = {arm.arm: arm.n_texts for arm in arms if arm.suffixes}
     few = ", ".join(name for name, n in several.items() if n < MIN_SUFFIXES and not name.startswith("harmless"))
     return [
         {

@@ -14,11 +14,11 @@ from torch import Tensor
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.directions import Direction
 from suffix_analysis.heads import TopHead, lift, of_heads, region, without_sink
-from suffix_analysis.records import Suffix
+from suffix_analysis.records import Suffix, by_text
 from suffix_analysis.stats import interval_table
 from suffix_analysis.traces import Traces
 
-GAP_FLOOR = 1e-6  # of the mean residual norm: below it the normalised projection is undefined (METHODS §2)
+GAP_FLOOR = 1e-6  # of the mean residual's norm: below it the normalised projection is undefined (METHODS §2)
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,19 @@ class ArmTraces:
     suffixes: tuple[Suffix, ...]
     traces: tuple[Traces, ...]
 
+    @property
+    def n_texts(self) -> int:
+        """How many of the suffixes are no permutations of others; 0 in arms without one."""
+        return len(by_text(self.suffixes))
+
     def cells(self, pick: Callable[[Traces], Tensor]) -> ndarray:
-        """A quantity [prompt …] of every suffix as float64 [prompt suffix measure], measures flattened."""
+        """A quantity [prompt …] of every suffix as float64 [prompt suffix measure], measures flattened.
+
+        Permutations of one text count as one suffix, with their mean.
+        """
         stacked = torch.stack([pick(t) for t in self.traces], dim=1).double()
+        if self.n_texts < len(self.suffixes):
+            stacked = torch.stack([stacked[:, some].mean(dim=1) for some in by_text(self.suffixes)], dim=1)
         return stacked.flatten(2).numpy() if stacked.dim() > 2 else stacked[:, :, None].numpy()
 
 

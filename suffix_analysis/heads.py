@@ -25,7 +25,7 @@ class TopHead:
 
 
 def top_heads(traces: Traces, below: int, count: int = 8) -> list[TopHead]:
-    """The heads with the largest mean |contribution| to r̂ at chat[-1] (the paper, §5.2), strongest first.
+    """The heads with the largest |mean contribution| to r̂ at chat[-1] (the paper, §5.2), strongest first.
 
     Args:
         traces: harmful prompts of the select split without a suffix.

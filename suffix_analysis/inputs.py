@@ -146,10 +146,13 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
                 + (": behind an instruction its text has other ids" if given else "")
                 + "; leave it out."
             )
+        same = next((s.id for s in out if s.arm == arm and s.ids == ids), None)
+        if same is not None:
+            raise UserError(f"{where} is the same suffix as {same!r}, and would count twice; leave one of them out.")
         out.append(
             Suffix(
                 id=name, arm=arm, text=text, ids=ids, n_tokens=len(ids),
-                trained_on=tuple(map(str, row.get("trained_on") or ())),
+                trained_on=_names(row.get("trained_on"), where),
                 loss=row["loss"] if isinstance(row.get("loss"), int | float) else None,
                 seed=row["seed"] if isinstance(row.get("seed"), int) else None,
             )
@@ -157,6 +160,22 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
     if not any(s.arm == "adversarial" for s in out):
         raise UserError(f"{path} holds no suffix of the adversarial arm.")
     return out
+
+
+def _names(value: Any, where: str) -> tuple[str, ...] | None:
+    """The ids of the prompts that a suffix was trained on, None where the row does not say.
+
+    Raises:
+        UserError: they are no list.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):  # of a CSV file
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value.replace("'", '"'))
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where} has trained_on = {value!r}; give a list of prompt ids, or leave it out.")
+    return tuple(map(str, value))
 
 
 def _ids(value: Any, model: Model, where: str) -> tuple[int, ...]:

@@ -18,7 +18,9 @@ from suffix_analysis.causal import Head, Readout
 from suffix_analysis.causal_tests import PATCHED, UNCHANGED, Reference, Runs, Test, random_heads, tests
 from suffix_analysis.circuits import Paths, edge_rows, find_paths, joined, kept_edges
 from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
 from suffix_analysis.factors import FACTORS, split_change
+from suffix_analysis.identities import rounding
 from suffix_analysis.judges import Judge, is_refusal
 from suffix_analysis.judges import judge as rules
 from suffix_analysis.lens import measure_lens
@@ -91,7 +93,16 @@ def measure_mechanism(
         judge: gives these replies' verdicts.
         seed: of the random heads and of the random direction.
         on_step: called with (done, total).
+
+    Raises:
+        UserError: there are no prompts of a kind, no suffixes or no heads, or a run cannot be replayed.
     """
+    for there, what in (
+        (report, "harmful report prompts"), (select, "harmful select prompts"), (harmless, "harmless select prompts"),
+        (suffixes, "adversarial suffixes"), (top, "heads"),
+    ):  # fmt: skip
+        if not there:
+            raise UserError(f"There are no {what} to test the mechanism with; give at least one.")
     readout = Readout.of(direction)
     others = [random_heads(top, model.n_heads, readout.layer, seed + i) for i in range(n_random)]
     reference = reference_of(model, harmless)
@@ -164,7 +175,9 @@ def measure_mechanism(
     texts = {"none": "", **{arm: suffix.text for arm, suffix in firsts.items()}}
     lens, errors["logits"] = measure_lens(model, report, texts, direction.refusal_tokens, top)
     return {
-        "checks": check_rows(**errors, paths=misses, patched_all=every["projection_recovered"]),
+        "checks": check_rows(
+            **errors, paths=misses, patched_all=every["projection_recovered"], rounding=rounding(model)
+        ),
         **lens,
         "carried": [row for arm in firsts for row in carried_rows(cells, arm)],
         "factors": [row for arm in firsts for row in factor_rows(cells, top, arm)],
@@ -176,7 +189,7 @@ def measure_mechanism(
             _edges(model, select, suffixes, readout, top),
         ),
         "sweep": [row for name in ("none", "adversarial") for row in sweep_rows(cells, name)],
-        "ranking": [row for name in ("none", "adversarial") for row in ranking_rows(cells, name, seed)],
+        "ranking": [row for name in ("none", "adversarial") for row in ranking_rows(cells, name, readout.layer, seed)],
     }
 
 

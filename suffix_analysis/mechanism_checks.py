@@ -10,7 +10,7 @@ import torch
 from suffix_analysis.forward import last_logits
 from suffix_analysis.replay import Prepared
 
-REPLAY_BOUND, SUM_BOUND, STATE_BOUND, CONTROL_BOUND = 1e-4, 1e-4, 1e-4, 1e-3
+REPLAY_BOUND, SUM_BOUND, STATE_BOUND, CONTROL_BOUND = 1e-5, 1e-4, 1e-4, 1e-3
 
 
 def replay_error(run: Prepared) -> float:
@@ -37,9 +37,10 @@ def state_error(plain: Prepared, attacked: Prepared) -> float:
 
 def check_rows(
     replays: Sequence[float], states: Sequence[float], factors: Sequence[float], paths: Sequence[float],
-    logits: Sequence[float], patched_all: float | None,
+    logits: Sequence[float], patched_all: float | None, rounding: float = 0.0,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The mechanism's identities with their bounds, as records of findings/checks.json."""
+    """The mechanism's identities with their bounds (or the precision's ``rounding`` if larger), as records of
+    findings/checks.json."""
 
     def worst(values: Sequence[float]) -> float:
         return float(torch.tensor(values, dtype=torch.float64).max())
@@ -60,7 +61,7 @@ def check_rows(
     error = None if patched_all is None else abs(patched_all - 1)
     found.append(("all heads patched", error, CONTROL_BOUND, sentence))
     return [
-        {"name": name, "value": value, "bound": bound, "passed": None if value is None else value <= bound,
-         "sentence": sentence}
+        {"name": name, "value": value, "bound": max(bound, rounding),
+         "passed": None if value is None else value <= max(bound, rounding), "sentence": sentence}
         for name, value, bound, sentence in found
     ]  # fmt: skip

@@ -116,7 +116,8 @@ def contrast_rows(cells: Cells, controls: Sequence[str], plan: Mapping[int, Test
 
     Kinds ``carried`` and ``factors`` (summed over the top heads) hold the adversarial arm against each of ``controls``;
     ``causal score`` and ``causal projection`` hold a test of the top heads against the mean of its random sets, and the
-    restored projection against a random direction. Differences up to a tenth of the adversarial arm's whole change (of
+    restored projection against a random direction; these ``n_sets`` sets are taken as they are, and ``n_beyond`` of
+    them have a smaller effect than the test. Differences up to a tenth of the adversarial arm's whole change (of
     a test: of the way to the other run) count as none. ``plan`` holds the tests that were made on all prompts.
     """
     return [row for arm in controls for row in _against_arm(cells, arm)] + _against_tests(cells, plan)
@@ -128,7 +129,8 @@ def _against_arm(cells: Cells, arm: str) -> Iterator[dict[str, Any]]:
         whole = ours.sum(axis=0)
         for name, own, other in (*zip(names, ours, theirs, strict=True), ("all", whole, theirs.sum(axis=0))):
             found = contrast(own, other, against_suffixes=True)
-            yield {"kind": kind, **contrast_row(name, "adversarial", arm, found, _tenth(whole))}
+            row = contrast_row(name, "adversarial", arm, found, _tenth(whole))
+            yield {"kind": kind, **row, "n_sets": None, "n_beyond": None}
 
 
 def _against_tests(cells: Cells, plan: Mapping[int, Test]) -> list[dict[str, Any]]:
@@ -137,11 +139,14 @@ def _against_tests(cells: Cells, plan: Mapping[int, Test]) -> list[dict[str, Any
         test = plan[number]
         words = (test.heads, "random") if test.heads == "top" else (test.name, ELSEWHERE)
         for measure in ("score", "projection"):
-            others = np.mean([cells.need(f"test {i} {measure}") for i in controls], axis=0)
+            own, each = cells.need(f"test {number} {measure}"), [cells.need(f"test {i} {measure}") for i in controls]
             # the same prompts and suffixes in both
-            found = interval(cells.need(f"test {number} {measure}") - others, suffix_arm=not test.once)
+            found = interval(own - np.mean(each, axis=0), suffix_arm=not test.once)
+            before = cells.need(f"{'attacked' if test.on == 'attacked' else 'none'} {measure}").mean()
+            beyond = sum(abs(own.mean() - before) > abs(other.mean() - before) for other in each)
             way = cells.need(f"none {measure}") - cells.need(f"attacked {measure}")
-            rows.append({"kind": f"causal {measure}", **contrast_row(test.name, *words, found, _tenth(way))})
+            row = contrast_row(test.name, *words, found, _tenth(way))
+            rows.append({"kind": f"causal {measure}", **row, "n_sets": len(each), "n_beyond": int(beyond)})
     return rows
 
 
@@ -251,15 +256,17 @@ def sweep_rows(cells: Cells, run: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def ranking_rows(cells: Cells, run: str, seed: int) -> list[dict[str, Any]]:
+def ranking_rows(cells: Cells, run: str, layer: int, seed: int) -> list[dict[str, Any]]:
     """How well attribution patching ranks heads: its first-order estimates beside the sweep's exact effects.
 
-    Over all heads the rank correlation of sizes, with its interval over prompts; of the heads that it ranks first, and
-    of as many random ones, the mean error as a share of the exact effects' mean size.
+    The rank correlation of sizes over all heads that can have an effect (on the projection those below ``layer``, where
+    it is read: ties of all others at 0 would pass for agreement), with its interval over prompts; of the heads that it
+    ranks first, and of as many random ones, the mean error as a share of the exact effects' mean size.
     """
     rows = []
     for measure in ("projection", "score"):
-        by_prompt = [cells.need(f"{kind} {run} {measure}")[:, 0] for kind in ("sweep", "ranked")]
+        before = layer if measure == "projection" else None
+        by_prompt = [cells.need(f"{kind} {run} {measure}")[:, 0, :before] for kind in ("sweep", "ranked")]
         exact, guess = (found.mean(axis=0).ravel() for found in by_prompt)
         k = min(RANKED, len(exact))
         chosen = {

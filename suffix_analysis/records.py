@@ -16,14 +16,17 @@ SUFFIX_ARMS: tuple[Arm, ...] = ("adversarial", "random", "shuffled", "failed", "
 
 @dataclass(frozen=True)
 class Suffix:
-    """A suffix and where it comes from. ``ids`` are its tokens after an instruction, the joining space included."""
+    """A suffix and where it comes from. ``ids`` are its tokens after an instruction, the joining space included.
+
+    ``trained_on`` is None where nobody said what it was trained on.
+    """
 
     id: str
     arm: str
     text: str
     ids: tuple[int, ...] = ()
     n_tokens: int = 0
-    trained_on: tuple[str, ...] = ()
+    trained_on: tuple[str, ...] | None = ()
     loss: float | None = None
     seed: int | None = None
 
@@ -32,6 +35,22 @@ class Suffix:
         """The number that the id ends in; 0 where it ends otherwise."""
         tail = self.id.rsplit("-", 1)[-1]
         return int(tail) if tail.isascii() and tail.isdigit() else 0
+
+
+def by_text(suffixes: Sequence[Suffix]) -> list[list[int]]:
+    """The numbers of suffixes that hold the same tokens in any order, together, in the order of their first.
+
+    Permutations of one text are not independent draws of what shuffled suffixes do: statistics count texts.
+    """
+    groups: dict[Any, list[int]] = {}
+    for number, suffix in enumerate(suffixes):
+        groups.setdefault(tuple(sorted(suffix.ids or suffix.text)), []).append(number)
+    return list(groups.values())
+
+
+def of_each_text(suffixes: Sequence[Suffix]) -> list[Suffix]:
+    """The first suffix of each text (see :func:`by_text`)."""
+    return [suffixes[numbers[0]] for numbers in by_text(suffixes)]
 
 
 def to_suffixes(suffixes: Sequence[Suffix | str]) -> list[Suffix]:

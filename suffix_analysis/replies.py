@@ -17,7 +17,7 @@ from suffix_analysis.judges import Judge, is_refusal
 from suffix_analysis.judges import judge as rules
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
-from suffix_analysis.records import SUFFIX_ARMS, Suffix
+from suffix_analysis.records import SUFFIX_ARMS, Suffix, by_text
 from suffix_analysis.refusal import refusal_score
 from suffix_analysis.stats import contrast, contrast_row, interval, rate_interval
 
@@ -140,35 +140,50 @@ def measure_replies(
     return [row for key in keys for row in have[key]]
 
 
-def crossed(rows: Sequence[dict[str, Any]], arm: str, value: Callable[[dict[str, Any]], float]) -> ndarray:
+def crossed(
+    rows: Sequence[dict[str, Any]],
+    arm: str,
+    value: Callable[[dict[str, Any]], float],
+    suffixes: Sequence[Suffix] = (),
+) -> ndarray:
     """One arm's values as [prompt suffix]; every prompt must have met every suffix.
+
+    Of ``suffixes`` that are permutations of one text there is one column, with their mean.
 
     Raises:
         ValueError: replies are missing.
     """
     own = [row for row in rows if row["arm"] == arm]
     prompts = list(dict.fromkeys(row["prompt_id"] for row in own))
-    suffixes = list(dict.fromkeys(row["suffix_id"] for row in own))
-    table = np.full((len(prompts), len(suffixes)), np.nan)
-    at = {p: i for i, p in enumerate(prompts)}, {s: i for i, s in enumerate(suffixes)}
+    names = list(dict.fromkeys(row["suffix_id"] for row in own))
+    table = np.full((len(prompts), len(names)), np.nan)
+    at = {p: i for i, p in enumerate(prompts)}, {s: i for i, s in enumerate(names)}
     for row in own:
         table[at[0][row["prompt_id"]], at[1][row["suffix_id"]]] = value(row)
     if np.isnan(table).any():
         raise ValueError(f"arm {arm}: {int(np.isnan(table).sum())} of {table.size} replies are missing")
-    return table
+    mine = [suffix for suffix in suffixes if suffix.id in at[1]]
+    if len(mine) < len(names):
+        return table
+    columns = [[at[1][mine[number].id] for number in some] for some in by_text(mine)]
+    return np.stack([table[:, some].mean(axis=1) for some in columns], axis=1)
 
 
-def refusal_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Refusal phrase rate and share of complied verdicts per arm, with intervals."""
+def refusal_table(rows: Sequence[dict[str, Any]], suffixes: Sequence[Suffix] = ()) -> list[dict[str, Any]]:
+    """Refusal phrase rate and share of complied verdicts per arm, with intervals.
+
+    ``suffixes`` tell which are permutations of one text: these count as one.
+    """
     out = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         table: dict[str, Any] = {"arm": arm, "split": next(row["split"] for row in rows if row["arm"] == arm)}
         for name, value in (("refusal", _refused), ("complied", _complied)):
-            cells = crossed(rows, arm, value)
+            cells = crossed(rows, arm, value, suffixes)
             has_suffix = any(row["suffix_id"] for row in rows if row["arm"] == arm)
             found = interval(cells, suffix_arm=has_suffix, rate=True)
             lo, hi = found.lo, found.hi
-            if cells.shape[1] == 1:  # over prompts alone the exact interval holds, also at 0 and 1
+            # over prompts alone the exact interval holds, also at 0 and 1 (not of a mean over permutations)
+            if cells.shape[1] == 1 and np.isin(cells, (0, 1)).all():
                 _, lo, hi = rate_interval(cells[:, 0])
             table |= {
                 "n_prompts": found.n_prompts,
@@ -191,11 +206,16 @@ def _complied(row: dict[str, Any]) -> float:
     return float(row["verdict"] == "complied")
 
 
-def refusal_contrasts(rows: Sequence[dict[str, Any]], controls: Collection[str]) -> list[dict[str, Any]]:
-    """Refusal rate of each suffix arm against none, and of adversarial against ``controls``, paired by prompt."""
+def refusal_contrasts(
+    rows: Sequence[dict[str, Any]], controls: Collection[str], suffixes: Sequence[Suffix] = ()
+) -> list[dict[str, Any]]:
+    """Refusal rate of each suffix arm against none, and of adversarial against ``controls``, paired by prompt.
+
+    ``suffixes`` as for :func:`refusal_table`.
+    """
     arms = {row["arm"] for row in rows}
     pairs = [(arm, "none") for arm in SUFFIX_ARMS] + [("adversarial", arm) for arm in SUFFIX_ARMS if arm in controls]
-    cells = {arm: crossed(rows, arm, _refused) for arm in {*SUFFIX_ARMS, "none"} & arms}
+    cells = {arm: crossed(rows, arm, _refused, suffixes) for arm in {*SUFFIX_ARMS, "none"} & arms}
     found = {
         (a, b): contrast(cells[a], cells[b], against_suffixes=b != "none", rate=True)
         for a, b in pairs

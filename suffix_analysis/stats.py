@@ -89,14 +89,15 @@ def interval(
 ) -> Interval:
     """Interval for one measure; ``suffix_arm`` says whether the arm has suffixes at all (else only prompts vary).
 
-    Of a ``rate`` that is 0 or 1 in every cell a bootstrap has no width; the exact interval over prompts is taken.
+    Of a ``rate`` that is 0 or 1 in every cell a bootstrap has no width; the exact interval over what is resampled is
+    taken, over the fewer of prompts and suffixes.
     """
     mean, (lo,), (hi,) = interval_table(cells[:, :, None], seed)
     n_prompts, n_suffixes = cells.shape
     if rate:
         lo, hi = max(0.0, lo), min(1.0, hi)
     if rate and _is_certain(cells):
-        _, lo, hi = rate_interval(cells[:, 0])
+        _, lo, hi = _exact(cells)
     return Interval(
         estimate=float(mean[0]),
         lo=float(lo),
@@ -111,6 +112,13 @@ def interval(
 def _is_certain(cells: Float[ndarray, "prompt suffix"]) -> bool:
     """Whether a rate is 0 in every cell, or 1."""
     return bool(cells[0, 0] in (0, 1) and (cells == cells[0, 0]).all())
+
+
+def _exact(cells: Float[ndarray, "prompt suffix"]) -> tuple[float, float, float]:
+    """The exact interval of cells that are all alike: there are as many independent ones as of the fewer factor."""
+    n_prompts, n_suffixes = cells.shape
+    n = min(n_prompts, n_suffixes) if n_suffixes >= MIN_SUFFIXES else n_prompts
+    return rate_interval(cells[:n, 0])
 
 
 def contrast_table(
@@ -146,7 +154,7 @@ def contrast(
     if rate:
         lo, hi = max(-1.0, lo), min(1.0, hi)
     if rate and _is_certain(arm) and _is_certain(against):
-        (_, a, b), (_, c, d) = rate_interval(arm[:, 0]), rate_interval(against[:, 0])
+        (_, a, b), (_, c, d) = _exact(arm), _exact(against)
         lo, hi = a - d, b - c
     fewest = min(arm.shape[1], against.shape[1]) if against_suffixes else arm.shape[1]
     several = max(arm.shape[1], against.shape[1]) >= MIN_SUFFIXES
@@ -166,13 +174,13 @@ def rate_change(
 ) -> tuple[float, float, float]:
     """The change of a rate over the same prompts and suffixes, with its 95 % interval; paired cell by cell.
 
-    Where every cell changes alike a bootstrap has no width; the exact interval's over prompts is taken.
+    Where every cell changes alike a bootstrap has no width; that of an exact interval is taken.
     """
     change = after - before
     found = interval(change)
     lo, hi = found.lo, found.hi
     if (change == change[0, 0]).all():
-        _, _, width = rate_interval(np.zeros(len(change)))
+        _, _, width = _exact(np.zeros_like(change))
         lo, hi = found.estimate - width, found.estimate + width
     return found.estimate, max(-1.0, lo), min(1.0, hi)
 
@@ -230,7 +238,8 @@ def crossed_auroc(
 
     Prompts and suffixes of every table are drawn with replacement, each on its own; the interval is widened about the
     estimate for ``n_suffixes``, the fewest of a side that has any (``positive``'s if left out). Where every draw
-    separates alike the bootstrap has no width: the exact interval of that rate over the prompts is taken.
+    separates alike the bootstrap has no width: the exact interval of that rate over the fewer of prompts and suffixes
+    is taken.
     """
     rng = np.random.default_rng(seed)
 
@@ -245,9 +254,9 @@ def crossed_auroc(
     found = ((taken @ higher) * against).sum(axis=1) / (taken.sum(axis=1) * against.sum(axis=1))
     lo, hi = np.quantile(found, [0.025, 0.975])
     value = float(higher.mean())
-    if min(found) == max(found) == value and value in (0.0, 1.0):
-        return rate_interval(np.full(positive.shape[0], value))
     fewest = positive.shape[1] if n_suffixes is None else n_suffixes
+    if min(found) == max(found) == value and value in (0.0, 1.0):
+        return _exact(np.full((positive.shape[0], fewest), value))
     wider = small_sample(fewest) if fewest > 1 else 1.0
     return value, max(0.0, value + wider * (float(lo) - value)), min(1.0, value + wider * (float(hi) - value))
 

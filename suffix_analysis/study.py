@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from pydantic import NonNegativeInt
 
 from suffix_analysis import files, pool, replies, runs
-from suffix_analysis.analysis import analyze, as_long, n_forwards, of_few_texts
+from suffix_analysis.analysis import analyze, as_long, n_forwards
 from suffix_analysis.causal_tests import shortfalls
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Narrator
@@ -28,7 +29,7 @@ from suffix_analysis.judges import Judge, judge_named
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
-from suffix_analysis.records import Suffix
+from suffix_analysis.records import Suffix, by_text, of_each_text
 from suffix_analysis.refusal import discover_refusal_tokens
 from suffix_analysis.traces import Job, Traces, trace
 from suffix_analysis.traces_file import traces_of
@@ -215,10 +216,11 @@ class Study:
         )  # fmt: skip
 
     def _replies(self) -> None:
-        rows = self.answered(runs.read_suffixes(self.folder / "suffixes.jsonl"))
+        suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
+        rows = self.answered(suffixes)
         findings = self.folder / "findings"
         files.write_table(findings / "replies.parquet", rows)
-        files.write_table(findings / "refusal.parquet", replies.refusal_table(rows))
+        files.write_table(findings / "refusal.parquet", replies.refusal_table(rows, suffixes))
 
     def _analysis(self) -> None:
         suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
@@ -252,7 +254,7 @@ class Study:
         folder = self.folder / "findings"
         rows = files.read_table(folder / "replies.parquet", list(replies.ReplyRow.__annotations__))
         comparable = {row["against"] for row in found.tables["head_differences"]}  # equally long, if they have suffixes
-        refusal = of_few_texts(replies.refusal_contrasts(rows, comparable), suffixes)
+        refusal = replies.refusal_contrasts(rows, comparable, suffixes)
         contrasts = refusal + found.tables["contrasts"]
         for name, table in (found.tables | {"contrasts": contrasts}).items():
             files.write_table(folder / f"{name}.parquet", table)
@@ -264,7 +266,7 @@ class Study:
     def _mechanism(self) -> None:
         prompts, config, findings = self.prompts(), self.config, self.folder / "findings"
         everything = runs.read_suffixes(self.folder / "suffixes.jsonl")
-        suffixes = [s for s in everything if s.arm == "adversarial"]
+        suffixes = of_each_text([s for s in everything if s.arm == "adversarial"])
         if not suffixes:
             self.skip("No attack of the pool flipped enough of the select split, so there is no mechanism to test.")
             return
@@ -275,7 +277,7 @@ class Study:
         heads = [
             (row["layer"], row["head"]) for row in files.read_table(findings / "top_heads.parquet", ("layer", "head"))
         ]
-        controls, unequal = as_long(suffixes, traced_of(everything, config))
+        controls, unequal = as_long(suffixes, of_each_text(traced_of(everything, config)))
         try:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
@@ -288,7 +290,6 @@ class Study:
         files.write_json(findings / "checks.json", self._with_checks(tables.pop("checks")))
         for sentence in [*unequal, *shortfalls(tables["causal"], len(heads))]:
             self.skip(sentence)
-        tables["mechanism_contrasts"] = of_few_texts(tables["mechanism_contrasts"], everything)
         for name, rows in tables.items():
             files.write_table(findings / f"{name}.parquet", rows)
 
@@ -324,5 +325,12 @@ class Study:
 
 
 def traced_of(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
-    """What is traced: all that an attack has made, failed ones too, and the first controls of each arm."""
-    return [s for s in suffixes if s.arm in ("adversarial", "failed") or s.number <= config.n_traced_controls]
+    """What is traced: all that an attack has made, failed ones too, and the first controls of each arm, of as many
+    texts as there are."""
+    traced = [s for s in suffixes if s.arm in ("adversarial", "failed")]
+    for arm in dict.fromkeys(s.arm for s in suffixes if s not in traced):
+        own = [s for s in suffixes if s.arm == arm]
+        rounds = itertools.chain.from_iterable(itertools.zip_longest(*by_text(own)))
+        first = [number for number in rounds if number is not None][: config.n_traced_controls]
+        traced += [own[number] for number in sorted(first)]
+    return traced

@@ -293,3 +293,16 @@ def test_prepared_runs_keep_their_prompts_apart() -> None:
     one: Prepared = case("softmax", "llama").plain
     alone = prepare(one.model, [one.chats[3]])
     torch.testing.assert_close(alone.logits[0], one.logits[3], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mechanism", ["softmax", "query"])
+def test_the_attention_of_a_suffix_without_effect_brings_back_what_it_has(mechanism: str, family: str) -> None:
+    """Transplanted rows mix the attacked run's values: the instruction's are the same, those of the suffix are 0."""
+    here = case(mechanism, family)
+    benign = prepare(here.model, [here.model.chat(text, " ".join(["and"] * len(SUFFIX))) for text in here.texts])
+    attacked, there = (causal.base(run, READ).projection for run in (here.attacked, benign))
+    share = recovered(there, attacked, causal.base(here.plain, READ).projection)
+    assert share is not None and share > 0.5, "or the control has the effect itself"
+    assert here.back(causal.transplanted(here.attacked, benign, [CARRIER])) == pytest.approx(share, abs=1e-3)
+    assert here.back(causal.transplanted(here.attacked, benign, [OPPONENT])) == pytest.approx(0, abs=1e-3)

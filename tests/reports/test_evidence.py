@@ -59,13 +59,20 @@ def test_a_paired_change_decides_where_the_table_has_it(data: RunData) -> None:
 
 
 def test_parts_that_a_control_has_too_are_not_the_suffixs_own(data: RunData) -> None:
-    assert "as long, has as much" not in said(data), "the invented control has a quarter of everything"
+    assert "as long, has no clearly smaller part" not in said(data), "the invented control has a quarter of everything"
     rows = [
         {**row, "value": -9.9} if (row["arm"], row["factor"]) == ("random", "query") else row
         for row in data.table("factors")
     ]
-    text = said(replace(data, tables=data.tables | {"factors": rows}))
-    assert "(random text, as long, has as much from a changed query)" in text
+    # the paired contrast decides: here it says that the suffix does clearly more
+    assert "smaller part" not in said(replace(data, tables=data.tables | {"factors": rows}))
+    contrasts = [
+        {**row, "lo": -9.0, "hi": 0.5} if row["kind"] == "factors" else row for row in data.table("mechanism_contrasts")
+    ]
+    text = said(replace(data, tables=data.tables | {"factors": rows, "mechanism_contrasts": contrasts}))
+    assert "(random text, as long, has no clearly smaller part from a changed query)" in text
+    text = said(replace(data, tables=data.tables | {"factors": rows, "mechanism_contrasts": []}))
+    assert "(random text, as long, has no clearly smaller part from a changed query)" in text
 
 
 def test_shares_of_a_fall_need_a_fall(data: RunData) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from suffix_analysis.causal_tests import ATTENTION, random_heads
 from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.mechanism_checks import check_rows
 from suffix_analysis.prompts import Prompt
@@ -223,7 +224,11 @@ def test_the_circuit_is_of_all_suffixes() -> None:
 
 def test_attribution_patching_is_held_against_the_sweep() -> None:
     (row,) = rows("softmax", "ranking", run="none", measure="projection")
-    assert (row["n_heads"], row["k"]) == (16, 8)
+    assert (row["n_heads"], row["k"]) == (4 * READ_LAYER, min(8, 4 * READ_LAYER)), (
+        "no head behind it can have an effect"
+    )
+    (other,) = rows("softmax", "ranking", run="none", measure="score")
+    assert other["n_heads"] == 16
     assert row["error_ranked_first"] == pytest.approx(0, abs=1e-3), "the projection is linear in what a head writes"
     for found in rows("softmax", "sweep", run="none"):
         assert found["projection_lo"] - 1e-9 <= found["projection_effect"] <= found["projection_hi"] + 1e-9
@@ -288,3 +293,23 @@ def test_random_heads_are_others_of_the_same_layers() -> None:
     near = random_heads([(2, 0), (2, 1)], 2, below=4, seed=0)
     assert {layer for layer, _ in near} <= {1, 3} and len(set(near)) == 2, "the nearest layers, where one has no more"
     assert random_heads([(0, 0), (0, 1)], 2, below=1, seed=0) == [], "no other head is left"
+
+
+def test_contrasts_of_sets_say_how_many_there_are_and_how_many_do_less() -> None:
+    found = [row for row in rows("softmax", "mechanism_contrasts") if row["kind"] == "causal projection"]
+    cut = next(row for row in found if row["measure"].startswith("suffix edges cut, mass renorm"))
+    assert cut["n_sets"] == cut["n_beyond"] >= 1
+    assert all(row["n_sets"] is None for row in rows("softmax", "mechanism_contrasts", kind="carried"))
+
+
+@pytest.mark.parametrize("lacking", ["report", "select", "harmless", "suffixes", "top"])
+def test_what_there_must_be_one_of_is_named(lacking: str) -> None:
+    model = planted("softmax")
+    zeros = torch.zeros(model.n_layers + 1, D_MODEL)
+    direction = Direction(torch.ones(D_MODEL), -1, READ_LAYER, [], zeros, zeros, (WORDS.index(REFUSAL),), {})
+    given: dict[str, Any] = {
+        "report": prompts("report", 2, 3), "select": prompts("select", 2, 4), "top": [CARRIER],
+        "harmless": prompts("select", 2, 5, "harmless"), "suffixes": [Suffix("a-1", "adversarial", "and")],
+    }  # fmt: skip
+    with pytest.raises(UserError, match="to test the mechanism with; give at least one"):
+        measure_mechanism(model, direction, **(given | {lacking: []}))

@@ -15,6 +15,7 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.factors import FACTORS, shapley, split_change
 from suffix_analysis.generate import endless, generate
 from suffix_analysis.lens import logit_attribution, logit_lens
+from suffix_analysis.mechanism import _terms
 from suffix_analysis.mechanism_checks import state_error
 from suffix_analysis.models import Model
 from suffix_analysis.refusal import refusal_score
@@ -214,6 +215,19 @@ def test_factors_sum_to_the_change_and_their_ends_are_the_two_runs(runs: tuple[M
         own = traced.contribution[..., 2]  # the instruction
         same = [i for i, moved in enumerate(extra) if not moved]
         torch.testing.assert_close(getattr(split, name)[same], own[same], atol=1e-5, rtol=1e-3)
+
+
+def test_terms_are_what_the_trace_finds_written(runs: tuple[Model, Prepared, Prepared]) -> None:
+    model, _, attacked = runs
+    top, read = [(0, 1), (1, 3), (2, 0)], readout(model)
+    traced = trace(model, list(attacked.chats), read.unit)
+    below = [traced.head_contribution[:, layer, head] for layer, head in top if layer < read.layer]
+    found = _terms(attacked, read, top).T
+    torch.testing.assert_close(found[0], torch.stack(below).sum(dim=0), atol=1e-5, rtol=1e-4)
+    whole = traced.head_contribution[:, : read.layer].sum(dim=(1, 2)) + traced.attention_bias[: read.layer].sum()
+    torch.testing.assert_close(found[1], whole - found[0], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(found[2], traced.mlp_out[:, : read.layer].sum(dim=1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[3], traced.embedding, atol=1e-5, rtol=1e-4)
 
 
 def test_paths_sum_to_what_the_heads_bring_from_chat_tokens(runs: tuple[Model, Prepared, Prepared]) -> None:

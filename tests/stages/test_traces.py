@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import suffix_analysis.traces as traces_module
-from suffix_analysis.analysis import analyze, compared, head_differences, length_check, of_few_texts
+from suffix_analysis.analysis import analyze, compared, head_differences, identity_checks, length_check
 from suffix_analysis.arms import ArmTraces
 from suffix_analysis.chat import REGIONS
 from suffix_analysis.errors import UserError
@@ -17,7 +19,7 @@ from suffix_analysis.interventions import add
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
-from suffix_analysis.traces import trace
+from suffix_analysis.traces import Traces, trace
 from tests import tiny
 from tests.tiny import TEXTS, unit
 
@@ -230,15 +232,26 @@ def test_a_prompt_longer_than_the_context_is_refused_before_anything_runs() -> N
         trace(tiny.model("llama"), ["Hi"], unit(32), suffix="word " * 700)
 
 
-def test_shuffles_of_few_suffixes_claim_nothing_about_shuffles() -> None:
-    row = {"arm": "adversarial", "against": "shuffled", "descriptive": False, "verdict": "differs from 0"}
-    other = row | {"against": "random"}
-    one = [
-        Suffix(f"shuffled-{i}", "shuffled", f"text {i}", ids=(1, 2, 3)[i % 3 :] + (1, 2, 3)[: i % 3]) for i in range(8)
-    ]
-    assert [r["verdict"] for r in of_few_texts([row, other], one)] == ["descriptive", "differs from 0"]
-    many = [Suffix(f"shuffled-{i}", "shuffled", f"text {i}", ids=(i, 2, 3)) for i in range(8)]
-    assert of_few_texts([row, other], many) == [row, other]
+def test_permutations_of_one_text_count_as_one_suffix() -> None:
+    """Drawn as if they were independent, eight shuffles of one text would be told from anything."""
+    model, words = tiny.model("llama"), ["x y z w", "y z w x", "z w x y", "w x y z"]
+    many = [f"{a} {b} q {'v' * i}" for i, (a, b) in enumerate(itertools.permutations("xyz", 2))] + ["a", "b c"]
+    arms = arms_of(model, {"adversarial": many, "shuffled": [*words, *(f"{text} q" for text in words)]})
+    shuffled = arms[2]
+    assert len(shuffled.suffixes) == 8 and shuffled.n_texts == 2
+
+    def pick(traces: Traces) -> torch.Tensor:
+        return traces.projection
+
+    cells = shuffled.cells(pick)
+    assert cells.shape == (len(TEXTS), 2, model.n_layers + 1)
+    first = torch.stack([traces.projection for traces in shuffled.traces[:4]]).mean(dim=0)
+    np.testing.assert_allclose(cells[:, 0], first.numpy(), rtol=1e-6)
+    rows = head_differences([(arms[1], shuffled), (arms[1], arms[0])])
+    p = {against: {row["p"] for row in rows if row["against"] == against} for against in ("none", "shuffled")}
+    assert p["shuffled"] == {None} and None not in p["none"]
+    checks = identity_checks([t for arm in arms for t in arm.traces], arms, separate=True)
+    assert "descriptive: shuffled" in next(c["sentence"] for c in checks if c["name"] == "several suffixes per arm")
 
 
 @pytest.mark.parametrize("gone", ["hook_v", "hook_pattern"])

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
-from suffix_analysis.replies import Cell, made_once, measure_replies
+from suffix_analysis.replies import Cell, crossed, made_once, measure_replies, refusal_table
+from suffix_analysis.study import traced_of
 
 PROMPTS = [Prompt("a", "Pick a lock", "harmful", "report"), Prompt("b", "Bake", "harmless", "report")]
 SUFFIXES = [Suffix(f"random-{i}", "random", "x") for i in (1, 2)]
@@ -53,3 +55,35 @@ def test_a_journal_whose_only_line_was_cut_off_can_be_gone_on_from(tmp_path: Pat
     assert made("ablated, harmful", 1, list) == ["No."], "made once"
     with pytest.raises(UserError, match=r"holds 1 replies for 'ablated, harmful', not 2; delete it"):
         made("ablated, harmful", 2, list)
+
+
+def test_permutations_of_one_text_are_one_column() -> None:
+    own = [Suffix(f"s-{i}", "shuffled", f"t{i}", ids=ids) for i, ids in enumerate([(1, 2), (2, 1), (3, 4)])]
+    rows = [
+        {
+            "arm": "shuffled",
+            "split": "report",
+            "prompt_id": p,
+            "suffix_id": s.id,
+            "refused": refused,
+            "verdict": "refused",
+        }
+        for p, flags in (("a", (True, False, True)), ("b", (True, True, False)))
+        for s, refused in zip(own, flags, strict=True)
+    ]
+    cells = crossed(rows, "shuffled", lambda row: float(row["refused"]), own)
+    assert cells.tolist() == [[0.5, 1.0], [1.0, 0.0]]
+    (table,) = refusal_table(rows, own)
+    assert (table["n_suffixes"], table["refusal_rate"]) == (2, 0.625)
+    (alone,) = refusal_table([row for row in rows if row["suffix_id"] != "s-2"], own)
+    assert (alone["n_suffixes"], alone["refusal_rate"]) == (1, 0.75) and alone["refusal_lo"] < 0.75 < alone[
+        "refusal_hi"
+    ]
+
+
+def test_controls_are_traced_of_as_many_texts_as_there_are() -> None:
+    ids = [(1, 2), (2, 1), (3, 4), (4, 3), (5, 6)]
+    own = [Suffix(f"shuffled-{i}", "shuffled", f"t{i}", ids=each) for i, each in enumerate(ids, 1)]
+    some = [Suffix("adversarial-1", "adversarial", "x", ids=(9,)), *own]
+    found = traced_of(some, StudyConfig(n_traced_controls=4))
+    assert [s.id for s in found] == ["adversarial-1", "shuffled-1", "shuffled-2", "shuffled-3", "shuffled-5"]

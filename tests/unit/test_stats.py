@@ -125,8 +125,12 @@ def test_suffixes_of_two_arms_are_drawn_apart() -> None:
 
 def test_a_rate_of_all_or_nothing_has_width_whatever_the_number_of_suffixes() -> None:
     everything, nothing = np.ones((12, 8)), np.zeros((12, 8))
-    assert interval(everything, rate=True).lo == pytest.approx(0.735, abs=0.01)
-    assert interval(nothing, rate=True).hi == pytest.approx(0.265, abs=0.01)
+    # eight suffixes, however many prompts each has met: 0.025 ** (1 / 8)
+    assert interval(everything, rate=True).lo == pytest.approx(0.631, abs=0.001)
+    assert interval(everything[:, :7], rate=True).lo == pytest.approx(0.735, abs=0.001), (
+        "of these suffixes, over prompts"
+    )
+    assert interval(nothing, rate=True).hi == pytest.approx(0.369, abs=0.001)
     assert interval(nothing).hi == 0, "a measure that is no rate is left as it is"
     found = contrast(everything, np.ones((12, 1)), rate=True)
     assert found.lo < -0.2 and found.hi > 0.2 and in_words(found) == "not powered"
