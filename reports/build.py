@@ -48,12 +48,27 @@ def build_report(
     written.
     """
     run = Path(run)
+    if out is not None:
+        prepare(Path(out))
     data = redacted(read_run(run)) if redact else read_run(run)
     target = Path(out) if out is not None else run / ("report-redacted.html" if redact else "report.html")
     write(target, render(data))
     for name, why in data.unusable.items():
         on_unusable(f"{name}: {why}")
     return target
+
+
+def prepare(target: Path) -> None:
+    """Make the folder of a page that is asked for, and refuse a file in its place that is no page.
+
+    Raises ReportError.
+    """
+    try:
+        if target.is_file() and target.read_bytes()[:15].lower() != b"<!doctype html>":
+            raise ReportError(f"{target} is there and is no page: give another path with --out.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"{target} cannot be written ({error.strerror}): give another path with --out.") from None
 
 
 def render(data: RunData) -> bytes:

@@ -28,6 +28,8 @@ def build_comparison(first: Path, second: Path, out: Path | None = None, *, reda
 
     Raises ReportError where a run cannot be read or the page cannot be written.
     """
+    if out is not None:
+        build.prepare(Path(out))
     runs = [read_run(Path(run)) for run in (first, second)]
     if redact:
         runs = [redacted(run) for run in runs]

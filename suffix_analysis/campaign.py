@@ -46,17 +46,24 @@ def campaign_plans(
     return plans, told
 
 
-def campaign(study: Study) -> tuple[list[Suffix], list[dict[str, Any]]]:
-    """Make a campaign's attacks: its suffixes, and a row for each."""
+def campaign(study: Study) -> tuple[list[Suffix], list[dict[str, Any]], list[str]]:
+    """Make a campaign's attacks: its suffixes, a row for each, and sentences on those that failed."""
     config = study.precise
     assert isinstance(config, CampaignConfig)
     harmful = prompts_of(study.prompts(), "harmful", "select", None)
     flags = refused(study.fast, harmful, study.refusal_tokens()).tolist()
     plans, told = campaign_plans(study.folder, harmful, flags, config)
-    suffixes = numbered(attack_all(study, plans))
-    return suffixes, [
-        row | outcome(s, steps_of(plan), plan) for row, s, plan in zip(told, suffixes, plans, strict=True)
-    ]
+    failed: dict[str, str] = {}
+    suffixes = numbered(attack_all(study, plans, lambda plan, why: failed.update({plan.name: why})))
+    cells = list(zip(plans, told, strict=True))
+    made = [cell for cell in cells if cell[0].name not in failed]
+    rows = [row | outcome(s, steps_of(plan), plan) for (plan, row), s in zip(made, suffixes, strict=True)]
+    return suffixes, rows, [_told(plan, row, failed[plan.name]) for plan, row in cells if plan.name in failed]
+
+
+def _told(plan: Plan, row: dict[str, Any], why: str) -> str:
+    settings = ", ".join(f"{name} = {row[name]}" for name in VARIED if name in row)
+    return f"{plan.name}{f' ({settings})' if settings else ''} failed: {why}"
 
 
 def outcome(suffix: Suffix, steps: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:

@@ -32,6 +32,13 @@ Whole = Annotated[int, Parameter(converter=_whole)]
 VARIED = ("target", "suffix_tokens", "steps", "search_width", "topk")  # what an attack's settings are
 
 
+MOST = 1_000_000  # of anything that is counted
+TEXTS = (
+    "model", "adapter", "system", "reply_prefix", "harmful", "harmless", "column", "suffixes", "target", "judge",
+    "text", "score_dtype", "dtype", "device", "executor", "address",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Settings of a study.
@@ -149,6 +156,11 @@ class StudyConfig:
                 raise UsageError(f"{name} is {value!r}; it must be a whole number.")
             if value < low:
                 raise UsageError(f"{name} is {value}; it must be at least {low}.")
+            if value > MOST and name != "seed":
+                raise UsageError(f"{name} is {value}; it must be at most {MOST}.")
+        for name in TEXTS:
+            if not isinstance(getattr(self, name), str | None):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be text.")
         for name in ("kl_threshold", "induce_threshold", "alpha", "layer_share", "attack_gpus"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be a finite number.")
@@ -202,7 +214,7 @@ class CampaignConfig(StudyConfig):
         for text in self.vary:
             try:
                 ((name, values),) = tomllib.loads(text).items()
-            except (tomllib.TOMLDecodeError, ValueError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"vary is {text!r}; write it as search_width=[64,128].") from error
             if name not in VARIED:
                 raise UsageError(f"vary is {text!r}; what may vary is {', '.join(VARIED)}.")

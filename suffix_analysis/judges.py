@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from suffix_analysis.errors import UsageError, UserError
+from suffix_analysis.errors import UsageError, UserError, first_line
 
 Verdict = Literal["refusal", "complied", "degenerate", "off topic"]
 Judge = Callable[[str, str], Verdict]  # (instruction, reply) → verdict
@@ -161,7 +161,7 @@ def judge_named(name: str) -> Judge:
 
     Raises:
         UsageError: there is no such function.
-        UserError: (when called) it returns something that is no verdict.
+        UserError: (when called) it fails, or returns something that is no verdict.
     """
     if name == "rules":
         return judge
@@ -178,7 +178,11 @@ def judge_named(name: str) -> Judge:
         raise UsageError(f"judge is {name!r}, which cannot be imported (it is no function); give module:function.")
 
     def checked(instruction: str, reply: str) -> Verdict:
-        verdict = own(instruction, reply)
+        try:
+            verdict = own(instruction, reply)
+        except Exception as error:  # whatever another's code raises
+            told = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"The judge {name} failed on a reply to {instruction[:40]!r} ({told}); mend it.") from error
         if verdict not in get_args(Verdict):
             raise UserError(
                 f"The judge {name} returned {verdict!r}; a verdict is one of {', '.join(get_args(Verdict))}."

@@ -21,7 +21,7 @@ from attacks.precision import copied, stays_put
 from suffix_analysis.chat import Chat, render_chat
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.families import known_architectures
-from suffix_analysis.placement import Device, default_device, is_spread, loading_arguments
+from suffix_analysis.placement import Device, default_device, is_spread, loading_arguments, require_device
 from suffix_analysis.templates import prepared
 
 # what loading damaged or foreign files raises
@@ -204,9 +204,11 @@ def load_model(
             open alike (Llama 2's with a space): chat[-1] is its last token.
 
     Raises:
-        UserError: nothing of that name, no weights, too little memory, no chat template, an adapter that does not fit,
-            or an architecture that is not in :mod:`suffix_analysis.families` and does not satisfy the identities.
+        UserError: nothing of that name, no such device, no weights, too little memory, no chat template, an adapter
+            that does not fit, or an architecture that is not in :mod:`suffix_analysis.families` and does not satisfy
+            the identities.
     """
+    require_device(device)
     if name == "embedded":
         from suffix_analysis.organism.weights import load_embedded
 

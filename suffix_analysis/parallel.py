@@ -21,7 +21,11 @@ WAITING = 64  # tasks that Ray is given at once: what is queued is held in memor
 
 
 def side_by_side(
-    task: Callable[..., Any], parts: Sequence[tuple[Any, ...]], config: StudyConfig, name: Callable[[int], str]
+    task: Callable[..., Any],
+    parts: Sequence[tuple[Any, ...]],
+    config: StudyConfig,
+    name: Callable[[int], str],
+    on_failed: Callable[[int, str], None] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Run ``task`` on every part and yield (number of the part, result) as they come.
 
@@ -33,6 +37,7 @@ def side_by_side(
         parts: arguments of every task.
         config: the study's settings.
         name: what a part is called when it fails, as the beginning of a sentence.
+        on_failed: told of a task that failed, by number and reason; the others then go on.
 
     Raises:
         UserError: Ray is not installed or its cluster cannot be reached, or a task failed.
@@ -65,7 +70,10 @@ def side_by_side(
                 result = ray.get(ready)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error  # without Ray's frames around it
-                raise UserError(f"{name(number)} failed: {first_line(cause)}") from error
+                if on_failed is None:
+                    raise UserError(f"{name(number)} failed: {first_line(cause)}") from error
+                on_failed(number, first_line(cause))
+                continue
             yield number, result
     finally:
         if ours:

@@ -54,6 +54,22 @@ def is_spread(device: Device) -> bool:
     return device == "auto" or isinstance(device, Mapping)
 
 
+def require_device(device: Device) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        UserError: names it, and says what there is.
+    """
+    if not isinstance(device, str) or device == "auto":
+        return
+    kind, _, number = device.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+    if not count or (number and not (number.isdigit() and int(number) < count)):
+        gpus = torch.cuda.device_count()
+        there = "cpu and auto" + ("".join(f", cuda:{i}" for i in range(gpus)) if gpus else "; there is no GPU")
+        raise UserError(f"There is no device {device!r} here; there are {there} (--device).")
+
+
 def default_device() -> str:
     """The GPU when there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attacks import AttackError
 from suffix_analysis.attacking import (
     CONTROLS,
     Plan,
@@ -17,6 +18,7 @@ from suffix_analysis.attacking import (
     split_for_attack,
 )
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.inputs import given_suffixes
 from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.records import Suffix
@@ -59,14 +61,19 @@ def pool_plans(folder: Path, train: Sequence[Prompt], held_out: Sequence[Prompt]
     ]
 
 
-def attack_all(study: Study, plans: Sequence[Plan]) -> list[Suffix]:
-    """Make the planned attacks, here one after the other or side by side under Ray; finished ones are read."""
+def attack_all(
+    study: Study, plans: Sequence[Plan], on_failed: Callable[[Plan, str], None] | None = None
+) -> list[Suffix]:
+    """Make the planned attacks, here one after the other or side by side under Ray; finished ones are read.
+
+    With ``on_failed`` attacks that fail are told and left out, and the others go on.
+    """
     config, tokens = study.precise, study.refusal_tokens()
     if config.executor == "ray":
         from suffix_analysis import workers
 
         return workers.attack_all(
-            plans, tokens, config, lambda done: study.narrator.progress(done, len(plans), "attacks done")
+            plans, tokens, config, lambda done: study.narrator.progress(done, len(plans), "attacks done"), on_failed
         )
     found, before, total = [], 0, sum(plan.config.steps for plan in plans)
     for number, plan in enumerate(plans):
@@ -75,6 +82,11 @@ def attack_all(study: Study, plans: Sequence[Plan]) -> list[Suffix]:
             study.narrator.progress(before + progress.step.step, total, progress.line(len(plan.train)))
 
         say = study.narrator.say if number == 0 else lambda sentence: None
-        found.append(make_attack(study.model, plan, tokens, tell, say))
+        try:
+            found.append(make_attack(study.model, plan, tokens, tell, say))
+        except (UserError, AttackError) as error:
+            if on_failed is None:
+                raise
+            on_failed(plan, first_line(error))
         before += plan.config.steps
     return found

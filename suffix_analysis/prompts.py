@@ -174,6 +174,9 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
         )
     ours = ["policy", "topic"]
     for key, known in (("kind", KINDS), ("split", SPLITS)):
+        for row in rows:
+            if isinstance(row.get(key), str) and row[key].strip().casefold() in known:
+                row[key] = row[key].strip().casefold()
         values = {str(row[key]) for row in rows if row.get(key)}
         if values & set(known):  # a column with none of our words is another's and means something else
             ours.append(key)
@@ -193,16 +196,21 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
             extra["kind"] = kinds[number - 1]
         if name == "Behavior" and row.get("ContextString"):  # HarmBench's contextual behaviours, in its own layout
             text = f"{row['ContextString']}\n\n---\n\n{text}"
-        prompts.append(Prompt(id=str(row.get("id") or f"{path.stem}-{number:04d}"), text=text.strip(), **extra))
+        prompts.append(Prompt(id=_id(row.get("id"), f"{path.stem}-{number:04d}"), text=text.strip(), **extra))
     if len({p.id for p in prompts}) < len(prompts):
         raise UserError(f"{path} has prompts with the same id; make the ids unique or leave them out.")
     return prompts
 
 
+def _id(given: Any, otherwise: str) -> str:
+    return otherwise if given is None or given == "" else str(given)
+
+
 def _xstest(rows: list[dict[str, Any]]) -> list[str] | None:
     """The kinds of XSTest's rows, from its label or, where a version has none, its type; None of another set's rows."""
-    if {str(row.get("label")) for row in rows} <= {"safe", "unsafe"}:
-        return ["harmless" if row["label"] == "safe" else "harmful" for row in rows]
+    labels = [str(row.get("label")).strip().casefold() for row in rows]
+    if {*labels} <= {"safe", "unsafe"}:
+        return ["harmless" if label == "safe" else "harmful" for label in labels]
     types = [str(row.get("type") or "") for row in rows]
     if all(types) and any(name.startswith("contrast_") for name in types):
         return ["harmful" if name.startswith("contrast_") else "harmless" for name in types]

@@ -11,6 +11,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic takes the standard library's from Python 3.12 on only
 
+from suffix_analysis import provenance
 from suffix_analysis.environment import peak_gib
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.files import read_as, read_json, read_records, write_atomic, write_json, write_jsonl
@@ -32,6 +33,7 @@ class Status(TypedDict):
     state: str
     stages: dict[str, StageState]
     peak_gib: float
+    sizes: NotRequired[dict[str, int]]  # bytes of what finished stages wrote, by path
 
 
 # what a stage is not done without, so that a file that was deleted is made again
@@ -43,6 +45,8 @@ FILES = {
     "direction": ("direction.safetensors", "findings/candidates.parquet", "findings/interventions.parquet"),
     "analysis": ("findings/top_heads.parquet", "findings/summary.json", "findings/checks.json"),
 }
+# what stages write again after the one that is named above
+SHARED = ("findings/summary.json", "findings/checks.json")
 # settings of where a run is worked on, which may change from one part of it to the next
 ELSEWHERE = ("executor", "address", "attack_cpus", "attack_gpus", "device")
 
@@ -87,22 +91,14 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if v is not None}
     config = folder / "config.toml"
     if config.exists():
-        there = read_config(folder)
-        keys = (there.keys() | settings.keys()) - set(ELSEWHERE)
-        changed = sorted(key for key in keys if there.get(key) != settings.get(key))
-        if changed:
-            key = changed[0]
-            raise UsageError(
-                f"{folder} was made with {key} = {there.get(key)!r}, not {settings.get(key)!r}; use those settings or "
-                "another folder (--out)."
-            )
+        _require_same(folder, settings)
     elif folder.exists() and (not folder.is_dir() or any(not _begun(path) for path in folder.iterdir())):
         raise UsageError(f"{folder} exists and is not a run folder; choose another with --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("a") as handle:
             _lock(handle, folder)
-            if not config.exists():
+            if not config.exists() or read_config(folder) != settings:
                 write_atomic(config, tomli_w.dumps(settings))
             yield
     except ConnectionError:  # a closed pipe behind progress or results, among others: not the folder's fault
@@ -112,6 +108,38 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
         if error.filename is not None and not Path(error.filename).absolute().is_relative_to(folder.absolute()):
             raise UserError(f"{error.filename} cannot be used: {told}.") from error
         raise UserError(f"{folder} cannot be used: {told}; choose another with --out.") from error
+
+
+def _require_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse other settings than a folder was made with, where something was made with them.
+
+    Of the model and the input files their contents decide, not their names (see :mod:`suffix_analysis.provenance`).
+
+    Raises:
+        UsageError: names the first setting that differs.
+        UserError: names an input file with another content.
+    """
+    there = read_config(folder)
+    if ("vary" in there) != ("vary" in settings):
+        holds, commands = ("a campaign", "campaign") if "vary" in there else ("a study", "run, attack, …")
+        raise UsageError(f"{folder} holds {holds} (suffix-analysis {commands}); choose another folder with --out.")
+    keys = (there.keys() | settings.keys()) - set(ELSEWHERE)
+    changed = sorted(key for key in keys if there.get(key) != settings.get(key))
+    if not is_done(folder, "prompts"):  # a first mistake can be mended
+        if changed:
+            for name in ("fast_dtype.json", "origin.json", "skipped.json", "refusal_tokens.json"):
+                (folder / name).unlink(missing_ok=True)
+        return
+    provenance.require_same_inputs(folder, settings)
+    known, moved = provenance.origin(folder), provenance.input_digests(settings)
+    told = {*moved} & {*known} | ({*provenance.MODEL} if "weights" in known else set())
+    changed = [key for key in changed if key not in told]
+    if changed:
+        key = changed[0]
+        raise UsageError(
+            f"{folder} was made with {key} = {there.get(key)!r}, not {settings.get(key)!r}; use those settings or "
+            "another folder (--out)."
+        )
 
 
 def _begun(path: Path) -> bool:
@@ -170,6 +198,10 @@ def add_seconds(
         "seconds": round(before["seconds"] + seconds, 2),
         "findings": sorted({*before.get("findings", []), *findings}),
     }
+    if state == "done":
+        files = {*FILES.get(name, ()), *(f"findings/{file}" for file in now["stages"][name]["findings"])} - {*SHARED}
+        found = {file: (folder / file).stat().st_size for file in sorted(files) if (folder / file).exists()}
+        now["sizes"] = now.get("sizes", {}) | found
     now["peak_gib"] = max(now["peak_gib"], round(peak_gib(), 2))
     write_json(folder / "status.json", dict(now))
 
@@ -182,9 +214,34 @@ def set_state(folder: Path, state: str) -> None:
 
 
 def is_done(folder: Path, name: str) -> bool:
-    """Whether a stage has finished in this folder and its files are still there."""
-    stages = status(folder)["stages"]
+    """Whether a stage has finished in this folder and its files are still there.
+
+    Raises:
+        UserError: one of them is not as it was written.
+    """
+    now = status(folder)
+    stages = now["stages"]
     if name not in stages or stages[name]["state"] != "done":
         return False
     written = [f"findings/{file}" for file in stages[name].get("findings", [])]
-    return all((folder / file).exists() for file in (*FILES.get(name, ()), *written))
+    files = [folder / file for file in (*FILES.get(name, ()), *written)]
+    if not all(file.exists() for file in files):
+        return False
+    for file in files:
+        size = now.get("sizes", {}).get(str(file.relative_to(folder)))
+        if size is not None and file.stat().st_size != size:
+            raise UserError(
+                f"{file} is not as the {name} stage wrote it ({file.stat().st_size} bytes, then {size}); delete it, "
+                "and the stage makes it again."
+            )
+    return True
+
+
+def begin(folder: Path, name: str) -> None:
+    """Forget the sizes of what a stage wrote before it writes it again."""
+    now = status(folder)
+    written = [f"findings/{file}" for file in now["stages"][name].get("findings", [])] if name in now["stages"] else []
+    gone = {*FILES.get(name, ()), *written} & {*now.get("sizes", {})}
+    if gone:
+        now["sizes"] = {file: size for file, size in now["sizes"].items() if file not in gone}
+        write_json(folder / "status.json", dict(now))

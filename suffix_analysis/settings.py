@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from suffix_analysis.errors import UsageError
 # commands that go on in a run folder, and where that is if nothing is said
 STAGES = dict.fromkeys(("run", "attack", "direction", "analyze"), "runs/study") | {"campaign": "runs/campaign"}
 CONFIG, OUT = "SUFFIX_ANALYSIS_CONFIG", "SUFFIX_ANALYSIS_OUT"  # the flags' own variables
+JUDGE = "SUFFIX_ANALYSIS_JUDGE"
+OTHERS = (CONFIG, OUT, "SUFFIX_ANALYSIS_JSON", "SUFFIX_ANALYSIS_DEBUG", "SUFFIX_ANALYSIS_CACHE")
 
 
 def sources(words: list[str]) -> list[Any]:
@@ -24,12 +28,14 @@ def sources(words: list[str]) -> list[Any]:
     Raises:
         UsageError: the file cannot be read.
     """
-    found: list[Any] = [Env("SUFFIX_ANALYSIS_", command=False)]
     command = words[0] if words else ""
     if command not in (*STAGES, "demo"):
-        return found  # no other command takes a study's settings
-    given = [os.environ[CONFIG]] if CONFIG in os.environ else []
+        return []  # no other command takes a study's settings
+    _require_known(command)
+    found: list[Any] = [Env("SUFFIX_ANALYSIS_", command=False)]
+    given = [os.environ[CONFIG]] if CONFIG in os.environ and command != "demo" else []
     given += _values(words, "--config")
+    implied = not given
     if not given and command in STAGES:
         out = _values(words, "--out") or [os.environ.get(OUT) or STAGES[command]]
         made_with = Path(out[-1]) / "config.toml"
@@ -37,13 +43,46 @@ def sources(words: list[str]) -> list[Any]:
     for name in given[-1:]:
         try:
             settings = tomllib.loads(Path(name).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, too long a number
             raise UsageError(f"The config file {name} cannot be read: {error}") from error
         tables = [key for key, value in settings.items() if isinstance(value, dict)]
         if tables:
             raise UsageError(f"The config file {name} has a table [{tables[0]}]; settings stand without one.")
+        if implied and command != "campaign" and "vary" in settings:
+            raise UsageError(f"{Path(name).parent} holds a campaign; choose another folder with --out.")
+        judge = settings.get("judge", "rules")
+        if implied and judge != "rules" and not _values(words, "--judge") and JUDGE not in os.environ:
+            require_trusted(name, judge, None)
         found.append(Toml(name, must_exist=True, search_parents=False, use_commands_as_keys=False))
     return found
+
+
+def require_trusted(where: str, judge: str, said: str | None) -> None:
+    """Refuse to run a judge's code only because a run folder names it: the folder may be another's.
+
+    Raises:
+        UsageError: it was not said again.
+    """
+    if judge != said:
+        raise UsageError(
+            f"{where} names the judge {judge!r}, whose code would be run; say --judge {judge} if that is what you want."
+        )
+
+
+def _require_known(command: str) -> None:
+    """Refuse environment variables of ours that no setting has.
+
+    Raises:
+        UsageError: names the variable.
+    """
+    from suffix_analysis.config import CampaignConfig, DemoConfig, StudyConfig
+
+    kind = {"campaign": CampaignConfig, "demo": DemoConfig}.get(command, StudyConfig)
+    known = {f"SUFFIX_ANALYSIS_{field.name.upper()}" for field in fields(kind)} | {*OTHERS}
+    for name in os.environ:
+        if name.startswith("SUFFIX_ANALYSIS_") and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise UsageError(f"{name} is no setting of {command}{f'; is it {close[0]}?' if close else '.'}")
 
 
 def _values(words: list[str], flag: str) -> list[str]:

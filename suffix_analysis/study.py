@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import NonNegativeInt
 
-from suffix_analysis import files, pool, replies, runs
+from suffix_analysis import files, pool, provenance, replies, runs
 from suffix_analysis.analysis import analyze, as_long, n_forwards
 from suffix_analysis.causal_tests import shortfalls
 from suffix_analysis.config import StudyConfig
@@ -23,7 +23,7 @@ from suffix_analysis.direction_file import load_direction
 from suffix_analysis.direction_stage import check_counts, direction_tables
 from suffix_analysis.directions import Direction
 from suffix_analysis.environment import environment
-from suffix_analysis.errors import UserError
+from suffix_analysis.errors import PartlyDone, UserError
 from suffix_analysis.inputs import fast_dtype, study_model, study_prompts, study_text
 from suffix_analysis.judges import Judge, judge_named
 from suffix_analysis.mechanism import measure_mechanism
@@ -52,6 +52,8 @@ class Study:
         """The model, loaded on first use together with its fast twin (which must exist before the bridge)."""
         if self._model is None:
             self._model = study_model(self._begun())
+            if self.folder.is_dir():
+                provenance.require_same_weights(self.folder, self._model.name, self._model.hf)
             name = str(fast_dtype(self._begun(), self._model)).removeprefix("torch.")
             if name != "float16" and self.folder.is_dir():  # a float16 model is never cast
                 files.write_json(self.folder / "fast_dtype.json", name)
@@ -114,6 +116,8 @@ class Study:
     def _stage(self, name: str) -> Iterator[bool]:
         done = runs.is_done(self.folder, name)
         self.narrator.stage(name, done)
+        if not done:
+            runs.begin(self.folder, name)
         started, before = time.perf_counter(), runs.findings_now(self.folder)
         try:
             yield not done
@@ -141,6 +145,7 @@ class Study:
             self.model.chat(prompt.text)  # or that a prompt is too long
         files.write_atomic(self.folder / "prompts.jsonl", to_jsonl(prompts))
         files.write_json(self.folder / "env.json", environment())
+        provenance.remember(self.folder, provenance.input_digests(asdict(self.config)))
         for sentence in short:
             self.skip(sentence)
 
@@ -154,9 +159,15 @@ class Study:
     def _campaign(self) -> None:
         from suffix_analysis.campaign import campaign
 
-        suffixes, rows = campaign(self)
-        runs.write_suffixes(self.folder / "suffixes.jsonl", suffixes)
-        files.write_table(self.folder / "findings" / "campaign.parquet", rows)
+        suffixes, rows, failed = campaign(self)
+        if rows:
+            runs.write_suffixes(self.folder / "suffixes.jsonl", suffixes)
+            files.write_table(self.folder / "findings" / "campaign.parquet", rows)
+        if failed:
+            raise PartlyDone(
+                f"{len(failed)} of {len(failed) + len(rows)} attacks failed, the others are in {self.folder}: "
+                + " ".join(failed)
+            )
 
     def refusal_tokens(self) -> list[int]:
         """The tokens that open refusals; discovered once on the select split and kept for every later stage.
@@ -187,7 +198,13 @@ class Study:
             files.write_table(self.folder / "findings" / f"{name}.parquet", rows)
 
     def direction(self) -> Direction:
-        """The run's direction."""
+        """The run's direction.
+
+        Raises:
+            UserError: it has not been found yet, or its files are damaged.
+        """
+        if not (self.folder / "direction.safetensors").exists():
+            raise UserError(f"{self.folder} has no direction yet; run `suffix-analysis direction --out {self.folder}`.")
         rows = files.read_table(self.folder / "findings" / "candidates.parquet")
         return load_direction(self.folder / "direction.safetensors", rows)
 

@@ -23,20 +23,26 @@ from suffix_analysis.traces import Job, Traces, trace
 
 
 def attack_all(
-    plans: Sequence[Plan], tokens: Sequence[int], config: StudyConfig, on_done: Callable[[int], None]
+    plans: Sequence[Plan],
+    tokens: Sequence[int],
+    config: StudyConfig,
+    on_done: Callable[[int], None],
+    on_failed: Callable[[Plan, str], None] | None = None,
 ) -> list[Suffix]:
     """Make the planned attacks that are not finished; each result is written into its folder as it comes.
 
-    A finished attack never runs again. For errors see :func:`suffix_analysis.parallel.side_by_side`.
+    A finished attack never runs again. For errors see :func:`suffix_analysis.parallel.side_by_side`; with ``on_failed``
+    attacks that fail are left out.
     """
     left = [plan for plan in plans if not plan.result.exists()]
-    found = side_by_side(attack_task, [(plan, list(tokens)) for plan in left], config, lambda i: left[i].name)
+    lost = None if on_failed is None else lambda i, why: on_failed(left[i], why)
+    found = side_by_side(attack_task, [(plan, list(tokens)) for plan in left], config, lambda i: left[i].name, lost)
     for done, (i, (suffix, steps)) in enumerate(found, 1 + len(plans) - len(left)):
         left[i].folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(left[i].folder / "steps.jsonl", steps)
         write_suffixes(left[i].result, [suffix])
         on_done(done)
-    return [finished(plan) for plan in plans]
+    return [finished(plan) for plan in plans if on_failed is None or plan.result.exists()]
 
 
 def attack_task(config: StudyConfig, plan: Plan, tokens: list[int]) -> tuple[Suffix, list[dict[str, Any]]]:

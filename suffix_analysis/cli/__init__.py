@@ -39,6 +39,9 @@ def main() -> None:
     except KeyboardInterrupt:
         tell("suffix-analysis: interrupted; what was finished is kept, the same command goes on from there")
         sys.exit(130)
+    except OSError as error:
+        tell(f"suffix-analysis: {error.filename or 'a file'} cannot be used: {error.strerror or first_line(error)}.")
+        sys.exit(1)
     except Exception as error:
         from attacks import AttackError
         from attacks.memory import is_out_of_memory

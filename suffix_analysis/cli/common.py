@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from suffix_analysis import __version__
 from suffix_analysis.config import CampaignConfig, DemoConfig, StudyConfig
 from suffix_analysis.console import Console, shown
 from suffix_analysis.errors import UsageError, UserError
+from suffix_analysis.settings import require_trusted
 
 if TYPE_CHECKING:
     from suffix_analysis.study import Study
@@ -45,8 +47,10 @@ def open_study(config: StudyConfig, out: Path) -> Study:
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[Study]:
+def held(out: Path, device: str | None = None, judge: str | None = None) -> Iterator[Study]:
     """The study that made a run folder, which stays locked meanwhile.
+
+    ``device``: another than the run's; ``judge``: the one that its replies may be given.
 
     Raises:
         UsageError: the folder holds a campaign, or was made by another version.
@@ -56,16 +60,26 @@ def held(out: Path) -> Iterator[Study]:
 
     settings = read_config(out)
     if "vary" in settings:
-        raise UsageError(
-            f"{out} holds a campaign; analyse its suffixes with "
-            f"`suffix-analysis run --suffixes {out / 'suffixes.jsonl'}`."
-        )
+        raise UsageError(f"{out} holds a campaign; analyse its suffixes with `{study_of_campaign(out, settings)}`.")
+    if judge is not None:
+        require_trusted(str(out), settings.get("judge", "rules"), judge)
+    settings |= {} if device is None else {"device": device}
     try:
         config = StudyConfig(**settings)
     except TypeError as error:
         raise UsageError(f"{out} was made by another version of this tool: {error}.") from error
     with open_run(out, settings):
         yield open_study(config, out)
+
+
+def study_of_campaign(out: Path, settings: dict[str, Any]) -> str:
+    """The command that analyses a campaign's suffixes: with its model and prompts, and another folder."""
+    kept = ("model", "adapter", "system", "reply_prefix", "harmful", "harmless", "column", "seed", "dtype")
+    words = ["suffix-analysis", "run", "--suffixes", str(out / "suffixes.jsonl"), "--out", f"{out}-study"]
+    for name in kept:
+        if settings.get(name) not in (None, getattr(StudyConfig(), name)):
+            words += [f"--{name.replace('_', '-')}", str(settings[name])]
+    return shlex.join(words)
 
 
 def finish(study: Study, as_json: bool) -> None:

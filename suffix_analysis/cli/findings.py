@@ -22,6 +22,7 @@ def abilities(
     tasks_folder: Annotated[
         Path | None, Parameter(help="Folder with task files (YAML) of your own; functions that they name are run.")
     ] = None,
+    device: Annotated[str | None, Parameter(help="Another than the run's: cpu, cuda or auto.")] = None,
     limit: Annotated[Whole | None, Parameter(help="Questions of each task at most.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -30,7 +31,7 @@ def abilities(
     from suffix_analysis.files import write_table
 
     console = Console()
-    with held(out) as study:
+    with held(out, device) as study:
         rows = measure_abilities(
             study.fast, study.direction().vector, tasks, folder=tasks_folder, limit=limit,
             on_run=lambda done, total: console.progress(done, total, "interventions"),
@@ -48,6 +49,8 @@ def defend(
     *,
     most: Annotated[Whole, Parameter(help="Prompts of each kind.")] = 32,
     adaptive_steps: Annotated[Whole, Parameter(help="Steps of attacks without and with two defences; 0: none.")] = 0,
+    device: Annotated[str | None, Parameter(help="Another than the run's: cpu, cuda or auto.")] = None,
+    judge: Annotated[str, Parameter(help="The run's judge, said again where it is a function of one's own.")] = "rules",
     as_json: AsJson = False,
 ) -> None:
     """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
@@ -61,7 +64,7 @@ def defend(
 
     console, findings = Console(), out / "findings"
     adapted: list[dict[str, Any]] = []
-    with held(out) as study:
+    with held(out, device, judge) as study:
         suffixes = read_suffixes(out / "suffixes.jsonl")
         config, direction, prompts = study.config, study.direction(), study.prompts()
         console.say("Conversations with every suffix are read for the detectors …")

@@ -19,6 +19,7 @@ from suffix_analysis.cli.common import (
 )
 from suffix_analysis.config import CampaignConfig, DemoConfig, StudyConfig
 from suffix_analysis.console import campaign_lines, direction_lines
+from suffix_analysis.errors import UserError
 
 
 @app.command
@@ -103,6 +104,11 @@ def analyze(
     config: Flags = StudyConfig(), *, out: Out = Path("runs/study"), file: ConfigFile = None, as_json: AsJson = False
 ) -> None:
     """Trace every arm and tabulate what the suffix does (needs the attack and the direction)."""
+    from suffix_analysis.runs import is_done
+
+    for stage in ("attack", "direction"):
+        if not is_done(out, stage):
+            raise UserError(f"{out} has no {stage} yet; run `suffix-analysis {stage} --out {out}` first.")
     study = open_study(config, out)
     study.run()
     finish(study, as_json)

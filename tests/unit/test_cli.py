@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from suffix_analysis import cli
+from suffix_analysis import cli, runs
+from suffix_analysis.cli.common import study_of_campaign
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.study import Study
@@ -52,6 +54,11 @@ MISTAKES = [
     (["defend", "--most", "0"], 2, "--most is 0"),
     (["defend", "--adaptive-steps", "-1"], 2, "--adaptive-steps -1"),
     (["report", "nowhere"], 1, "nowhere"),
+    (["run", "--n-controls", "1000000000000"], 2, "n_controls is 1000000000000; it must be at most"),
+    (["run", "--out", "x" * 300], 1, "File name too long"),
+    (["models", "x" * 300], 1, "File name too long"),
+    (["run", "--device", "banana", "--out", "OUT"], 1, "There is no device 'banana' here; there are cpu and auto"),
+    (["campaign", "--vary", "steps=" + 2000 * "["], 2, "write it as search_width"),
     (["abilities", "arc_easy", "--out", "nowhere"], 2, "nowhere is no run folder"),
     (["demo", "--dtype", "int8"], 2, "int8"),
     (["demo", "--layer-share", "1.5"], 2, "layer_share is 1.5"),
@@ -94,7 +101,58 @@ def test_a_campaigns_folder_is_no_studys(
     assert call(monkeypatch, "defend", str(tmp_path)) == 2
     assert "run --suffixes" in capsys.readouterr().err
     assert call(monkeypatch, "run", "--out", str(tmp_path)) == 2
-    assert "each" in capsys.readouterr().err
+    assert "holds a campaign; choose another folder" in capsys.readouterr().err
+
+
+def test_the_command_behind_a_campaign_names_its_model_prompts_and_seed() -> None:
+    settings = {"model": "my model", "harmful": "h.csv", "seed": 3, "steps": 9, "dtype": "float32", "vary": []}
+    words = shlex.split(study_of_campaign(Path("runs/c"), settings))
+    assert words[2:6] == ["--suffixes", "runs/c/suffixes.jsonl", "--out", "runs/c-study"]
+    assert words[6:] == ["--model", "my model", "--harmful", "h.csv", "--seed", "3"]
+
+
+def test_a_judge_that_only_the_folder_names_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, seen: list[StudyConfig]
+) -> None:
+    (tmp_path / "config.toml").write_text('judge = "os:getcwd"\n')
+    for words in (["run", "--out"], ["defend"]):
+        assert call(monkeypatch, *words, str(tmp_path)) == 2
+        assert "names the judge 'os:getcwd', whose code would be run; say --judge" in capsys.readouterr().err
+    assert call(monkeypatch, "run", "--out", str(tmp_path), "--judge", "os:getcwd") == 0
+    assert call(monkeypatch, "run", "--config", str(tmp_path / "config.toml"), "--out", str(tmp_path)) == 0
+    assert [config.judge for config in seen] == ["os:getcwd"] * 2
+
+
+def test_a_variable_that_is_no_setting_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SUFFIX_ANALYSIS_STPS", "5")
+    assert call(monkeypatch, "run") == 2
+    assert "SUFFIX_ANALYSIS_STPS is no setting of run; is it SUFFIX_ANALYSIS_STEPS?" in capsys.readouterr().err
+
+
+def test_other_commands_take_nothing_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SUFFIX_ANALYSIS_OUT", str(tmp_path))
+    assert call(monkeypatch, "report", str(tmp_path / "nowhere")) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_analyze_needs_what_it_analyses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, seen: list[StudyConfig]
+) -> None:
+    assert call(monkeypatch, "analyze", "--out", str(tmp_path / "typo")) == 1
+    assert "has no attack yet; run `suffix-analysis attack --out" in capsys.readouterr().err and not seen
+
+
+def test_a_page_replaces_nothing_but_a_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text("steps = 3\n")
+    assert call(monkeypatch, "report", str(tmp_path), "--out", str(tmp_path / "config.toml")) == 1
+    assert "config.toml is there and is no page" in capsys.readouterr().err
+    assert (tmp_path / "config.toml").read_text() == "steps = 3\n"
 
 
 def test_unknown_settings_in_a_file(
@@ -153,6 +211,7 @@ def test_a_stage_command_takes_the_settings_of_the_folder_that_it_goes_on_with(
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.toml").write_text(f'model = "{folder}"\nsteps = 7\n')
     (tmp_path / "c.toml").write_text("steps = 9\n")
+    monkeypatch.setattr(runs, "is_done", lambda folder, stage: True)
     assert call(monkeypatch, "analyze") == 0
     assert call(monkeypatch, "run", "--out=mine", "--steps", "8") == 0
     assert call(monkeypatch, "run", "--out", "mine", "--config", "c.toml") == 0

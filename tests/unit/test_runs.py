@@ -8,11 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
-from suffix_analysis import environment, files, runs
+from suffix_analysis import environment, files, provenance, runs
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.records import Suffix
+from tests import tiny
 
 
 def test_write_is_all_or_nothing(tmp_path: Path) -> None:
@@ -49,10 +51,72 @@ def test_journal_survives_a_cut_off_line_but_not_a_damaged_one(tmp_path: Path) -
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     with runs.open_run(tmp_path / "run", {"steps": 10, "suffixes": None}):
         pass
-    with runs.open_run(tmp_path / "run", {"steps": 10, "suffixes": None}):
+    finish(tmp_path / "run", "prompts")
+    with runs.open_run(tmp_path / "run", {"steps": 10, "suffixes": None, "device": "cpu"}):
         pass
+    assert runs.read_config(tmp_path / "run")["device"] == "cpu", "where it is worked on may change, and is kept"
     with pytest.raises(UsageError, match=r"steps = 10, not 20"), runs.open_run(tmp_path / "run", {"steps": 20}):
         pass
+    with pytest.raises(UsageError, match=r"holds a study"), runs.open_run(tmp_path / "run", {"steps": 10, "vary": ()}):
+        pass
+
+
+def test_a_first_mistake_can_be_mended(tmp_path: Path) -> None:
+    for settings in ({"harmful": "nosuch.csv"}, {"harmful": "mine.csv"}):
+        with runs.open_run(tmp_path / "run", settings):
+            (tmp_path / "run" / "fast_dtype.json").touch()
+    assert runs.read_config(tmp_path / "run") == {"harmful": "mine.csv"}
+
+
+def finish(folder: Path, stage: str) -> None:
+    """As if a stage had written its files."""
+    for file in runs.FILES[stage]:
+        files.write_atomic(folder / file, "x\n")
+    runs.add_seconds(folder, stage, 1.0, "done")
+
+
+def test_input_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    here, there = tmp_path / "a.csv", tmp_path / "b.csv"
+    here.write_text("text\nSing\n")
+    with runs.open_run(tmp_path / "run", {"harmful": str(here)}):
+        provenance.remember(tmp_path / "run", provenance.input_digests({"harmful": str(here)}))
+        finish(tmp_path / "run", "prompts")
+    there.write_text(here.read_text())
+    with runs.open_run(tmp_path / "run", {"harmful": str(there)}):  # the same file elsewhere
+        pass
+    there.write_text("text\nCry\n")
+    with (
+        pytest.raises(UserError, match=r"b.csv \(harmful\) is another file than when"),
+        runs.open_run(tmp_path / "run", {"harmful": str(there)}),
+    ):
+        pass
+    there.unlink()
+    with runs.open_run(tmp_path / "run", {"harmful": str(there)}):  # its prompts are in the folder
+        pass
+
+
+def test_a_model_is_known_by_its_weights(tmp_path: Path) -> None:
+    model = tiny.hf_model("llama")
+    provenance.require_same_weights(tmp_path, "a", model)
+    provenance.require_same_weights(tmp_path, "moved/a", tiny.hf_model("llama"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 1e-4
+    with pytest.raises(UserError, match="The weights of a are others than when"):
+        provenance.require_same_weights(tmp_path, "a", model)
+
+
+def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path: Path) -> None:
+    runs.set_state(tmp_path, "running")
+    finish(tmp_path, "attack")
+    assert runs.is_done(tmp_path, "attack")
+    (tmp_path / "suffixes.jsonl").write_text("x")
+    with pytest.raises(UserError, match=r"suffixes.jsonl is not as the attack stage wrote it \(1 bytes, then 2\)"):
+        runs.is_done(tmp_path, "attack")
+    (tmp_path / "suffixes.jsonl").unlink()
+    assert not runs.is_done(tmp_path, "attack")
+    runs.begin(tmp_path, "attack")  # and killed before it ends
+    (tmp_path / "suffixes.jsonl").write_text("longer than before\n")
+    assert runs.is_done(tmp_path, "attack")
 
 
 def test_settings_that_toml_cannot_hold_come_back_the_same(tmp_path: Path) -> None:
