@@ -199,6 +199,10 @@ def _read_summary(path: Path) -> Summary:
     """Read findings/summary.json; its version is looked at before anything else in it."""
     text = _read_text(path)
     if text is None:
+        if (path.parent / "campaign.parquet").exists():
+            raise ReportError(
+                f"{path.parent.parent} holds a campaign: a report is of a run (--suffixes …/suffixes.jsonl)."
+            )
         raise ReportError(f"{path} is missing: run `suffix-analysis analyze` on this folder first.")
     data = _parse(text, str(path))
     if not isinstance(data, dict):

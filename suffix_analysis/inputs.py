@@ -146,9 +146,6 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
                 + (": behind an instruction its text has other ids" if given else "")
                 + "; leave it out."
             )
-        same = next((s.id for s in out if s.arm == arm and s.ids == ids), None)
-        if same is not None:
-            raise UserError(f"{where} is the same suffix as {same!r}, and would count twice; leave one of them out.")
         out.append(
             Suffix(
                 id=name, arm=arm, text=text, ids=ids, n_tokens=len(ids),

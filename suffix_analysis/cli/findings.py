@@ -60,12 +60,16 @@ def defend(
     from suffix_analysis.detection import measure_detectors
     from suffix_analysis.files import read_table, write_table
     from suffix_analysis.mitigations import attack_defences, measure_mitigations
+    from suffix_analysis.records import of_each_text
     from suffix_analysis.runs import read_suffixes
 
     console, findings = Console(), out / "findings"
     adapted: list[dict[str, Any]] = []
     with held(out, device, judge) as study:
-        suffixes = read_suffixes(out / "suffixes.jsonl")
+        everything = read_suffixes(out / "suffixes.jsonl")
+        # what fits and what measures must not hold one text in two orders
+        arms = dict.fromkeys(suffix.arm for suffix in everything)
+        suffixes = [s for arm in arms for s in of_each_text([s for s in everything if s.arm == arm])]
         config, direction, prompts = study.config, study.direction(), study.prompts()
         console.say("Conversations with every suffix are read for the detectors …")
         fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)

@@ -77,6 +77,22 @@ def test_a_campaign_goes_on_and_is_analysed(
     assert "search_width 4, 2 attacks: loss" in told.out and "instructions answered" in told.out
 
 
+@pytest.mark.long
+def test_a_campaign_goes_on_past_an_attack_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+) -> None:
+    """A suffix that does not fit into the context cannot be attacked with; the other setting can."""
+    words = [word if word != "search_width=[4, 8]" else "suffix_tokens=[600, 4]" for word in words]
+    words[words.index("--suffix-tokens") + 1] = "4"
+    for _ in range(2):  # and so does the next call, which makes nothing again
+        assert run(monkeypatch, words) == 3
+        told = capsys.readouterr().err
+        assert "2 of 4 attacks failed" in told and "Attack 1 of 4 (suffix_tokens = 600) failed: " in told
+        rows = read_table(tmp_path / "run" / "findings" / "campaign.parquet")
+        assert [(row["attack"], row["suffix_tokens"]) for row in rows] == [(2, 4), (4, 4)]
+        assert len(read_suffixes(tmp_path / "run" / "suffixes.jsonl")) == 2
+
+
 @pytest.mark.slow
 def test_a_campaign_under_ray_is_the_same_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
