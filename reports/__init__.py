@@ -1,7 +1,6 @@
 """Findings of a run folder → one self-contained HTML page. Imports no torch.
 
-Importing it lets notebooks show findings as a report. ``build_report(run)`` writes ``run/report.html``; ``ReportError``
-says in one sentence why it could not.
+``build_report(run)`` writes ``run/report.html``; ``ReportError`` says in one sentence why it could not.
 """
 
 from __future__ import annotations
@@ -31,14 +30,5 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def _register() -> None:
-    from reports.notebook import register
-
-    register()
-
-
 def __dir__() -> list[str]:
     return __all__
-
-
-_register()

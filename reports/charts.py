@@ -12,8 +12,6 @@ from reports import theme
 from reports.data import Row, RunData
 from reports.escape import lean, token_text
 from reports.numbers import count
-from reports.schema import REGIONS
-from reports.text import sum_rows
 
 Spec = dict[str, Any]
 _UNUSED = {"split", "measure"}
@@ -263,47 +261,6 @@ def layer_lines(rows: list[Row], title: str, layer: int | None = None) -> Any:
         rule = alt.Chart(MAIN).mark_rule(strokeDash=[4, 3]).encode(x=alt.X("layer:Q"))
         layers.insert(0, rule.transform_filter("datum.marked"))
     return alt.layer(*layers)
-
-
-def attention_shift(data: RunData) -> Figure | None:
-    """Return where the top heads together look from chat[-1]: share of attention per region and arm."""
-    rows = [
-        {**row, "arm": arm}
-        for (arm, region), row in sum_rows(data).items()
-        if region in REGIONS and (arm, region) != ("none", "suffix") and not arm.startswith("harmless")
-    ]
-    if not rows:
-        return None
-    regions = [
-        name
-        for name in ("instruction", "suffix", "chat", "system", "bos")
-        if any(r["region"] == name and r["attention"] for r in rows)
-    ]
-    rows = sorted((r for r in rows if r["region"] in regions), key=lambda r: (regions.index(r["region"]), r["arm"]))
-    heads = len(data.table("top_heads")) or len({(r["layer"], r["head"]) for r in data.table("shift")}) - 1
-    say = f"Share of the attention of {heads} top heads from chat[-1] to each region, per arm, with 95 % intervals."
-    caption = (
-        f"Mean over the {heads} heads chosen on the select split, shown on the report split. "
-        "Compare with random text: length alone draws attention."
-    )
-    columns = (
-        ("region", "region"),
-        ("arm", "arm"),
-        ("attention", "attention"),
-        ("attention_lo", "CI from"),
-        ("attention_hi", "CI to"),
-        ("lift", "lift over length"),
-        ("contribution", "contribution (sum)"),
-    )
-    chart = dots(rows, "region", regions, "attention", "share of attention", percent=True)
-    return Figure(
-        "shift",
-        "Attention of the top heads",
-        caption,
-        say,
-        columns,
-        (View("all", finish(chart, rows, dots_height(rows, "region"), say)),),
-    )
 
 
 def dots(

@@ -17,13 +17,15 @@ from reports.numbers import count, plain
 REGION_AT = {"instruction": 0.0, "suffix": 0.9, "system": 1.7, "bos": 2.3, "chat": 2.9}
 TOKENS_FROM, HEADS_AT, APART, MLPS_AT, END_AT = 4.0, 3.2, 0.6, 2.2, 3.6  # APART: heads of one layer side by side
 BOTTOM = -2.0
-_NARROW = "width < 420"
+_NARROW = "width < 620"
 _UPRIGHT = f"{_NARROW} && datum.y == {BOTTOM}"
 _ARM_WORDS = {"none": "without suffix", "adversarial": "with the suffix"}
 
 
-def circuit(data: RunData) -> Figure | None:
+def circuit(data: RunData, most: float = 0.0) -> Figure | None:
     """Return the graph of paths into the top heads, a view for every arm of the table.
+
+    ``most`` is the least weight that the widest edge stands for: that of another graph that stands beside this one.
 
     Where arms are compared it is the adversarial one's; the other stands beside it, see :func:`circuit_control`.
     """
@@ -38,7 +40,12 @@ def circuit(data: RunData) -> Figure | None:
         f"the report split. Hover over an edge for its interval and what it is in the other arm."
         f"{_averaged(data)}"
     )
-    return _figure(data, "circuit", "Circuit into the refusal direction", caption, states, views)
+    return _figure(data, "circuit", "Circuit into the refusal direction", caption, states, views, most)
+
+
+def largest_edge(data: RunData) -> float:
+    """Return the largest weight of any edge, by size."""
+    return max((abs(row["weight"]) for edges in _states(data).values() for row in edges.values()), default=0.0)
 
 
 def _averaged(data: RunData) -> str:
@@ -67,7 +74,7 @@ def _states(data: RunData) -> dict[str, Edges]:
     names = ("kind", "source_layer", "source_head", "position", "region", "target_layer", "target_head")
     found: dict[str, Edges] = {}
     for row in data.table("circuit"):
-        if row["weight"] is not None and "−" not in row["arm"]:
+        if row["weight"] and "−" not in row["arm"]:  # what is 0 is no edge, as of a suffix where there is none
             found.setdefault(row["arm"], {})[tuple(row[name] for name in names)] = row
     return {arm: found[arm] for arm in theme.arm_order(set(found))}
 
@@ -79,6 +86,7 @@ def _figure(
     caption: str,
     states: dict[str, Edges],
     wanted: Sequence[tuple[str, str, str | None]],
+    least: float = 0.0,
 ) -> Figure | None:
     """A figure of views (label, arm that is drawn, arm that its edges are compared with)."""
     if not wanted:
@@ -88,7 +96,7 @@ def _figure(
     end = data.summary.direction.layer if data.summary.direction else layers
     top = 2 + max([end, *(key[5] for key in keys if key[5] is not None)])
     tokens = min((key[3] for key in keys if key[3] is not None), default=-1)
-    most = max(abs(row["weight"]) for edges in states.values() for row in edges.values()) or 1.0
+    most = max(least, largest_edge(data)) or 1.0
     slots = _slots(keys)
     say = "Graph of layers against sources: edges from regions and earlier heads into the top heads and the direction."
     frame = outline(_chart(top, tokens), 430, say, lines=1, step=620)

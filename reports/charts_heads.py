@@ -15,15 +15,20 @@ from reports.charts import (
     Spec,
     View,
     differences,
+    dots,
+    dots_height,
     filled,
+    finish,
     head_name,
     opacity_where,
     outline,
     tips,
 )
 from reports.data import Row, RunData
-from reports.evidence import adversarial_count
+from reports.evidence import adversarial_count, over_prompts
 from reports.numbers import plain
+from reports.schema import REGIONS
+from reports.text import sum_rows
 
 MEASURES = {
     "contribution": "contribution",
@@ -56,10 +61,11 @@ def head_grid(data: RunData, bounds: dict[str, float] | None = None) -> Figure |
             views.append(View(f"{measure}: {arm}", _grid(cells, bound, data, say, measure), measure, arm))
     pool = adversarial_count(data)
     caption = (
-        "Contribution: what each head writes along the refusal direction at chat[-1], mean over the report split; a "
-        "share of the write, not the effect of deleting the head. Attention: change of the share that chat[-1] gives a "
-        "region. Effect of ablating: change of the projection when that head alone gives what it gives harmless "
-        f"prompts on average{'' if pool < 2 else f', the first of {pool} suffixes'}. "
+        "Contribution: what each head writes along the refusal direction at chat[-1], mean over "
+        f"{over_prompts(data.table('heads'))}; a share of the write, not the effect of deleting the head. Attention: "
+        "change of the share that chat[-1] gives a region. Effect of ablating: change of the projection when that head "
+        "alone gives what it gives harmless prompts on average"
+        f"{'' if pool < 2 else f', the first of {pool} suffixes'}. "
         "Ringed: top heads, chosen on the select split. One colour scale for each measure; + and − beside colour. "
         f"{_faded(data)}"
         f"{_tested(data)}{_ranking(data)}{PIN}"
@@ -139,7 +145,11 @@ def _maps(data: RunData) -> dict[str, dict[str, list[Row]]]:
     for run in ("none", "adversarial"):
         own = [row for row in data.table("sweep") if row["run"] == run and row["projection_effect"] is not None]
         if own:
-            cells = [_cell(row, row["projection_effect"], top) | {"p": row["projection_p"]} for row in own]
+            cells = [
+                _cell(row, row["projection_effect"], top)
+                | {"p": row["projection_p"], "lo": row.get("projection_lo"), "hi": row.get("projection_hi")}
+                for row in own
+            ]
             maps["effect of ablating"][run] = cells
     # what is written from the direction's layer on comes after it is read
     end = data.summary.direction.layer if data.summary.direction else data.summary.n_layers
@@ -204,3 +214,44 @@ def _outline(measure: str, bound: float, fields: tuple[str, ...], height: int, s
     )
     glyph = base.mark_text(fontSize=10, fontWeight=600, baseline="middle").encode(text=alt.Text("sign:N"))
     return outline(alt.layer(cell_mark, ring, pin, glyph).add_params(PINNED), height, say)
+
+
+def attention_shift(data: RunData) -> Figure | None:
+    """Return where the top heads together look from chat[-1]: share of attention per region and arm."""
+    rows = [
+        {**row, "arm": arm}
+        for (arm, region), row in sum_rows(data).items()
+        if region in REGIONS and (arm, region) != ("none", "suffix") and not arm.startswith("harmless")
+    ]
+    if not rows:
+        return None
+    regions = [
+        name
+        for name in ("instruction", "suffix", "chat", "system", "bos")
+        if any(r["region"] == name and r["attention"] for r in rows)
+    ]
+    rows = sorted((r for r in rows if r["region"] in regions), key=lambda r: (regions.index(r["region"]), r["arm"]))
+    heads = len(data.table("top_heads")) or len({(r["layer"], r["head"]) for r in data.table("shift")}) - 1
+    say = f"Share of the attention of {heads} top heads from chat[-1] to each region, per arm, with 95 % intervals."
+    caption = (
+        f"Mean over the {heads} heads chosen on the select split, on {over_prompts(data.table('shift'))}. Compare with "
+        "the other texts: length alone draws attention. The first token, where idle heads look, is in its region here."
+    )
+    columns = (
+        ("region", "region"),
+        ("arm", "arm"),
+        ("attention", "attention"),
+        ("attention_lo", "CI from"),
+        ("attention_hi", "CI to"),
+        ("lift", "lift over length"),
+        ("contribution", "contribution (sum)"),
+    )
+    chart = dots(rows, "region", regions, "attention", "share of attention", percent=True)
+    return Figure(
+        "shift",
+        "Attention of the top heads",
+        caption,
+        say,
+        columns,
+        (View("all", finish(chart, rows, dots_height(rows, "region"), say)),),
+    )

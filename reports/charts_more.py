@@ -13,7 +13,6 @@ from reports.charts import (
     SHIFT_ARMS,
     Figure,
     View,
-    attention_shift,
     dots,
     dots_height,
     finish,
@@ -25,7 +24,7 @@ from reports.charts import (
 )
 from reports.charts_causal import causal_tests
 from reports.charts_circuit import circuit, circuit_control
-from reports.charts_heads import head_grid
+from reports.charts_heads import attention_shift, head_grid
 from reports.charts_lens import logit_lens
 from reports.data import Row, RunData
 from reports.defences import adaptive_curves, trade_off

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from reports import build, theme
 from reports.charts import Figure
+from reports.charts_circuit import circuit, largest_edge
 from reports.charts_heads import MEASURES, PIN, grid_bounds, head_grid
 from reports.charts_more import figures
 from reports.data import Row, RunData, read_run
@@ -21,10 +23,18 @@ TOLD = ("run", "model", "suffix", "pool", "facts", "headline", "unfinished", "mi
 SHOWN = ("refusal", "profile", "shift", "causal", "heads", "circuit", "interventions")
 
 
-def build_comparison(first: Path, second: Path, out: Path | None = None, *, redact: bool = False) -> Path:
+def build_comparison(
+    first: Path,
+    second: Path,
+    out: Path | None = None,
+    *,
+    redact: bool = False,
+    on_unusable: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Write a page that shows two runs side by side and return its path (default: beside the first run's report).
 
-    With ``redact`` it has a name of its own, so that it replaces no page that is not.
+    With ``redact`` it has a name of its own, so that it replaces no page that is not. ``on_unusable`` is told of every
+    file that is damaged and so not shown.
 
     Raises ReportError where a run cannot be read or the page cannot be written.
     """
@@ -36,6 +46,9 @@ def build_comparison(first: Path, second: Path, out: Path | None = None, *, reda
     name = f"compare-{runs[1].name}{'-redacted' if redact else ''}.html"
     target = Path(out) if out is not None else Path(first) / name
     build.write(target, render(runs[0], runs[1]))
+    for run in runs:
+        for file, why in run.unusable.items():
+            on_unusable(f"{run.name}, {file}: {why}")
     return target
 
 
@@ -43,10 +56,14 @@ def render(first: RunData, second: RunData) -> bytes:
     """Return the page as UTF-8 bytes."""
     sides: list[dict[str, Any]] = []
     both = [grid_bounds(run) for run in (first, second)]
+    widest = max(largest_edge(run) for run in (first, second))
     bounds = {measure: max(found[measure] for found in both) for measure in MEASURES}
     charts: dict[str, Figure] = {}
     for letter, data in (("a", first), ("b", second)):
         own = figures(data)
+        if (graph := circuit(data, widest)) is not None:  # an edge is as wide on both sides
+            ending = " Hover over an edge for its interval and what it is in the other arm."
+            own["circuit"] = replace(graph, caption=graph.caption.replace(ending, " Widths are on one scale."))
         if "heads" in own:  # colours mean the same on both sides; there is nothing to pin a head in
             grid = head_grid(data, bounds)
             assert grid is not None

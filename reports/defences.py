@@ -104,6 +104,9 @@ def _detector_row(row: Row) -> dict[str, str]:
         "false": percent_ci(
             row.get("false_positives_1"), row.get("false_positives_1_lo"), row.get("false_positives_1_hi")
         ),
+        "false_5": percent_ci(
+            row.get("false_positives_5"), row.get("false_positives_5_lo"), row.get("false_positives_5_hi")
+        ),
         "n": f"{row['n_prompts']} × {row['n_suffixes']}, {row['n_others']}{_descriptive(row)}",
     }
 

@@ -14,14 +14,18 @@ _CONTROL_NAMES = (
 )
 _CONTROLS = dict(enumerate(_CONTROL_NAMES.split()))
 _MARKS_IN_A_ROW = 4
+# what has a category of visible characters and shows nothing all the same (Unicode's Default_Ignorable_Code_Point, and
+# the Braille blank): such characters can carry an attack
+_BLANKS = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, *range(0x180B, 0x1810)}
+_BLANKS |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 
 
 def visible(text: str, *, newlines: bool = False) -> str:
     """Return the text with every invisible or reordering character spelled out.
 
-    Control characters become ⟨ESC⟩ and the like, newline ↵, tab ⇥; format characters, lone surrogates and unassigned
-    code points become ⟨U+202E⟩ and the like, long stacks of combining marks are cut. With ``newlines`` true, newline
-    and tab stay as they are. The result is valid UTF-8 whatever went in.
+    Control characters become ⟨ESC⟩ and the like, newline ↵, tab ⇥; format characters, lone surrogates, unassigned code
+    points and what shows nothing become ⟨U+202E⟩ and the like; of long stacks of combining marks the number that is cut
+    is told. With ``newlines`` true, newline and tab stay as they are. The result is valid UTF-8 whatever went in.
     """
     if text.isascii() and text.isprintable():  # nearly all of a page
         return text
@@ -30,15 +34,16 @@ def visible(text: str, *, newlines: bool = False) -> str:
     for char in text:
         code = ord(char)
         category = unicodedata.category(char)
-        marks = marks + 1 if category in ("Mn", "Me") else 0
+        marks = marks + 1 if category in ("Mn", "Me") and code not in _BLANKS else 0
         if marks > _MARKS_IN_A_ROW:
-            if marks == _MARKS_IN_A_ROW + 1:
-                out.append("⟨…marks⟩")
+            if marks > _MARKS_IN_A_ROW + 1:
+                out.pop()
+            out.append(f"⟨{marks - _MARKS_IN_A_ROW} more marks⟩")
         elif newlines and char in "\n\t":
             out.append(char)
         elif code < 0x20:
             out.append({"\n": "↵", "\t": "⇥"}.get(char, f"⟨{_CONTROLS[code]}⟩"))
-        elif category in _HIDDEN:
+        elif category in _HIDDEN or code in _BLANKS:
             out.append(f"⟨U+{code:04X}⟩")
         else:
             out.append(char)

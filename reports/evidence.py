@@ -83,3 +83,9 @@ def _change(data: RunData, measures: set[str], against: str, rows: list[Row | No
             return -1 if row["hi"] < 0 else 1 if row["lo"] > 0 else 0
     ours, theirs = rows
     return clearly(ours, theirs, keys) if ours and theirs else 0
+
+
+def over_prompts(rows: list[Row]) -> str:
+    """Return ``48 report prompts``, those that a table's rows are means over; ``the report split`` where unknown."""
+    known = max((row.get("n_prompts") or 0 for row in rows), default=0)
+    return count(known, "report prompt") if known else "the report split"

@@ -7,7 +7,7 @@ from typing import Any
 
 from reports.data import Row, RunData
 from reports.escape import visible
-from reports.evidence import CONTROL_WORDS, clearly, projection_change, the_suffixes
+from reports.evidence import CONTROL_WORDS, clearly, over_prompts, projection_change, the_suffixes
 from reports.numbers import count, percent, percent_ci, plain, plain_ci
 from reports.theme import arm_order
 
@@ -38,6 +38,7 @@ def context(data: RunData) -> dict[str, Any]:
         "carried": _beside(controls, data.table("carried"), "term", {}),
         "factors": _beside(controls, summed, "factor", FACTOR_WORDS),
         "controls": controls,
+        "over": over_prompts(data.table("carried")),
         "replied": [
             {
                 "what": described(row)["what"] if row["test"] != UNCHANGED else "left alone",
@@ -174,7 +175,7 @@ def sentences(data: RunData) -> Iterator[str]:
     clauses = []
     # shares of a rise, or of what may be none, would read as shares of a fall
     if terms and projection_change(data, "none") < 0 and sum(row["value"] for row in carried) > 0:
-        clauses.append(f"Of the fall in projection {_listed(terms, 'is written', 'by')}")
+        clauses.append(f"Of the fall in projection ({over_prompts(carried)}) {_listed(terms, 'is written', 'by')}")
     # the parts' upper bounds added up: more careful than an interval of their sum, which the table lacks
     upper = [row["hi"] for row in summed]
     if factors and None not in upper and sum(upper) < 0:

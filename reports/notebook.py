@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import html
-import sys
 from typing import Any
 
 HEIGHT = 860
-
-
-def register() -> bool:
-    """Let IPython show ``suffix_analysis`` findings as a report; returns whether there is an IPython to tell."""
-    module = sys.modules.get("IPython")
-    shell = module.get_ipython() if module is not None else None
-    if shell is None:
-        return False
-    formatter = shell.display_formatter.formatters["text/html"]
-    formatter.for_type_by_name("suffix_analysis.records", "Findings", findings_html)
-    return True
 
 
 def findings_html(findings: Any) -> str:
@@ -42,6 +30,6 @@ def findings_html(findings: Any) -> str:
     )
     page = html.escape(render(data).decode("utf-8"), quote=True)
     return (
-        f'<iframe sandbox="allow-scripts" title="suffix analysis" srcdoc="{page}" '
+        f'<iframe sandbox="allow-scripts allow-downloads" title="suffix analysis" srcdoc="{page}" '
         f'style="width:100%;height:{HEIGHT}px;border:0"></iframe>'
     )

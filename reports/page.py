@@ -68,7 +68,7 @@ def figure_payload(figure: Figure) -> dict[str, Any]:
 def shown_spec(value: Any) -> Any:
     """Return a spec with every string made visible: arm names and the like come from files."""
     if isinstance(value, str):
-        return visible(value)
+        return visible(value, newlines=True)  # a tooltip's own lines
     if isinstance(value, dict):
         return {key: shown_spec(item) for key, item in value.items()}
     return [shown_spec(item) for item in value] if isinstance(value, list) else value

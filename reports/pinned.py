@@ -13,6 +13,9 @@ from reports.theme import arm_order
 REGIONS = ("instruction", "suffix", "chat", "system", "bos")
 """What a pinned head's attention is shown to; "bos" is only in findings/shift.parquet, so of top heads."""
 
+FIRST = "the first token"
+"""Where idle heads park their attention: the BOS token, or the first of the system prompt or the template."""
+
 
 def pinned_heads(data: RunData) -> dict[str, Any]:
     """Return column headings and, by head, its rank, a row per arm, its factors and its effects when ablated.
@@ -25,7 +28,8 @@ def pinned_heads(data: RunData) -> dict[str, Any]:
         return found.setdefault(head_name(layer, head), {"rank": None, "arms": {}, "factors": [], "effects": []})
 
     shift = {(row["arm"], row["layer"], row["head"], row["region"]): row for row in data.table("shift")}
-    regions = [region for region in REGIONS if region != "bos" or any(key[-1] == "bos" for key in shift)]
+    there = {key[-1] for key, row in shift.items() if row["attention"]}
+    regions = [region for region in REGIONS if region != "bos" or "bos" in there]
     for row in data.table("heads"):
         if row["split"] == "report":
             values = [_bounded(row, "contribution", "lo", "hi")]
@@ -36,6 +40,7 @@ def pinned_heads(data: RunData) -> dict[str, Any]:
                     if known
                     else row.get(f"attention_{region}")
                 )
+            values.append(row.get("attention_first"))
             of(row["layer"], row["head"])["arms"][visible(row["arm"])] = values
     for row in data.table("top_heads"):
         of(row["layer"], row["head"])["rank"] = row["rank"]
@@ -50,12 +55,17 @@ def pinned_heads(data: RunData) -> dict[str, Any]:
             )
     for row in data.table("sweep"):
         of(row["layer"], row["head"])["effects"].append(
-            [visible(row["run"]), row["projection_effect"], row["projection_p"]]
+            [
+                visible(row["run"]),
+                [row["projection_effect"], row.get("projection_lo"), row.get("projection_hi")],
+                row["projection_p"],
+            ]
         )
     for entry in found.values():
         entry["arms"] = {arm: entry["arms"][arm] for arm in arm_order(entry["arms"].keys())}
     ranked = sorted(found, key=lambda name: found[name]["rank"] or len(found) + 1)
-    return {"columns": ["along r̂", *regions], "heads": {name: found[name] for name in ranked}}
+    columns = ["writes along r̂", *(f"attention to {region}" for region in regions), f"to {FIRST} (in one of these)"]
+    return {"columns": columns, "heads": {name: found[name] for name in ranked}}
 
 
 def _bounded(row: Row, key: str, lo: str, hi: str) -> Any:

@@ -14,6 +14,8 @@ from reports.data import RunData
 from reports.errors import ReportError
 from reports.schema import Pattern, Suffix
 
+LONG = 8  # characters: shorter texts stand in prompts by chance
+
 
 def stand_in(text: str) -> str:
     """Return what is shown instead of a text: its length and the beginning of its SHA-256."""
@@ -24,8 +26,9 @@ def stand_in(text: str) -> str:
 def redact(data: RunData) -> RunData:
     """Return the run without any suffix, target, reply or folder; prompts, numbers and other settings stay.
 
-    Equal texts have equal stand-ins, so that what was the same can still be seen to be the same. Suffix tokens go from
-    the prompts' token strips and attention views too, and token ids with them. Of local paths the last part stays.
+    A prompt or an id that holds a suffix or the target (of eight characters or more) loses it too. Equal texts have
+    equal stand-ins, so that what was the same can still be seen to be the same. Suffix tokens go from the prompts'
+    token strips and attention views too, and token ids with them. Of local paths the last part stays.
 
     Raises ReportError where suffixes.jsonl is missing or cannot be read: what is to be taken out is then unknown.
     """
@@ -33,7 +36,7 @@ def redact(data: RunData) -> RunData:
         raise ReportError(f"No page can be redacted without suffixes.jsonl, which is {data.unusable['suffixes']}")
     if "suffixes" in data.missing:
         raise ReportError("No page can be redacted without suffixes.jsonl, which is missing: restore it.")
-    without = _removal(data)
+    without, long = _removal(data), _removal(data, LONG)
     target = data.summary.target
     summary = data.summary.model_copy(
         update={
@@ -42,7 +45,7 @@ def redact(data: RunData) -> RunData:
             "skipped": [without(sentence) for sentence in data.summary.skipped],
         }
     )
-    tables = {name: [_row(row, without) for row in rows] for name, rows in data.tables.items()}
+    tables = {name: [_row(row, without, long) for row in rows] for name, rows in data.tables.items()}
     checks = [
         check.model_copy(update={key: without(value) for key, value in check if isinstance(value, str)})
         for check in data.checks
@@ -52,7 +55,9 @@ def redact(data: RunData) -> RunData:
         place=data.name,
         summary=summary,
         config=without(data.config),
-        suffixes=tuple(_suffix(suffix) for suffix in data.suffixes),
+        suffixes=tuple(_suffix(suffix, long) for suffix in data.suffixes),
+        prompts=tuple(_texts(prompt, long) for prompt in data.prompts),
+        env={key: without(value) if isinstance(value, str) else value for key, value in data.env.items()},
         tables=tables,
         patterns=tuple(_pattern(pattern) for pattern in data.patterns),
         checks=tuple(checks),
@@ -60,9 +65,10 @@ def redact(data: RunData) -> RunData:
     )
 
 
-def _removal(data: RunData) -> Callable[[str], str]:
-    """Return what takes suffixes, target and folders out of a text: in one pass, the longest first."""
+def _removal(data: RunData, least: int = 1) -> Callable[[str], str]:
+    """Return what takes suffixes, target (of ``least`` characters) and folders out of a text: the longest first."""
     texts = [suffix.text for suffix in data.suffixes] + [data.summary.target or ""]
+    texts = [text for text in texts if len(text.strip()) >= least]
     instead = {
         form: stand_in(text)
         for text in sorted(texts, key=lambda text: (len(text), text))
@@ -103,12 +109,17 @@ def _quoted(text: str) -> str:
     return tomli_w.dumps({"x": text}).strip()[len('x = "') : -1]
 
 
-def _suffix(suffix: Suffix) -> Suffix:
-    return suffix.model_copy(update={"text": stand_in(suffix.text), "ids": []})
+def _suffix(suffix: Suffix, without: Callable[[str], str]) -> Suffix:
+    return suffix.model_copy(update={"id": without(str(suffix.id)), "text": stand_in(suffix.text), "ids": []})
 
 
-def _row(row: dict[str, Any], without: Callable[[str], str]) -> dict[str, Any]:
-    own: dict[str, Callable[[str], str]] = {"reply": stand_in, "note": without}
+def _texts(record: Any, without: Callable[[str], str]) -> Any:
+    own = ("id", "text", "topic", "policy")
+    return record.model_copy(update={k: without(v) for k, v in record if k in own and isinstance(v, str)})
+
+
+def _row(row: dict[str, Any], without: Callable[[str], str], long: Callable[[str], str]) -> dict[str, Any]:
+    own: dict[str, Callable[[str], str]] = {"reply": stand_in, "note": without, "suffix_id": long, "prompt_id": long}
     return row | {key: change(row[key]) for key, change in own.items() if isinstance(row.get(key), str)}
 
 

@@ -15,6 +15,7 @@ from reports.evidence import (
     find,
     nearest,
     over,
+    over_prompts,
     projection_change,
     refusal_change,
     the_suffixes,
@@ -136,9 +137,9 @@ def _attention(data: RunData) -> Iterator[str]:
     heads = len({(r["layer"], r["head"]) for r in data.table("shift")} - {(-1, -1)})
     before, after = (percent_ci(row["attention"], row[keys[0]], row[keys[1]]) for row in (none, ours))
     text = (
-        f"The {count(heads, 'head')} that write most along the direction (chosen on the select split, shown on the "
-        f"report split) gave the instruction {before} of their attention without a suffix and {after} with "
-        f"{the_suffixes(adversarial_count(data))}{_beside(rows, ours)}"
+        f"The {count(heads, 'head')} that write most along the direction (chosen on the select split; "
+        f"{over_prompts(data.table('shift'))}) gave the instruction {before} of their attention "
+        f"without a suffix and {after} with {the_suffixes(adversarial_count(data))}{_beside(rows, ours)}"
     )
     if suffix:
         text += f"; the suffix tokens took {percent_ci(suffix['attention'], suffix[keys[0]], suffix[keys[1]])}"
@@ -213,7 +214,8 @@ def not_checked(data: RunData) -> list[str]:
     lines = []
     if not data.table("causal"):
         lines.append("Causal tests of heads and attention edges: what a head writes is a share, not an effect.")
-    arms = {row["arm"] for row in data.table("refusal")} | {suffix.arm for suffix in data.suffixes}
+    # what was evaluated; a suffix that only stands in the file shows nothing
+    arms = {row["arm"] for row in data.table("refusal") or data.table("profile")}
     number = adversarial_count(data)
     if number < FEW_SUFFIXES:
         lines.append("Several independent attacks: other suffixes may work by other means.")

@@ -264,7 +264,7 @@ def identity_checks(
             "value": float(min(several.values(), default=0)),
             "bound": float(MIN_SUFFIXES),
             "passed": not few,
-            "sentence": f"Arms with fewer than {MIN_SUFFIXES} suffixes are descriptive: {few or 'none'}.",
+            "sentence": f"Every arm has at least {MIN_SUFFIXES} suffixes{f' (descriptive: {few})' if few else ''}.",
         },
     ]
 

@@ -127,6 +127,7 @@ def head_rows(arm: ArmTraces, split: str) -> list[dict[str, Any]]:
             "hi": float(hi[i]),
             **{f"attention_{name}": float(attention[name][i]) for name in shown},
             "attention_first": float(sink[i]),
+            "n_prompts": len(arm.traces[0].chats),
         }
         for i in range(len(mean))
     ]
@@ -174,6 +175,7 @@ def shift_rows(arm: ArmTraces, heads: Sequence[TopHead]) -> list[dict[str, Any]]
                     "contribution": float(c_mean[k]),
                     "contribution_lo": float(c_lo[k]),
                     "contribution_hi": float(c_hi[k]),
+                    "n_prompts": len(arm.traces[0].chats),
                 }
             )
     return rows

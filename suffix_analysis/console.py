@@ -9,8 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 
 
 def shown(text: str) -> str:
-    """The text as a terminal may have it: control characters, reordering marks and lone surrogates as their escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    """The text as a terminal may have it: what shows nothing or reorders is spelled out (see ``reports.escape``)."""
+    from reports.escape import visible
+
+    return "\n".join(visible(line) for line in text.split("\n"))
 
 
 def tell(text: str) -> None:

@@ -70,6 +70,12 @@ class Findings:
     checks: list[dict[str, Any]] = field(default_factory=list)
     patterns: list[dict[str, Any]] = field(default_factory=list)
 
+    def _repr_html_(self) -> str:
+        """The report, for notebooks: a page in a frame of its own."""
+        from reports.notebook import findings_html
+
+        return findings_html(self)
+
     def frame(self, table: str) -> pandas.DataFrame:
         """One table as a data frame.
 

@@ -81,7 +81,6 @@
     tip.style.top = `${y + 14 + box.height > innerHeight ? y - box.height - 10 : y + 14}px`;
   }
   addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
-
   async function draw(chart) {
     const name = themeNow(), turn = (chart.turn = (chart.turn || 0) + 1), view = chart.views[chart.at], stage = el("div");
     if (chart.result) { chart.plot.style.minHeight = `${chart.plot.offsetHeight}px`; chart.result.finalize(); }
@@ -108,7 +107,6 @@
     fill(chart);
     if (chart.plot.dataset.drawn) draw(chart);
   }
-
   for (const chart of switched) {
     const { id, views, place } = chart, follow = () => {
       for (const control of place.children) control.matches("select") ? control.value = state[id] : control.setAttribute("aria-pressed", String(control.value === state[id]));
@@ -128,12 +126,13 @@
     const shown = rows.filter((row) => columns.some(([field]) => row[field] != null));
     details.append(table(columns.map(([, title]) => title), shown.map((row) => columns.map(([field]) => nice(row[field])))));
   }
-
   async function save(chart) {
-    const svg = await chart.result?.view.toSVG();
-    if (svg) Object.assign(el("a"), { href: `data:image/svg+xml,${encodeURIComponent(svg)}`, download: `${chart.id}.svg` }).click();
+    const spec = structuredClone(chart.views[chart.at]?.spec);  // drawn for paper: a figure from the dark page could not be read there
+    if (!spec) return;
+    if (spec.width === "container") spec.width = chart.plot.clientWidth;
+    const made = await vegaEmbed(el("div"), spec, { mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false, config: payload.themes.light });
+    Object.assign(el("a"), { href: `data:image/svg+xml,${encodeURIComponent(await made.view.toSVG())}`, download: `${chart.id}.svg` }).click();
   }
-
   for (const chart of charts) {
     chart.node.querySelector("details.data").addEventListener("toggle", () => fill(chart));
     chart.node.querySelector("button.svg").addEventListener("click", () => save(chart));
@@ -175,7 +174,7 @@
     place.replaceChildren(el("h3", state.head, el("span.quiet", record.rank ? ` · rank ${record.rank} on the select split` : " · not among the top heads")),
       table(["arm", ...payload.pinned.columns], rows));
     if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, bounded(value, nice), bounded(share, percent)])));
-    for (const [run, effect, p] of record.effects) place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}${p == null ? "" : `, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads`}.`));
+    for (const [run, [effect, lo, hi], p] of record.effects) place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}${lo == null ? "" : ` (CI ${nice(lo)} to ${nice(hi)})`}${p == null ? "" : `, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads`}.`));
   }
   followers.push((changed) => changed.includes("head") && pinned());
 
@@ -236,7 +235,6 @@
     }
     byId("cv-note").textContent = `Full colour from ${most.toFixed(2)} up, the same on both sides.${!state.head || record.arms.some((view) => view.heads.includes(state.head)) ? "" : ` Patterns are stored for the top heads only, not for ${state.head}.`}`;
   }
-
   function prompt() {
     const record = payload.prompts[state.prompt];
     if (!record || !byId("prompt")) return;
@@ -245,10 +243,10 @@
     byId("strips").replaceChildren(...record.arms.map((view) => {
       const values = given(view), total = values.reduce((sum, v) => sum + (v || 0), 0);
       const whose = view.heads.includes(state.head) ? state.head : "top heads";
-      return el("div.strip", el("h4", armName(view), el("span", ` · ${whose}, sum ${nice(total.toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most), fold("details.data", "Table of these tokens", () => tokens(view, values)));
+      return el("div.strip", el("h4", armName(view), el("span", `${view.suffix ? ` · ${view.suffix}` : ""} · ${whose}, sum ${nice(total.toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most), fold("details.data", "Table of these tokens", () => tokens(view, values)));
     }));
     const row = payload.replies.rows.find((other) => other.id === record.id);
-    byId("prompt-replies").replaceChildren(...(row ? opened(row, ["none", "adversarial"]) : []));
+    byId("prompt-replies").replaceChildren(...(row ? opened(row, new Map(record.arms.map((view) => [view.arm, view.suffix ?? null]))) : []));
     if (inView) patterns(record);
   }
   followers.push((changed) => (changed.includes("prompt") || changed.includes("head")) && prompt());
@@ -264,9 +262,10 @@
   }
 
   // --- replies -----------------------------------------------------------------------------------------------------
-  function opened(row, only) {
+  function opened(row, only) {  // only: arm → the suffix whose reply is wanted
     const found = [];
-    for (const [arm, cell] of Object.entries(row.cells)) for (const [suffix, verdict, , score, text] of only && !only.includes(arm) ? [] : cell) {
+    for (const [arm, cell] of Object.entries(row.cells)) for (const [suffix, verdict, , score, text] of cell) {
+      if (only && (!only.has(arm) || only.get(arm) !== (suffix ?? null))) continue;
       const head = `${arm}${suffix ? ` · ${suffix}` : ""} · ${payload.replies.verdicts[verdict]} · refusal score ${nice(score)} · model reply, may be unpleasant`;
       const body = el("p", payload.replies.texts[text] ?? "(only in the run folder)");
       if (body.textContent === "") body.textContent = "(an empty reply)";
@@ -275,7 +274,6 @@
     }
     return found;
   }
-
   function replies(data) {
     const place = byId("reply-table");
     if (!place) return;
@@ -327,11 +325,12 @@
         if (control.selectedIndex < 0) set({ [key]: (control.selectedIndex = 0, control.value) });
       }
       if (changed) limit = PAGE;
+      which.disabled = !arms().some((arm) => arm.includes("adversarial"));  // look-alikes meet no suffix
       list();
     }
     for (const [key, control] of Object.entries(filters)) control.addEventListener("input", () => set({ [key]: control.value, ...(key === "kind" && { sort: "" }) }));
     followers.push((changed) => changed.some((key) => key in filters) && follow(changed));
-    more.addEventListener("click", () => { limit = Infinity; list(); });
+    more.addEventListener("click", () => { limit = Infinity, list(); Object.assign(place.tBodies[0].rows[PAGE], { tabIndex: -1 }).focus(); });
     follow();
   }
 

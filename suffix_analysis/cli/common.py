@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from suffix_analysis import __version__
 from suffix_analysis.config import CampaignConfig, DemoConfig, StudyConfig
-from suffix_analysis.console import Console, shown
+from suffix_analysis.console import Console, shown, tell
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.settings import require_trusted
 
@@ -112,7 +112,7 @@ def build(folder: Path) -> Path:
     from reports import ReportError, build_report
 
     try:
-        return build_report(folder)
+        return build_report(folder, on_unusable=lambda line: tell(f"suffix-analysis: {line}"))
     except ReportError as error:
         raise UserError(f"The findings are complete, but the report failed: {error}") from error
 

@@ -124,11 +124,13 @@ def report(
         if figures is not None:
             written = save_figures(run, figures)
             print(shown(f"{len(written)} files in {figures}"))
-        elif other is not None:
-            print(shown(str(build_comparison(run, other, out, redact=redact))))
         else:
             damaged: list[str] = []
-            print(shown(str(build_report(run, out, redact=redact, on_unusable=damaged.append))))
+            if other is not None:
+                page = build_comparison(run, other, out, redact=redact, on_unusable=damaged.append)
+            else:
+                page = build_report(run, out, redact=redact, on_unusable=damaged.append)
+            print(shown(str(page)))
             for line in damaged:
                 tell(f"suffix-analysis: {line}")
             if damaged:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from reports.charts import Figure
-from reports.charts_circuit import circuit, circuit_control
+from reports.charts_circuit import circuit, circuit_control, largest_edge
 from reports.charts_heads import grid_bounds, head_grid
 from reports.data import RunData, read_run
 from reports.export import circuit_graphs
@@ -109,3 +109,15 @@ def test_the_graph_has_what_neuronpedias_schema_asks_for(data: RunData) -> None:
         assert {"linkType", "pinnedIds", "clickedId", "supernodes", "sg_pos"} <= set(graph["qParams"])
         known = {node["node_id"] for node in graph["nodes"]}
         assert all(link["source"] in known and link["target"] in known for link in graph["links"])
+
+
+def test_what_is_nothing_is_no_edge(data: RunData) -> None:
+    rows = [row for row in data.table("circuit") if row["arm"] == "none"][:5]
+    some = with_circuit(data, [*rows[1:], {**rows[0], "weight": 0.0}])
+    assert len(views(circuit(some))["none"]) == 4
+
+
+def test_widths_of_two_runs_have_one_scale(data: RunData) -> None:
+    alone, beside = (views(circuit(data, most))["none"] for most in (0.0, 4 * largest_edge(data)))
+    for edge, other in zip(alone, beside, strict=True):
+        assert other["share"] == pytest.approx(edge["share"] / 2, rel=1e-3)

@@ -8,11 +8,9 @@ import gzip
 import html
 import json
 import shutil
-import sys
 import tomllib
 import types
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import altair as alt
@@ -29,9 +27,10 @@ from reports.charts_more import figures
 from reports.compare import build_comparison
 from reports.data import RunData, read_run
 from reports.export import circuit_graphs, save_figures
-from reports.notebook import findings_html, register
+from reports.notebook import findings_html
 from reports.redact import redact, stand_in
 from reports.schema import Summary
+from suffix_analysis import records
 from tests.fake_run import HOSTILE, make_fake_run
 
 
@@ -141,7 +140,7 @@ class Findings:
 
 def test_a_notebook_shows_findings_in_a_frame_of_their_own(fake: Path) -> None:
     shown = findings_html(Findings(fake))
-    assert shown.startswith('<iframe sandbox="allow-scripts"') and shown.count("<") == 2
+    assert shown.startswith('<iframe sandbox="allow-scripts allow-downloads"') and shown.count("<") == 2
     assert "data-figure=&quot;heads&quot;" in shown
 
 
@@ -157,15 +156,10 @@ def test_hostile_findings_cannot_leave_the_notebooks_frame(text: str) -> None:
     shown.encode("utf-8")
 
 
-def test_ipython_is_told_and_its_absence_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
-    assert register() is False
-    told: list[Any] = []
-    formatter = types.SimpleNamespace(for_type_by_name=lambda *args: told.append(args))
-    shell = types.SimpleNamespace(display_formatter=types.SimpleNamespace(formatters={"text/html": formatter}))
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
-    assert register() is True
-    assert told == [("suffix_analysis.records", "Findings", findings_html)]
+def test_findings_show_themselves_in_a_notebook() -> None:
+    summary = {"schema_version": 1, "model": "m", "n_layers": 2, "n_heads": 2, "d_model": 8}
+    page = records.Findings(tables={}, summary=summary)._repr_html_()
+    assert page.startswith('<iframe sandbox="allow-scripts allow-downloads"') and "allow-same-origin" not in page
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=4, max_size=30).filter(lambda text: text.strip()))
@@ -236,3 +230,12 @@ def test_every_spec_is_valid_vega_lite(fake: Path) -> None:
 def test_the_pages_script_stays_small() -> None:
     script = Path(reports.__file__).parent / "static" / "report.js"
     assert len(script.read_text("utf-8").splitlines()) <= 350
+
+
+def test_a_comparison_names_what_is_damaged(tmp_path: Path) -> None:
+    first, second = (make_fake_run(tmp_path / name, n_prompts=6) for name in ("a", "b"))
+    damaged = second / "findings" / "causal.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    told: list[str] = []
+    build_comparison(first, second, on_unusable=told.append)
+    assert len(told) == 1 and told[0].startswith("b, causal: ")

@@ -15,7 +15,7 @@ from reports import ReportError, build_report
 from reports.compare import build_comparison
 from reports.data import RunData
 from reports.redact import is_local, redact, stand_in
-from reports.schema import Check, Suffix, Summary
+from reports.schema import Check, Prompt, Suffix, Summary
 from tests.fake_run import make_fake_run
 
 
@@ -47,6 +47,19 @@ def test_checks_and_notes_lose_suffixes_too() -> None:
     after = redact(data)
     assert "zzt" not in str(after.checks) + str(after.tables)
     assert stand_in(suffix.text) in after.checks[0].sentence and after.checks[0].bound == 1.0
+
+
+def test_prompts_and_ids_that_hold_a_suffix_lose_it_and_still_belong_together() -> None:
+    suffix = Suffix(id="my xq zzt! ww", arm="adversarial", text="xq zzt! ww", n_tokens=3)
+    prompt = Prompt(id="p xq zzt! ww", text="Sing xq zzt! ww", kind="harmful", split="report")
+    row = {"prompt_id": prompt.id, "suffix_id": suffix.id, "reply": "xq zzt! ww"}
+    data = replace(bare(), suffixes=(suffix,), prompts=(prompt,), tables={"replies": [row]}, env={"cpu": "xq zzt! ww"})
+    after = redact(data)
+    assert "zzt" not in str((after.suffixes, after.prompts, after.tables, after.env))
+    (found,) = after.tables["replies"]
+    assert (found["prompt_id"], found["suffix_id"]) == (after.prompts[0].id, after.suffixes[0].id)
+    short = replace(data, suffixes=(Suffix(id="a", arm="random", text="in", n_tokens=1),))
+    assert redact(short).prompts == data.prompts, "two letters stand in a prompt by chance"
 
 
 def test_a_suffix_that_is_part_of_another_or_of_a_stand_in_spoils_nothing() -> None:

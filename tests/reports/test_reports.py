@@ -108,7 +108,7 @@ def test_headline_tells_what_the_data_hold(fake: Path) -> None:
     )
     assert "its tokens shuffled, of the controls of the same length the nearest, " in text
     assert "At layer 17" in text and "0 = harmless mean, 1 = harmful mean" in text
-    assert "The 8 heads" in text and "chosen on the select split, shown on the report split" in text
+    assert "The 8 heads" in text and "chosen on the select split; the report split" in text
     assert "ablating the direction takes refusals of harmful instructions from 96 % (CI 92–100 %) to 0.8 %" in text
     assert "One suffix: intervals cover prompts only, descriptive about suffixes." in text
     assert "jailbreak" not in text
@@ -206,7 +206,7 @@ def test_without_causal_tests_the_page_says_so(run: Path) -> None:
 
 def test_the_headline_tells_the_mechanism(run: Path) -> None:
     said = plain_text(headline(read_run(run)))
-    assert "Of the fall in projection 58" in said and "is written by top heads, 25" in said and "and 17" in said
+    assert "Of the fall in projection (32 report prompts) 58" in said and "is written by top heads, 25" in said and "and 17" in said
     assert "comes from a changed query and 31" in said and "dilution by the suffix" in said
     assert "chat tokens' changed keys" not in said, "parts below a tenth are left to the table"
     assert "giving the projection back brings that to 93" in said

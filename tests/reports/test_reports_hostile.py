@@ -18,6 +18,7 @@ from reports import build
 from reports.data import RunData, read_run
 from reports.escape import json_bytes, lean, script_for_html, token_text, visible
 from reports.schema import Check, Pattern, Prompt, Suffix, Summary
+from suffix_analysis.console import shown
 from tests.fake_run import HOSTILE, make_fake_run
 
 
@@ -98,11 +99,11 @@ def _small(text: str) -> RunData:
 
 @given(st.text(st.characters()))
 def test_visible_text_is_valid_and_shows_everything(text: str) -> None:
-    shown = visible(text)
-    shown.encode("utf-8")
-    assert visible(shown) == shown
-    assert not re.search(r"[\x00-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]", shown)
-    assert bool(shown) == bool(text)
+    found = visible(text)
+    found.encode("utf-8")
+    assert visible(found) == found
+    assert not re.search(r"[\x00-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]", found)
+    assert bool(found) == bool(text)
     token_text(text).encode("utf-8")
 
 
@@ -110,6 +111,17 @@ def test_visible_examples() -> None:
     assert visible("a\x1b[0m\u202e\ud800\n") == "a⟨ESC⟩[0m⟨U+202E⟩⟨U+D800⟩↵"
     assert visible("a\n\tb", newlines=True) == "a\n\tb"
     assert token_text("  the") == "··the" and token_text("") == "∅"
+
+
+@pytest.mark.parametrize("code", [0x3164, 0x115F, 0x2800, 0x034F, 0x17B4, 0xFE0F, 0xE0101, 0xFFA0, 0x180B])
+def test_what_shows_nothing_is_spelled_out_wherever_it_stands(code: int) -> None:
+    """Category says letter, mark or symbol; nothing is to be seen of them, and they can carry a message."""
+    for show in (visible, shown):
+        assert show(f"a{chr(code) * 7}b") == f"a{f'⟨U+{code:04X}⟩' * 7}b"
+
+
+def test_marks_that_are_cut_are_counted() -> None:
+    assert visible("a" + "\u0301" * 9 + "b") == "a" + "\u0301" * 4 + "⟨5 more marks⟩b"
 
 
 @given(
