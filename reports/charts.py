@@ -180,7 +180,7 @@ def projection_profile(data: RunData) -> Figure | None:
     direction = data.summary.direction
     say = "Projection at chat[-1] on the refusal direction by layer, one line per arm, with 95 % bands."
     views = []
-    small = _small_gaps(rows)
+    small = _uncertain(rows)
     for measure, (label, title) in names.items():
         mine = [dict(row) for row in rows if row["measure"] == measure and row["mean"] is not None]
         if measure == "normalised":
@@ -195,8 +195,8 @@ def projection_profile(data: RunData) -> Figure | None:
     )
     if small:
         caption += (
-            f" Normalised: {count(len(small), 'layer', 'layers')} left out where the means of harmful and harmless "
-            "prompts are closer than a tenth of their largest distance."
+            f" Normalised: {count(len(small), 'layer', 'layers')} left out where the interval without a suffix is "
+            "wider than a third of the way from harmless to harmful."
         )
     columns = (
         ("arm", "arm"),
@@ -209,19 +209,17 @@ def projection_profile(data: RunData) -> Figure | None:
     return Figure("profile", "Projection by layer", caption, say, columns, tuple(views))
 
 
-def _small_gaps(rows: Sequence[Row]) -> set[int]:
-    """Return the layers at which harmful and harmless prompts hardly differ: normalised values explode there."""
-    raw = {
-        arm: {
-            row["layer"]: row["mean"]
-            for row in rows
-            if row["measure"] == "projection" and row["arm"] == arm and row["mean"] is not None
-        }
-        for arm in ("none", "harmless")
+def _uncertain(rows: Sequence[Row]) -> set[int]:
+    """Return the layers at which normalised values say little: harmful and harmless means hardly differ there.
+
+    Judged by prompts without a suffix: their interval is wider than a third of the way from harmless to harmful.
+    """
+    return {
+        row["layer"]
+        for row in rows
+        if row["measure"] == "normalised" and row["arm"] in ("none", "harmless") and None not in (row["lo"], row["hi"])
+        if row["hi"] - row["lo"] > 1 / 3
     }
-    gaps = {layer: abs(raw["none"][layer] - mean) for layer, mean in raw["harmless"].items() if layer in raw["none"]}
-    largest = max(gaps.values(), default=0.0)
-    return {layer for layer, gap in gaps.items() if gap < 0.1 * largest}
 
 
 def layer_lines(rows: list[Row], title: str, layer: int | None = None) -> Any:

@@ -13,8 +13,9 @@ from reports.theme import arm_order
 REGIONS = ("instruction", "suffix", "chat", "system", "bos")
 """What a pinned head's attention is shown to; "bos" is only in findings/shift.parquet, so of top heads."""
 
-FIRST = "the first token"
-"""Where idle heads park their attention: the BOS token, or the first of the system prompt or the template."""
+FIRST = "to the first token"
+"""Where idle heads park their attention: the BOS token, or the first of the system prompt or the template. It is in one
+of the regions, too."""
 
 
 def pinned_heads(data: RunData) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def pinned_heads(data: RunData) -> dict[str, Any]:
     for entry in found.values():
         entry["arms"] = {arm: entry["arms"][arm] for arm in arm_order(entry["arms"].keys())}
     ranked = sorted(found, key=lambda name: found[name]["rank"] or len(found) + 1)
-    columns = ["writes along r̂", *(f"attention to {region}" for region in regions), f"to {FIRST} (in one of these)"]
+    columns = ["writes along r̂", *(f"attention to {region}" for region in regions), FIRST]
     return {"columns": columns, "heads": {name: found[name] for name in ranked}}
 
 

@@ -137,7 +137,7 @@ def _attention(data: RunData) -> Iterator[str]:
     heads = len({(r["layer"], r["head"]) for r in data.table("shift")} - {(-1, -1)})
     before, after = (percent_ci(row["attention"], row[keys[0]], row[keys[1]]) for row in (none, ours))
     text = (
-        f"The {count(heads, 'head')} that write most along the direction (chosen on the select split; "
+        f"The {count(heads, 'head')} that write most along the direction (chosen on the select split, shown on "
         f"{over_prompts(data.table('shift'))}) gave the instruction {before} of their attention "
         f"without a suffix and {after} with {the_suffixes(adversarial_count(data))}{_beside(rows, ours)}"
     )

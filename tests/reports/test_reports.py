@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from reports import ReportError, build, build_report, charts
-from reports.charts_circuit import circuit
 from reports.charts_more import figures
 from reports.data import MISSING_MEANS, read_run
 from reports.evidence import adversarial_count
@@ -108,7 +107,7 @@ def test_headline_tells_what_the_data_hold(fake: Path) -> None:
     )
     assert "its tokens shuffled, of the controls of the same length the nearest, " in text
     assert "At layer 17" in text and "0 = harmless mean, 1 = harmful mean" in text
-    assert "The 8 heads" in text and "chosen on the select split; the report split" in text
+    assert "The 8 heads" in text and "chosen on the select split, shown on the report split" in text
     assert "ablating the direction takes refusals of harmful instructions from 96 % (CI 92–100 %) to 0.8 %" in text
     assert "One suffix: intervals cover prompts only, descriptive about suffixes." in text
     assert "jailbreak" not in text
@@ -206,7 +205,11 @@ def test_without_causal_tests_the_page_says_so(run: Path) -> None:
 
 def test_the_headline_tells_the_mechanism(run: Path) -> None:
     said = plain_text(headline(read_run(run)))
-    assert "Of the fall in projection (32 report prompts) 58" in said and "is written by top heads, 25" in said and "and 17" in said
+    assert (
+        "Of the fall in projection (32 report prompts) 58" in said
+        and "is written by top heads, 25" in said
+        and "and 17" in said
+    )
     assert "comes from a changed query and 31" in said and "dilution by the suffix" in said
     assert "chat tokens' changed keys" not in said, "parts below a tenth are left to the table"
     assert "giving the projection back brings that to 93" in said
@@ -323,19 +326,13 @@ def test_reports_imports_no_torch() -> None:
 
 def test_layers_where_the_classes_hardly_differ_are_left_out_of_the_normalised_profile() -> None:
     rows = [
-        {"arm": arm, "layer": layer, "measure": "projection", "mean": mean}
-        for arm, means in {"none": (1.0, 3.0, 50.0), "harmless": (0.9, -3.0, -10.0)}.items()
-        for layer, mean in enumerate(means)
+        {"arm": arm, "layer": layer, "measure": "normalised", "mean": 0.5, "lo": 0.5 - half, "hi": 0.5 + half}
+        for arm, halves in {
+            "none": (9.0, 0.1, 0.1),
+            "harmless": (0.1, 0.1, 0.2),
+            "adversarial": (9.0, 9.0, 0.1),
+        }.items()
+        for layer, half in enumerate(halves)
     ]
-    assert charts._small_gaps(rows) == {0}
-    assert charts._small_gaps([]) == set()
-
-
-def test_no_two_heads_of_the_circuit_stand_in_one_place(tmp_path: Path) -> None:
-    figure = circuit(read_run(make_fake_run(tmp_path / "run", n_prompts=12)))
-    assert figure is not None
-    for view in figure.views:
-        rows = [row for found in view.spec["datasets"].values() for row in found]
-        nodes = [row for row in rows if row.get("node") is not None and row["kind"] == "head"]
-        places = [(round(row["x"], 6), row["y"]) for row in nodes]
-        assert nodes and len(set(places)) == len(places)
+    assert charts._uncertain(rows) == {0, 2}, "prompts without a suffix decide"
+    assert charts._uncertain([]) == set()
