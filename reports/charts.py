@@ -122,6 +122,12 @@ def tips(*pairs: tuple[str, str]) -> list[alt.Tooltip]:
     return [alt.Tooltip(field, title=title) for field, title in pairs]
 
 
+def in_ink(layer: Any) -> Any:
+    """Return a layer of text without its colour, so that it has the theme's: small text in an arm's is hard to read."""
+    layer.encoding.color = alt.Undefined
+    return layer
+
+
 def refusal_rates(data: RunData) -> Figure | None:
     """Return the refusal phrase rate per arm on the report split, dots with 95 % intervals."""
     rows = [row for row in data.table("refusal") if row["split"] == "report" and row["refusal_rate"] is not None]
@@ -142,8 +148,10 @@ def refusal_rates(data: RunData) -> Figure | None:
         x2=alt.X2("refusal_hi:Q"),
     )
     dot = base.mark_point(size=75, filled=True, opacity=1).encode(x=alt.X("refusal_rate:Q"), shape=arm_shape(arms))
-    label = base.mark_text(dy=-11, fontSize=10).encode(
-        x=alt.X("refusal_rate:Q"), text=alt.Text("refusal_rate:Q", format=".0%")
+    label = in_ink(
+        base.mark_text(dy=-11, fontSize=10).encode(
+            x=alt.X("refusal_rate:Q"), text=alt.Text("refusal_rate:Q", format=".0%")
+        )
     )
     say = "Refusal phrase rate per arm, with 95 % intervals: " + ", ".join(
         f"{row['arm']} {100 * row['refusal_rate']:.0f} %"

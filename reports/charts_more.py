@@ -17,6 +17,7 @@ from reports.charts import (
     dots_height,
     finish,
     head_name,
+    in_ink,
     position_label,
     projection_profile,
     refusal_rates,
@@ -87,8 +88,10 @@ def interventions(data: RunData) -> Figure | None:
     dot = base.mark_point(size=75, filled=True, opacity=1).encode(
         x=alt.X("refusal_rate:Q"), shape=alt.Shape("kind:N", legend=None)
     )
-    label = base.mark_text(dy=-11, fontSize=10).encode(
-        x=alt.X("refusal_rate:Q"), text=alt.Text("refusal_rate:Q", format=".0%")
+    label = in_ink(
+        base.mark_text(dy=-11, fontSize=10).encode(
+            x=alt.X("refusal_rate:Q"), text=alt.Text("refusal_rate:Q", format=".0%")
+        )
     )
     say = "Refusal phrase rate without a suffix: " + ", ".join(
         f"{row['what']} {100 * row['refusal_rate']:.0f} %" for row in shown

@@ -18,7 +18,7 @@
   const options = (select, pairs) => select.replaceChildren(...pairs.map(([value, words]) => Object.assign(el("option", words), { value })));
   const table = (heads, rows) => Object.assign(el("div.scroll", el("table",
     el("thead", el("tr", ...heads.map((words, i) => el(i ? "th.num" : "th", words)))),
-    el("tbody", ...rows.map((row) => el("tr", ...row.map((value, i) => el(i ? "td.num" : "td", value))))))), { tabIndex: 0 });
+    el("tbody", ...rows.map((row) => el("tr", ...row.map((value, i) => el(i ? "td.num" : "td", value))))))), { tabIndex: 0, role: "group", ariaLabel: "table" });
   // A folded box whose content is made when it is first opened.
   function fold(what, words, make) {
     const box = el(what, el("summary", words));
