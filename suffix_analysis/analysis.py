@@ -111,7 +111,7 @@ def analyze(
             for arm in group
             for row in head_rows(arm, split)
         ],
-        "top_heads": [vars(head) for head in heads],
+        "top_heads": [vars(head) | {"split": "select" if separate else "report"} for head in heads],
         "shift": [row for arm in arms for row in shift_rows(arm, heads)],
         "dominance": [row for arm in arms for row in dominance_rows(arm)],
         "contrasts": projection_contrasts(pairs, direction),

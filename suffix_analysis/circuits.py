@@ -225,7 +225,8 @@ def edge_rows(arms: dict[str, Sequence[Paths]], kept: Sequence[tuple[Any, ...]])
             found = interval(cells, suffix_arm=arm != "none")
             rows.append(
                 {
-                    "arm": arm, "kind": kind, "source_layer": layer, "source_head": head,
+                    "arm": arm, "split": "report", "chosen_on": "select", "kind": kind,
+                    "source_layer": layer, "source_head": head,
                     "position": token, "region": region,
                     "target_layer": None if target is None else target[0],
                     "target_head": None if target is None else target[1],

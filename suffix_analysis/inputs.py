@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from suffix_analysis.models import Model, load_model
 from suffix_analysis.prompts import (
     KINDS,
     SPLITS,
+    NoColumn,
     Prompt,
     has_half_pair,
     load_prompts,
@@ -60,8 +62,8 @@ def study_prompts(config: StudyConfig) -> list[Prompt]:
             kinds or in two splits.
     """
     prompts: list[Prompt] = []
-    for kind, source in (("harmful", config.harmful), ("harmless", config.harmless)):
-        found = load_prompts(source, kind=kind, column=None if source == "embedded" else config.column)
+    for kind, source, column in _columns(config):
+        found = load_prompts(source, kind=kind, column=column)
         found = _once([replace(p, kind=kind) for p in found], prompts)
         prompts += _with_splits(found, config.seed, source)
     if config.harmless == "embedded":
@@ -98,6 +100,25 @@ def _once(found: Sequence[Prompt], before: Sequence[Prompt]) -> list[Prompt]:
     return list(once.values())[::-1]
 
 
+def _columns(config: StudyConfig) -> list[tuple[str, str, str | None]]:
+    """Kind, source and column of the prompts: the column that is named where a source has it, the usual ones where only
+    the other has."""
+    sources = [("harmful", config.harmful), ("harmless", config.harmless)]
+    if config.column is None:
+        return [(*each, None) for each in sources]
+    lacking: dict[str, UserError] = {}
+    for kind, source in sources:
+        if source != "embedded":
+            try:
+                load_prompts(source, kind=kind, column=config.column)
+            except NoColumn as error:
+                lacking[kind] = error
+    files = [kind for kind, source in sources if source != "embedded"]
+    if lacking and len(lacking) == len(files):
+        raise next(iter(lacking.values()))
+    return [(*each, config.column if each[0] in files and each[0] not in lacking else None) for each in sources]
+
+
 def _with_splits(prompts: list[Prompt], seed: int, source: str) -> list[Prompt]:
     given = sum(bool(p.split) for p in prompts)
     if given == len(prompts):
@@ -124,12 +145,16 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
     if not path.is_file():
         raise UserError(f"There is no suffixes file {str(path)!r}.")
     out: list[Suffix] = []
-    for number, row in enumerate(read_rows(path), 1):
+    rows = read_rows(path)
+    named = {str(row["id"]) for row in rows if row.get("id")}
+    for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         arm = row.get("arm") or "adversarial"
         if arm not in SUFFIX_ARMS:
             raise UserError(f"{where} is of the arm {arm!r}; the arms are {', '.join(SUFFIX_ARMS)}.")
-        name = str(row.get("id") or f"{arm}-{1 + sum(s.arm == arm for s in out)}")
+        free = (f"{arm}-{n}" for n in itertools.count(1 + sum(s.arm == arm for s in out)))
+        taken = named | {s.id for s in out}
+        name = str(row.get("id") or next(each for each in free if each not in taken))
         if name in {s.id for s in out}:
             raise UserError(f"{path} holds two suffixes with the id {name!r}; give each its own.")
         given = _ids(row.get("ids"), model, where)

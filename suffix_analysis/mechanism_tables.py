@@ -241,7 +241,7 @@ def sweep_rows(cells: Cells, run: str) -> list[dict[str, Any]]:
     estimates = [cells.need(f"ranked {run} {name}")[:, 0].mean(axis=0) for name in ("projection", "score")]
     return [
         {
-            "run": run, "layer": layer, "head": head, "n_prompts": len(projection),
+            "run": run, "split": "report", "layer": layer, "head": head, "n_prompts": len(projection),
             "projection_effect": float(projection[:, layer, head].mean()),
             "projection_lo": float(ranges[0][0][layer, head]), "projection_hi": float(ranges[0][1][layer, head]),
             "projection_p": p_value(tested[0], layer, head),
@@ -276,7 +276,7 @@ def ranking_rows(cells: Cells, run: str, layer: int, seed: int) -> list[dict[str
         rho, lo, hi = _rank_correlation(*by_prompt) if exact.any() and guess.any() else (None, None, None)
         rows.append(
             {
-                "run": run, "measure": measure, "n_heads": len(exact), "k": k,
+                "run": run, "split": "report", "measure": measure, "n_heads": len(exact), "k": k,
                 "rank_correlation": rho, "rank_correlation_lo": lo, "rank_correlation_hi": hi,
                 "found": len({*chosen["ranked first"].tolist()} & {*np.argsort(-np.abs(exact))[:k].tolist()}),
                 **{

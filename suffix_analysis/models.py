@@ -272,6 +272,8 @@ def source_of(name: str, weights: bool = True) -> tuple[str, dict[str, Any]]:
         from suffix_analysis.organism.weights import base_folder
 
         return str(base_folder()), {}
+    if not name.strip():
+        raise UserError("The model's name is empty; give 'embedded', a folder, a GGUF file or a hub id.")
     local = Path(os.path.expanduser(name))  # noqa: PTH111
     if local.is_file():
         if local.suffix != ".gguf":

@@ -36,6 +36,10 @@ class Prompt:
     topic: str = ""
 
 
+class NoColumn(UserError):
+    """A file of prompts lacks the column that is to hold them."""
+
+
 def load_prompts(
     source: str | Path = "embedded",
     *,
@@ -168,7 +172,7 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
     name = column or next((c for c in TEXT_COLUMNS if c in columns), None)
     if name is None or name not in columns:
         wanted = column or " or ".join(TEXT_COLUMNS)
-        raise UserError(
+        raise NoColumn(
             f"{path} has no column {wanted}; it has {', '.join(columns) or 'none'}. Name one with --column (in Python: "
             "column=)."
         )

@@ -106,3 +106,25 @@ def test_a_csv_file_may_hold_ids(tmp_path: Path) -> None:
     path.write_text('text,ids\nx y z,"[1, oops"\n')
     with pytest.raises(UserError, match="row 1 has ids that are no whole numbers"):
         given_suffixes(path, model)
+
+
+def test_names_that_are_given_are_not_given_twice(tmp_path: Path) -> None:
+    path = written(tmp_path, row(2), {"text": ATTACKS[1]}, {"text": "a b c d"})
+    assert [s.id for s in given_suffixes(path, tiny.model("llama"))] == [
+        "adversarial-2",
+        "adversarial-3",
+        "adversarial-4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [(None, None), ("", None), ([], ()), (["p1"], ("p1",)), ("['p1', 'p2']", ("p1", "p2"))]
+)
+def test_what_a_suffix_was_trained_on_is_kept_as_it_is_said(tmp_path: Path, given: Any, found: Any) -> None:
+    (suffix,) = given_suffixes(written(tmp_path, row(1) | {"trained_on": given}), tiny.model("llama"))
+    assert suffix.trained_on == found
+
+
+def test_what_a_suffix_was_trained_on_is_a_list(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"row 1 has trained_on = 5; give a list of prompt ids"):
+        given_suffixes(written(tmp_path, row(1) | {"trained_on": 5}), tiny.model("llama"))

@@ -241,3 +241,27 @@ def test_what_was_read_wrongly_is_refused(tmp_path: Path, name: str, content: st
 def test_a_line_of_text_ends_at_a_new_line_alone(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\u2028two\nthree\x0cfour\n", encoding="utf-8")
     assert [p.text for p in load_prompts(tmp_path / "a.txt")] == ["one\u2028two", "three\x0cfour"]
+
+
+def test_a_column_that_only_one_of_the_files_has_is_that_files(tmp_path: Path) -> None:
+    mine, others = tmp_path / "mine.csv", tmp_path / "others.csv"
+    mine.write_text("foo,text\n" + "".join(f"break number {i},not this\n" for i in range(20)))
+    others.write_text("instruction\n" + "".join(f"bake number {i}\n" for i in range(20)))
+    found = study_prompts(StudyConfig(harmful=str(mine), harmless=str(others), column="foo"))
+    assert {p.text.split()[0] for p in found} == {"break", "bake"}
+    with pytest.raises(UserError, match="has no column fou; it has foo, text"):
+        study_prompts(StudyConfig(harmful=str(mine), harmless=str(others), column="fou"))
+
+
+def test_kinds_and_labels_count_whatever_their_case(tmp_path: Path) -> None:
+    path = tmp_path / "k.csv"
+    path.write_text("text,kind\nBreak it,Harmful\nBake it, Harmless\n")
+    assert [p.text for p in load_prompts(path, kind="harmful")] == ["Break it"]
+    path.write_text("prompt,label\nBreak it,Unsafe\nBake it,safe\n")
+    assert [p.text for p in load_prompts(path, kind="harmless")] == ["Bake it"]
+
+
+def test_an_id_of_0_is_an_id(tmp_path: Path) -> None:
+    path = tmp_path / "k.jsonl"
+    path.write_text('{"id": 0, "text": "a"}\n{"id": 1, "text": "b"}\n')
+    assert [p.id for p in load_prompts(path)] == ["0", "1"]
