@@ -42,6 +42,7 @@ def redact(data: RunData) -> RunData:
         update={
             "model": without(data.summary.model),
             "target": None if target is None else stand_in(target),
+            "suffix_id": None if data.summary.suffix_id is None else long(str(data.summary.suffix_id)),
             "skipped": [without(sentence) for sentence in data.summary.skipped],
         }
     )
@@ -59,7 +60,7 @@ def redact(data: RunData) -> RunData:
         prompts=tuple(_texts(prompt, long) for prompt in data.prompts),
         env={key: without(value) if isinstance(value, str) else value for key, value in data.env.items()},
         tables=tables,
-        patterns=tuple(_pattern(pattern) for pattern in data.patterns),
+        patterns=tuple(_pattern(pattern, long) for pattern in data.patterns),
         checks=tuple(checks),
         unusable=dict.fromkeys(data.unusable, "not used, or not all of it: it is damaged."),
     )
@@ -123,9 +124,10 @@ def _row(row: dict[str, Any], without: Callable[[str], str], long: Callable[[str
     return row | {key: change(row[key]) for key, change in own.items() if isinstance(row.get(key), str)}
 
 
-def _pattern(pattern: Pattern) -> Pattern:
+def _pattern(pattern: Pattern, without: Callable[[str], str]) -> Pattern:
     tokens = [
         f"[{i + 1}]" if region == "suffix" else token
         for i, (token, region) in enumerate(zip(pattern.tokens, pattern.regions, strict=True))
     ]
-    return pattern.model_copy(update={"tokens": tokens})
+    names = {key: value for key in ("prompt_id", "suffix_id") if isinstance(value := getattr(pattern, key, None), str)}
+    return pattern.model_copy(update={"tokens": tokens} | {key: without(value) for key, value in names.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
 import json
@@ -146,7 +147,7 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
         raise UserError(f"There is no suffixes file {str(path)!r}.")
     out: list[Suffix] = []
     rows = read_rows(path)
-    named = {str(row["id"]) for row in rows if row.get("id")}
+    named = {str(row["id"]) for row in rows if row.get("id") not in (None, "")}
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         arm = row.get("arm") or "adversarial"
@@ -154,7 +155,8 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
             raise UserError(f"{where} is of the arm {arm!r}; the arms are {', '.join(SUFFIX_ARMS)}.")
         free = (f"{arm}-{n}" for n in itertools.count(1 + sum(s.arm == arm for s in out)))
         taken = named | {s.id for s in out}
-        name = str(row.get("id") or next(each for each in free if each not in taken))
+        own = row.get("id")
+        name = next(each for each in free if each not in taken) if own in (None, "") else str(own)
         if name in {s.id for s in out}:
             raise UserError(f"{path} holds two suffixes with the id {name!r}; give each its own.")
         given = _ids(row.get("ids"), model, where)
@@ -193,8 +195,8 @@ def _names(value: Any, where: str) -> tuple[str, ...] | None:
     if value is None or value == "":
         return None
     if isinstance(value, str):  # of a CSV file
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value.replace("'", '"'))
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(value)
     if not isinstance(value, list | tuple):
         raise UserError(f"{where} has trained_on = {value!r}; give a list of prompt ids, or leave it out.")
     return tuple(map(str, value))

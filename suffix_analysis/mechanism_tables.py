@@ -267,6 +267,8 @@ def ranking_rows(cells: Cells, run: str, layer: int, seed: int) -> list[dict[str
     for measure in ("projection", "score"):
         before = layer if measure == "projection" else None
         by_prompt = [cells.need(f"{kind} {run} {measure}")[:, 0, :before] for kind in ("sweep", "ranked")]
+        if not by_prompt[0].size:  # the direction is read before any head has written
+            continue
         exact, guess = (found.mean(axis=0).ravel() for found in by_prompt)
         k = min(RANKED, len(exact))
         chosen = {

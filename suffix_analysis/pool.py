@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.inputs import given_suffixes
 from suffix_analysis.prompts import Prompt, prompts_of
-from suffix_analysis.records import Suffix
+from suffix_analysis.records import SUFFIX_ARMS, Suffix, by_text, of_each_text
 from suffix_analysis.refusal import refused
 
 if TYPE_CHECKING:
@@ -90,3 +91,21 @@ def attack_all(
             on_failed(plan, first_line(error))
         before += plan.config.steps
     return found
+
+
+def traced_of(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
+    """What is traced: all that an attack has made, failed ones too, and the first controls of each arm, of as many
+    texts as there are."""
+    traced = [s for s in suffixes if s.arm in ("adversarial", "failed")]
+    for arm in dict.fromkeys(s.arm for s in suffixes if s not in traced):
+        own = [s for s in suffixes if s.arm == arm]
+        rounds = itertools.chain.from_iterable(itertools.zip_longest(*by_text(own)))
+        first = [number for number in rounds if number is not None][: config.n_traced_controls]
+        traced += [own[number] for number in sorted(first)]
+    return traced
+
+
+def tested_of(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
+    """What stands beside the adversarial suffixes in the causal tests: of what is traced, one suffix of each text."""
+    traced = traced_of(suffixes, config)
+    return [s for arm in SUFFIX_ARMS[1:] for s in of_each_text([s for s in traced if s.arm == arm])]

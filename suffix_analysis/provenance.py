@@ -1,4 +1,4 @@
-"""What a run was made from: digests of its input files and of its model's weights, kept in origin.json.
+"""What a run was made from: digests of its input files (origin.json) and of its model (weights.json).
 
 Settings hold names. Behind a name there may be another file tomorrow, and the same file may stand elsewhere.
 """
@@ -7,22 +7,33 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from suffix_analysis.errors import UserError
 from suffix_analysis.files import read_as, write_json
 
+if TYPE_CHECKING:
+    from suffix_analysis.models import Model
+
 INPUTS = ("harmful", "harmless", "suffixes", "text")
 MODEL = ("model", "adapter")
 SAMPLE = 256  # values of each weight that are read
 
 
-def origin(folder: Path) -> dict[str, str]:
-    """Digests that a run folder holds, by setting; ``weights`` is the model's."""
-    path = folder / "origin.json"
+def _read(path: Path) -> dict[str, str]:
     return read_as(path, dict[str, str]) if path.exists() else {}
+
+
+def origin(folder: Path) -> dict[str, str]:
+    """Digests of input files that a run folder holds, by setting."""
+    return _read(folder / "origin.json")
+
+
+def knows_model(folder: Path) -> bool:
+    """Whether a run folder holds digests of its model."""
+    return (folder / "weights.json").exists()
 
 
 def input_digests(settings: dict[str, Any]) -> dict[str, str]:
@@ -37,7 +48,7 @@ def input_digests(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def remember(folder: Path, digests: dict[str, str]) -> None:
-    """Keep digests beside those that are there."""
+    """Keep digests of input files beside those that are there."""
     write_json(folder / "origin.json", origin(folder) | digests)
 
 
@@ -57,32 +68,44 @@ def require_same_inputs(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def weights_digest(hf: torch.nn.Module) -> str:
-    """A digest of values from every weight, wherever the model comes from and lies.
+def model_digests(model: Model) -> dict[str, str]:
+    """A digest of values from every weight, by name, and of the tokenizer and its template, wherever they come from.
 
     Weights that are packed (four bits) or not in memory (offloaded) are left out.
     """
-    whole = hashlib.sha256()
-    for name, weight in sorted(hf.named_parameters()):
+    tokenizer = model.tokenizer.backend_tokenizer.to_str() if model.tokenizer.is_fast else ""
+    found = {"the tokenizer": _short(tokenizer.encode()), "the template": _short(str(model.chat("x").text).encode())}
+    for name, weight in model.hf.named_parameters():
         if weight.is_meta or not weight.is_floating_point():
             continue
         flat = weight.detach().flatten()
         picked = flat[:: max(1, len(flat) // SAMPLE)].float().cpu()
-        whole.update(name.encode() + str(tuple(weight.shape)).encode() + picked.numpy().tobytes())
-    return whole.hexdigest()
+        found[name] = _short(str(tuple(weight.shape)).encode() + picked.numpy().tobytes())
+    return found
 
 
-def require_same_weights(folder: Path, name: str, hf: torch.nn.Module) -> None:
-    """Refuse a model whose weights are others than those that a run began with; a new run keeps their digest.
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def require_same_model(folder: Path, model: Model, begun: bool) -> None:
+    """Refuse a model that is another than the one that a run began with, as far as both are in memory.
+
+    Args:
+        folder: the run's.
+        model: as it was loaded.
+        begun: whether anything has been made with a model; otherwise this one's digests are kept.
 
     Raises:
-        UserError: names the model.
+        UserError: names the model, and what of it is another.
     """
-    digest, known = weights_digest(hf), origin(folder).get("weights")
-    if known is None:
-        remember(folder, {"weights": digest})
-    elif known != digest:
+    found, known = model_digests(model), _read(folder / "weights.json")
+    if not begun or not known:
+        write_json(folder / "weights.json", found)
+        return
+    other = next((name for name in found.keys() & known.keys() if found[name] != known[name]), None)
+    if other is not None:
         raise UserError(
-            f"The weights of {name} are others than when {folder} was begun; load the model that it was begun with, or "
-            "choose another folder with --out."
+            f"{model.name} is another model than when {folder} was begun: {other} differs; load the one that it was "
+            "begun with, or choose another folder with --out."
         )

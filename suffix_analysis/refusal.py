@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 
@@ -97,7 +98,8 @@ def _refuse_shared(model: Model, opens_refusal: Counter[int], opens_harmless: Co
         text = model.tokenizer.decode([*before, token]).removeprefix(model.tokenizer.decode(before))
         raise UserError(
             f"Refusals and other replies of {model.name} open with the same token, {text!r} (id {token}); make it a "
-            f"part of the prompt: --reply-prefix {text!r}."
+            f"part of the prompt, in a new folder: --reply-prefix, or reply_prefix = {json.dumps(text)} in a --config "
+            "file."
         )
 
 

@@ -69,7 +69,7 @@ def as_linear(norm: Any, d_model: int) -> Norm:
     """A norm module's effective weight, bias and epsilon, read from what it makes of three vectors."""
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
     with in_memory(norm):
-        weight = next(norm.parameters())
+        weight = next(norm.parameters(), torch.zeros(1))  # OLMo 1's norms have none
         signs = torch.ones(d_model, device=weight.device, dtype=weight.dtype)
         signs[1::2] = -1  # no mean, and a mean square of 1
         vectors = torch.stack([torch.zeros_like(signs), signs, torch.ones_like(signs)])
@@ -84,7 +84,7 @@ def norm_error(norm: Any, d_model: int) -> float:
     linear = as_linear(norm, d_model)
     y = torch.randn(4, d_model, generator=torch.Generator().manual_seed(0)) + 0.5
     with in_memory(norm):
-        weight = next(norm.parameters())
+        weight = next(norm.parameters(), torch.zeros(1))
         wanted = type(norm).forward(norm, y[None].to(weight))[0].float().cpu()
     y = y - y.mean(dim=-1, keepdim=True) if linear.centred else y
     found = linear.weight.cpu() * y * linear.scale(y)[:, None] + linear.bias.cpu()

@@ -90,14 +90,18 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     # TOML knows neither None nor tuples
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if v is not None}
     config = folder / "config.toml"
-    if config.exists():
-        _require_same(folder, settings)
-    elif folder.exists() and (not folder.is_dir() or any(not _begun(path) for path in folder.iterdir())):
+    foreign = folder.exists() and (not folder.is_dir() or any(not _begun(path) for path in folder.iterdir()))
+    if foreign and not config.exists():
         raise UsageError(f"{folder} exists and is not a run folder; choose another with --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("a") as handle:
             _lock(handle, folder)
+            if config.exists():
+                _require_same(folder, settings)
+                if provenance.knows_model(folder) and has_begun(folder):  # another name counts once it is loaded
+                    own = {key: value for key, value in read_config(folder).items() if key in provenance.MODEL}
+                    settings = {k: v for k, v in settings.items() if k not in provenance.MODEL} | own
             if not config.exists() or read_config(folder) != settings:
                 write_atomic(config, tomli_w.dumps(settings))
             yield
@@ -125,14 +129,14 @@ def _require_same(folder: Path, settings: dict[str, Any]) -> None:
         raise UsageError(f"{folder} holds {holds} (suffix-analysis {commands}); choose another folder with --out.")
     keys = (there.keys() | settings.keys()) - set(ELSEWHERE)
     changed = sorted(key for key in keys if there.get(key) != settings.get(key))
-    if not is_done(folder, "prompts"):  # a first mistake can be mended
+    if not has_begun(folder):  # a first mistake can be mended
         if changed:
-            for name in ("fast_dtype.json", "origin.json", "skipped.json", "refusal_tokens.json"):
+            for name in ("fast_dtype.json", "origin.json", "weights.json", "skipped.json", "refusal_tokens.json"):
                 (folder / name).unlink(missing_ok=True)
         return
     provenance.require_same_inputs(folder, settings)
     known, moved = provenance.origin(folder), provenance.input_digests(settings)
-    told = {*moved} & {*known} | ({*provenance.MODEL} if "weights" in known else set())
+    told = {*moved} & {*known} | ({*provenance.MODEL} if provenance.knows_model(folder) else set())
     changed = [key for key in changed if key not in told]
     if changed:
         key = changed[0]
@@ -211,6 +215,22 @@ def set_state(folder: Path, state: str) -> None:
     now = status(folder)
     now["state"] = state
     write_json(folder / "status.json", dict(now))
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether any stage has finished in this folder."""
+    return any(stage["state"] == "done" for stage in status(folder)["stages"].values())
+
+
+def keep_model(folder: Path, settings: dict[str, Any]) -> None:
+    """Write where the model is now into the folder's settings, once it is known to be the same."""
+    import tomli_w
+
+    there = read_config(folder)
+    own = {key: settings[key] for key in provenance.MODEL if settings.get(key) is not None}
+    wanted = {key: value for key, value in there.items() if key not in provenance.MODEL} | own
+    if wanted != there:
+        write_atomic(folder / "config.toml", tomli_w.dumps(wanted))
 
 
 def is_done(folder: Path, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from suffix_analysis.judges import Judge, judge_named
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
-from suffix_analysis.records import Suffix, by_text, of_each_text
+from suffix_analysis.records import Suffix, of_each_text
 from suffix_analysis.refusal import discover_refusal_tokens
 from suffix_analysis.traces import Job, Traces, trace
 from suffix_analysis.traces_file import traces_of
@@ -52,8 +51,9 @@ class Study:
         """The model, loaded on first use together with its fast twin (which must exist before the bridge)."""
         if self._model is None:
             self._model = study_model(self._begun())
-            if self.folder.is_dir():
-                provenance.require_same_weights(self.folder, self._model.name, self._model.hf)
+            if (self.folder / "config.toml").exists():
+                provenance.require_same_model(self.folder, self._model, runs.has_begun(self.folder))
+                runs.keep_model(self.folder, asdict(self.config))
             name = str(fast_dtype(self._begun(), self._model)).removeprefix("torch.")
             if name != "float16" and self.folder.is_dir():  # a float16 model is never cast
                 files.write_json(self.folder / "fast_dtype.json", name)
@@ -242,7 +242,7 @@ class Study:
     def _analysis(self) -> None:
         suffixes = runs.read_suffixes(self.folder / "suffixes.jsonl")
         direction, prompts, config = self.direction(), self.prompts(), self.config
-        traced = traced_of(suffixes, config)
+        traced = pool.traced_of(suffixes, config)
         total = n_forwards(prompts, traced, config.n_traced)
         done = 0
 
@@ -294,7 +294,7 @@ class Study:
         heads = [
             (row["layer"], row["head"]) for row in files.read_table(findings / "top_heads.parquet", ("layer", "head"))
         ]
-        controls, unequal = as_long(suffixes, of_each_text(traced_of(everything, config)))
+        controls, unequal = as_long(suffixes, pool.tested_of(everything, config))
         try:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,
@@ -339,15 +339,3 @@ class Study:
         if summary.exists():  # a stage after the analysis
             files.write_json(summary, files.read_as(summary, dict[str, Any]) | {"skipped": sentences})
         self.narrator.say(sentence)
-
-
-def traced_of(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
-    """What is traced: all that an attack has made, failed ones too, and the first controls of each arm, of as many
-    texts as there are."""
-    traced = [s for s in suffixes if s.arm in ("adversarial", "failed")]
-    for arm in dict.fromkeys(s.arm for s in suffixes if s not in traced):
-        own = [s for s in suffixes if s.arm == arm]
-        rounds = itertools.chain.from_iterable(itertools.zip_longest(*by_text(own)))
-        first = [number for number in rounds if number is not None][: config.n_traced_controls]
-        traced += [own[number] for number in sorted(first)]
-    return traced

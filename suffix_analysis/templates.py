@@ -7,6 +7,8 @@ import json
 import re
 from typing import Any
 
+from suffix_analysis.errors import UserError
+
 TODAY = datetime.date(2024, 7, 26)
 """What templates that print the day are told: Llama 3.1's own default."""
 
@@ -19,12 +21,19 @@ def prepared(tokenizer: Any, reply_prefix: str = "") -> Any:
     Args:
         tokenizer: what holds the template; it is not changed.
         reply_prefix: text after the template's own, as a part of it: what every reply of the model opens with.
+
+    Raises:
+        UserError: a prefix for a tokenizer without one template.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str):
+        if reply_prefix:
+            raise UserError(
+                "The tokenizer has several chat templates; a reply_prefix needs one (tokenizer.chat_template)."
+            )
         return template
     template = closing_thought(tokenizer, without_thinking(on_one_day(template)))
-    return template + _at_reply(reply_prefix) if reply_prefix else template
+    return _and_then(template, reply_prefix) if reply_prefix else template
 
 
 def on_one_day(template: str) -> str:
@@ -54,8 +63,10 @@ def closing_thought(tokenizer: Any, template: str) -> str:
         )
     except Exception:  # whoever renders a conversation says what is wrong with it
         return template
-    return template + _at_reply("\n</think>\n\n") if text.rstrip().endswith("<think>") else template
+    return _and_then(template, "\n</think>\n\n") if text.rstrip().endswith("<think>") else template
 
 
-def _at_reply(text: str) -> str:
-    return "{% if add_generation_prompt %}{{ " + json.dumps(text) + " }}{% endif %}"
+def _and_then(template: str, text: str) -> str:
+    """The template with a text after it, where a reply is asked for. Jinja drops a newline at the very end only."""
+    said = json.dumps(text, ensure_ascii=False)
+    return template.removesuffix("\n") + "{% if add_generation_prompt %}{{ " + said + " }}{% endif %}"

@@ -265,7 +265,7 @@
   function opened(row, only) {  // only: arm → the suffix whose reply is wanted
     const found = [];
     for (const [arm, cell] of Object.entries(row.cells)) for (const [suffix, verdict, , score, text] of cell) {
-      if (only && (!only.has(arm) || only.get(arm) !== (suffix ?? null))) continue;
+      if (only && (!only.has(arm) || only.get(arm) !== (suffix || null))) continue;
       const head = `${arm}${suffix ? ` · ${suffix}` : ""} · ${payload.replies.verdicts[verdict]} · refusal score ${nice(score)} · model reply, may be unpleasant`;
       const body = el("p", payload.replies.texts[text] ?? "(only in the run folder)");
       if (body.textContent === "") body.textContent = "(an empty reply)";

@@ -63,9 +63,8 @@ def held(out: Path, device: str | None = None, judge: str | None = None) -> Iter
         raise UsageError(f"{out} holds a campaign; analyse its suffixes with `{study_of_campaign(out, settings)}`.")
     if judge is not None:
         require_trusted(str(out), settings.get("judge", "rules"), judge)
-    settings |= {} if device is None else {"device": device}
     try:
-        config = StudyConfig(**settings)
+        config = StudyConfig(**(settings | ({} if device is None else {"device": device})))
     except TypeError as error:
         raise UsageError(f"{out} was made by another version of this tool: {error}.") from error
     with open_run(out, settings):
@@ -74,11 +73,14 @@ def held(out: Path, device: str | None = None, judge: str | None = None) -> Iter
 
 def study_of_campaign(out: Path, settings: dict[str, Any]) -> str:
     """The command that analyses a campaign's suffixes: with its model and prompts, and another folder."""
-    kept = ("model", "adapter", "system", "reply_prefix", "harmful", "harmless", "column", "seed", "dtype")
+    kept = (
+        "model", "adapter", "system", "reply_prefix", "harmful", "harmless", "column", "prompts_per_split", "seed",
+        "dtype", "four_bit",
+    )  # fmt: skip
     words = ["suffix-analysis", "run", "--suffixes", str(out / "suffixes.jsonl"), "--out", f"{out}-study"]
     for name in kept:
         if settings.get(name) not in (None, getattr(StudyConfig(), name)):
-            words += [f"--{name.replace('_', '-')}", str(settings[name])]
+            words += [f"--{name.replace('_', '-')}", *([] if settings[name] is True else [str(settings[name])])]
     return shlex.join(words)
 
 

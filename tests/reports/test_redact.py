@@ -15,7 +15,7 @@ from reports import ReportError, build_report
 from reports.compare import build_comparison
 from reports.data import RunData
 from reports.redact import is_local, redact, stand_in
-from reports.schema import Check, Prompt, Suffix, Summary
+from reports.schema import Check, Pattern, Prompt, Suffix, Summary
 from tests.fake_run import make_fake_run
 
 
@@ -53,9 +53,15 @@ def test_prompts_and_ids_that_hold_a_suffix_lose_it_and_still_belong_together() 
     suffix = Suffix(id="my xq zzt! ww", arm="adversarial", text="xq zzt! ww", n_tokens=3)
     prompt = Prompt(id="p xq zzt! ww", text="Sing xq zzt! ww", kind="harmful", split="report")
     row = {"prompt_id": prompt.id, "suffix_id": suffix.id, "reply": "xq zzt! ww"}
+    pattern = Pattern(
+        prompt_id=prompt.id, suffix_id=suffix.id, arm="adversarial", tokens=["a"], regions=["chat"], heads=[],
+        attention=[], contribution=[],
+    )  # fmt: skip
     data = replace(bare(), suffixes=(suffix,), prompts=(prompt,), tables={"replies": [row]}, env={"cpu": "xq zzt! ww"})
+    data = replace(data, patterns=(pattern,), summary=data.summary.model_copy(update={"suffix_id": suffix.id}))
     after = redact(data)
-    assert "zzt" not in str((after.suffixes, after.prompts, after.tables, after.env))
+    assert "zzt" not in str((after.suffixes, after.prompts, after.tables, after.env, after.patterns, after.summary))
+    assert after.patterns[0].prompt_id == after.prompts[0].id
     (found,) = after.tables["replies"]
     assert (found["prompt_id"], found["suffix_id"]) == (after.prompts[0].id, after.suffixes[0].id)
     short = replace(data, suffixes=(Suffix(id="a", arm="random", text="in", n_tokens=1),))

@@ -235,7 +235,7 @@ def test_an_architecture_that_is_not_in_the_table_is_checked_when_it_is_loaded(
     assert checked[1:] == [str(tmp_path / "llama")]
 
 
-@pytest.mark.parametrize("architecture", ["stablelm", "starcoder2", "mixtral", "cohere", "falcon"])
+@pytest.mark.parametrize("architecture", ["stablelm", "starcoder2", "mixtral", "cohere", "olmo", "falcon"])
 def test_an_unknown_architecture_that_satisfies_the_identities_is_taken(architecture: str) -> None:
     model = tiny.model(architecture) if architecture != "falcon" else tiny.falcon()
     before = [model.hf(input_ids=torch.tensor([[5, 6, 7]])).logits, "bridge" in model.__dict__]

@@ -133,3 +133,9 @@ def test_a_reply_prefix_is_part_of_the_template() -> None:
     chat = render_chat(tok, "Sing")
     assert chat.text.endswith("<|reply|>\n \"I'") and bool(chat.regions["chat"][-1])
     assert build_slot(tok, "Sing {optim_str}", "Sure", "x").after_text.endswith(" \"I'")
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }} [/INST]{% endfor %}\n"  # Jinja drops this newline
+    tok.chat_template = prepared(tok, " \N{WAVING HAND SIGN}")
+    assert render_chat(tok, "Sing").text == "Sing [/INST] \N{WAVING HAND SIGN}"
+    tok.chat_template = {"default": "", "tool": ""}
+    with pytest.raises(UserError, match="several chat templates"):
+        prepared(tok, " ")

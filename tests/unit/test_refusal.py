@@ -46,5 +46,5 @@ def test_replies_that_all_open_alike_are_told_with_what_to_do(monkeypatch: pytes
 
     monkeypatch.setattr(refusal, "answers", answers)
     chats = [model.chat(text) for text in "abcd"]
-    with pytest.raises(UserError, match=r"open with the same token, ' ' .*--reply-prefix ' '"):
+    with pytest.raises(UserError, match=r"open with the same token, ' ' .*reply_prefix = \" \" in a --config"):
         discover_refusal_tokens(model, chats, chats)

@@ -10,10 +10,10 @@ import pytest
 
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
+from suffix_analysis.pool import tested_of, traced_of
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
 from suffix_analysis.replies import Cell, crossed, made_once, measure_replies, refusal_table
-from suffix_analysis.study import traced_of
 
 PROMPTS = [Prompt("a", "Pick a lock", "harmful", "report"), Prompt("b", "Bake", "harmless", "report")]
 SUFFIXES = [Suffix(f"random-{i}", "random", "x") for i in (1, 2)]
@@ -87,3 +87,10 @@ def test_controls_are_traced_of_as_many_texts_as_there_are() -> None:
     some = [Suffix("adversarial-1", "adversarial", "x", ids=(9,)), *own]
     found = traced_of(some, StudyConfig(n_traced_controls=4))
     assert [s.id for s in found] == ["adversarial-1", "shuffled-1", "shuffled-2", "shuffled-3", "shuffled-5"]
+
+
+def test_shuffled_suffixes_stand_beside_what_they_are_permutations_of() -> None:
+    attack = Suffix("adversarial-1", "adversarial", "x", ids=(1, 2, 3))
+    shuffled = [Suffix(f"shuffled-{i}", "shuffled", "x", ids=ids) for i, ids in enumerate([(3, 2, 1), (2, 1, 3)], 1)]
+    found = tested_of([attack, *shuffled, Suffix("random-1", "random", "y", ids=(7,))], StudyConfig())
+    assert [s.id for s in found] == ["random-1", "shuffled-1"]

@@ -13,6 +13,7 @@ import torch
 from suffix_analysis import environment, files, provenance, runs
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UsageError, UserError
+from suffix_analysis.models import Model
 from suffix_analysis.records import Suffix
 from tests import tiny
 
@@ -95,14 +96,51 @@ def test_input_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
         pass
 
 
-def test_a_model_is_known_by_its_weights(tmp_path: Path) -> None:
-    model = tiny.hf_model("llama")
-    provenance.require_same_weights(tmp_path, "a", model)
-    provenance.require_same_weights(tmp_path, "moved/a", tiny.hf_model("llama"))
+def test_a_model_is_known_by_what_it_is(tmp_path: Path) -> None:
+    def check(model: Model, begun: bool = True) -> None:
+        provenance.require_same_model(tmp_path, model, begun)
+
+    check(tiny.model("llama"), begun=False)
+    check(tiny.model("llama"))  # wherever it comes from
+    other = tiny.model("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight += 1e-4
-    with pytest.raises(UserError, match="The weights of a are others than when"):
-        provenance.require_same_weights(tmp_path, "a", model)
+        other.hf.model.layers[1].mlp.up_proj.weight += 1e-4
+    with pytest.raises(UserError, match=r"tiny-llama is another model than when .*layers.1.mlp.up_proj.weight differs"):
+        check(other)
+    with pytest.raises(UserError, match="the template differs"):
+        check(tiny.model("llama", format_name="chatml"))
+    part = tiny.model("llama")  # as accelerate offloads: what is not in memory is not compared
+    part.hf.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(48, 32, device="meta"))
+    check(part)
+    check(other, begun=False)  # nothing has been made yet
+    check(other)
+
+
+def test_another_name_for_the_model_is_kept_once_it_is_known_to_be_the_same(tmp_path: Path) -> None:
+    with runs.open_run(tmp_path, {"model": "a", "steps": 3}):
+        provenance.require_same_model(tmp_path, tiny.model("llama"), begun=False)
+        finish(tmp_path, "prompts")
+    with runs.open_run(tmp_path, {"model": "b", "steps": 3}):
+        assert runs.read_config(tmp_path)["model"] == "a", "b has not been loaded"
+        runs.keep_model(tmp_path, {"model": "b", "adapter": None})
+    assert runs.read_config(tmp_path) == {"model": "b", "steps": 3}
+
+
+def test_a_folder_that_has_begun_keeps_its_settings_whatever_is_deleted(tmp_path: Path) -> None:
+    with runs.open_run(tmp_path, {"steps": 3}):
+        finish(tmp_path, "prompts")
+        finish(tmp_path, "attack")
+    (tmp_path / "prompts.jsonl").unlink()
+    with pytest.raises(UsageError, match="made with steps = 3, not 4"), runs.open_run(tmp_path, {"steps": 4}):
+        pass
+
+
+def test_a_second_process_changes_nothing(tmp_path: Path) -> None:
+    with runs.open_run(tmp_path, {"steps": 3}):
+        files.write_json(tmp_path / "fast_dtype.json", "float32")
+        with pytest.raises(UserError, match="Another process"), runs.open_run(tmp_path, {"steps": 4}):
+            pass
+    assert (tmp_path / "fast_dtype.json").exists() and runs.read_config(tmp_path) == {"steps": 3}
 
 
 def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path: Path) -> None:
