@@ -105,7 +105,7 @@ def traced_of(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
     return traced
 
 
-def tested_of(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
+def causal_controls(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
     """What stands beside the adversarial suffixes in the causal tests: of what is traced, one suffix of each text."""
     traced = traced_of(suffixes, config)
     return [s for arm in SUFFIX_ARMS[1:] for s in of_each_text([s for s in traced if s.arm == arm])]

@@ -294,7 +294,7 @@ class Study:
         heads = [
             (row["layer"], row["head"]) for row in files.read_table(findings / "top_heads.parquet", ("layer", "head"))
         ]
-        controls, unequal = as_long(suffixes, pool.tested_of(everything, config))
+        controls, unequal = as_long(suffixes, pool.causal_controls(everything, config))
         try:
             tables = measure_mechanism(
                 self.model, self.direction(), report, select, harmless, suffixes, heads,

@@ -10,7 +10,7 @@ import pytest
 
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
-from suffix_analysis.pool import tested_of, traced_of
+from suffix_analysis.pool import causal_controls, traced_of
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix
 from suffix_analysis.replies import Cell, crossed, made_once, measure_replies, refusal_table
@@ -92,5 +92,5 @@ def test_controls_are_traced_of_as_many_texts_as_there_are() -> None:
 def test_shuffled_suffixes_stand_beside_what_they_are_permutations_of() -> None:
     attack = Suffix("adversarial-1", "adversarial", "x", ids=(1, 2, 3))
     shuffled = [Suffix(f"shuffled-{i}", "shuffled", "x", ids=ids) for i, ids in enumerate([(3, 2, 1), (2, 1, 3)], 1)]
-    found = tested_of([attack, *shuffled, Suffix("random-1", "random", "y", ids=(7,))], StudyConfig())
+    found = causal_controls([attack, *shuffled, Suffix("random-1", "random", "y", ids=(7,))], StudyConfig())
     assert [s.id for s in found] == ["random-1", "shuffled-1"]
