@@ -214,13 +214,14 @@ def test_a_top_head_tells_its_attention_with_intervals_and_the_sequences_beginni
     page.select_option("#head", "L16.H4")
     pinned = page.locator("#pinned table").first
     assert pinned.locator("th").all_inner_texts() == [
-        "arm", "along r̂", "instruction", "suffix", "chat", "system", "bos",
+        "arm", "writes along r̂",
+        *(f"attention to {region}" for region in ("instruction", "suffix", "chat", "system", "bos")), "to the first token",
     ]  # fmt: skip
     cells = pinned.locator("tbody tr").first.locator("td").all_inner_texts()
-    assert all(" to " in cell for cell in cells[1:]), cells
+    assert all(" to " in cell for cell in cells[1:-1]), cells
     page.select_option("#head", "L0.H0")  # not among the top heads: means only
     cells = pinned.locator("tbody tr").first.locator("td").all_inner_texts()
-    assert " to " not in cells[2] and cells[-1] == "–"
+    assert " to " not in cells[2] and cells[-2] == "–"
 
 
 @pytest.mark.long
