@@ -215,13 +215,13 @@ def test_a_top_head_tells_its_attention_with_intervals_and_the_sequences_beginni
     pinned = page.locator("#pinned table").first
     assert pinned.locator("th").all_inner_texts() == [
         "arm", "writes along r̂",
-        *(f"attention to {region}" for region in ("instruction", "suffix", "chat", "system", "bos")), "to the first token",
+        *(f"attention to {region}" for region in ("instruction", "suffix", "chat", "system")), "to the first token",
     ]  # fmt: skip
     cells = pinned.locator("tbody tr").first.locator("td").all_inner_texts()
     assert all(" to " in cell for cell in cells[1:-1]), cells
     page.select_option("#head", "L0.H0")  # not among the top heads: means only
     cells = pinned.locator("tbody tr").first.locator("td").all_inner_texts()
-    assert " to " not in cells[2] and cells[-2] == "–"
+    assert " to " not in cells[2] and cells[-1] == "–"
 
 
 @pytest.mark.long
