@@ -295,9 +295,10 @@ class Study:
             (row["layer"], row["head"]) for row in files.read_table(findings / "top_heads.parquet", ("layer", "head"))
         ]
         controls, unequal = as_long(suffixes, pool.causal_controls(everything, config))
+        model, direction = self.model, self.direction()  # what is wrong with these ends the run
         try:
             tables = measure_mechanism(
-                self.model, self.direction(), report, select, harmless, suffixes, heads,
+                model, direction, report, select, harmless, suffixes, heads,
                 controls=controls, reply_tokens=config.reply_tokens, judge=self.judge, seed=config.seed,
                 on_step=lambda done, total: self.narrator.progress(done, total, "groups of prompts tested causally"),
             )  # fmt: skip

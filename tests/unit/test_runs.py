@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from suffix_analysis import environment, files, provenance, runs
+from suffix_analysis import environment, files, provenance, runs, study
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.console import Console
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.models import Model
 from suffix_analysis.records import Suffix
@@ -305,3 +306,19 @@ def test_no_token_stands_in_the_environments_record(monkeypatch: pytest.MonkeyPa
     assert found["packages"]["torch"] and found["memory_gib"] > 0 and found["cores"] >= 1
     assert found["gpus"] == [] or all("GiB" in name for name in found["gpus"])
     assert str(Path.home()) not in json.dumps(found)
+
+
+def test_another_model_ends_the_run_and_is_not_a_mechanism_that_was_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(config: StudyConfig) -> Model:
+        raise UserError("another model than when")
+
+    monkeypatch.setattr(study, "study_model", other)
+    runs.write_suffixes(tmp_path / "suffixes.jsonl", [Suffix("adversarial-1", "adversarial", "x y", ids=(1, 2))])
+    files.write_jsonl(tmp_path / "prompts.jsonl", [])
+    files.write_table(tmp_path / "findings" / "top_heads.parquet", [{"layer": 0, "head": 0}])
+    run = study.Study(tmp_path, StudyConfig(), Console())
+    with pytest.raises(UserError, match="another model"):
+        run._mechanism()
+    assert not (tmp_path / "skipped.json").exists()
