@@ -103,7 +103,7 @@ def require_same_model(folder: Path, model: Model, begun: bool) -> None:
     if not begun or not known:
         write_json(folder / "weights.json", found)
         return
-    other = next((name for name in found.keys() & known.keys() if found[name] != known[name]), None)
+    other = next((name for name in found if known.get(name, found[name]) != found[name]), None)
     if other is not None:
         raise UserError(
             f"{model.name} is another model than when {folder} was begun: {other} differs; load the one that it was "

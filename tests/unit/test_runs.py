@@ -108,7 +108,7 @@ def test_a_model_is_known_by_what_it_is(tmp_path: Path) -> None:
         other.hf.model.layers[1].mlp.up_proj.weight += 1e-4
     with pytest.raises(UserError, match=r"tiny-llama is another model than when .*layers.1.mlp.up_proj.weight differs"):
         check(other)
-    with pytest.raises(UserError, match="the template differs"):
+    with pytest.raises(UserError, match="the tokenizer differs"):
         check(tiny.model("llama", format_name="chatml"))
     part = tiny.model("llama")  # as accelerate offloads: what is not in memory is not compared
     part.hf.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(48, 32, device="meta"))
