@@ -45,7 +45,7 @@ FAMILIES = (
     ),
     Family("Yi Chat", "6B, 34B", "llama"),
     Family("Gemma it", "2B, 7B", "gemma", "embeddings × √d_model, norms weigh 1 + w"),
-    Family("Llama 2 Chat", "7B, 13B, 70B", "llama"),
+    Family("Llama 2 Chat", "7B, 13B, 70B", "llama", "plain; every reply opens with a space: `--reply-prefix ' '`"),
     Family("Llama 3 Instruct", "8B, 70B", "llama"),
     Family("Llama 3.1 Instruct", "3.1; 3.2 (text), 3.3", "llama"),
     Family("Qwen1.5, Qwen2.5", "all dense sizes", "qwen2", "biases on queries, keys, values"),
