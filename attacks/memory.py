@@ -24,7 +24,9 @@ TOKEN_BUDGET = 8192  # on a CPU: tokens in one forward; larger batches gain noth
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on ``device`` now."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what the allocator keeps for this process is free to it
+        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + own
     return int(psutil.virtual_memory().available)
 
 

@@ -69,7 +69,7 @@ class Projection:
 
         def catch(module: Any, args: Any, kwargs: Any) -> None:
             x = args[0] if args else kwargs["hidden_states"]
-            seen.append(x[:, -len(slot.target_ids)].float() @ unit)
+            seen.append(x[:, -len(slot.target_ids)].float() @ unit.to(x.device))
 
         handle = blocks[self.layer].register_forward_pre_hook(catch, with_kwargs=True)
         try:
@@ -110,7 +110,7 @@ class SuffixAttention:
                 raise AttackError("The model gives no attention rows; its attention has no eager implementation.")
             stop = pattern.shape[-1] - last - n_after
             queries = slice(pattern.shape[-2] - last - n_after, pattern.shape[-2] - last)
-            seen.append(pattern[..., queries, stop - n_suffix : stop].float().sum(-1).mean(dim=(1, 2)))
+            seen.append(pattern[..., queries, stop - n_suffix : stop].float().sum(-1).mean(dim=(1, 2)).to(model.device))
 
         before = model.config._attn_implementation
         model.set_attn_implementation("eager")
@@ -133,4 +133,4 @@ def watched(terms: tuple[Term, ...], model: Any, slot: Slot) -> Iterator[Callabl
     """All terms over one forward; the yielded function gives their weighted sum (0 where there are none)."""
     with contextlib.ExitStack() as stack:
         reads = [(term.weight, stack.enter_context(term.watch(model, slot))) for term in terms]
-        yield lambda: sum((weight * read() for weight, read in reads), torch.zeros(()))
+        yield lambda: sum((weight * read().to(model.device) for weight, read in reads), torch.zeros(()))

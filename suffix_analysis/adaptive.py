@@ -52,8 +52,8 @@ class Detected:
         def catch(module: Any, args: Any, kwargs: Any) -> None:
             x = (args[0] if args else kwargs["hidden_states"]).float()
             stop = x.shape[1] - behind - len(slot.after_ids)
-            most = (x[:, self.first : stop] @ harm).max(dim=1).values
-            along = x[:, x.shape[1] - 1 - behind] @ unit
+            most = (x[:, self.first : stop] @ harm.to(x.device)).max(dim=1).values
+            along = x[:, x.shape[1] - 1 - behind] @ unit.to(x.device)
             seen.append((harm_without_refusal(self.direction, self.harmfulness, most, along) - self.cut).relu())
 
         handle = decoder_layers(model)[layer].register_forward_pre_hook(catch, with_kwargs=True, prepend=True)

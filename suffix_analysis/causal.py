@@ -65,7 +65,7 @@ def measure(prepared: Prepared, hooks: Sequence[Hook], readout: Readout, *, copi
     seen: list[Tensor] = []
 
     def look(x: Tensor, hook: Any) -> None:
-        seen.append((x[:, -1].float() @ unit).cpu())
+        seen.append((x[:, -1].float().to(unit.device) @ unit).cpu())
 
     point = _point(prepared, readout)
     # then nothing that the projection depends on has changed
@@ -144,7 +144,8 @@ def _masked(x: Tensor, source: Bool[Tensor, "prompt token"], which: list[int], v
     if at is not None:
         rows[:] = False
         rows[at] = True
-    chosen = source.repeat_interleave(copies, dim=0)[:, None, None] & mask[None, :, None, None] & rows[:, None]
+    source = source.to(x.device).repeat_interleave(copies, dim=0)
+    chosen = source[:, None, None] & mask[None, :, None, None] & rows[:, None]
     return x.masked_fill(chosen, value)
 
 
@@ -231,7 +232,7 @@ def attribution(
         return z + leaves[layer]
 
     def look(x: Tensor, hook: Any) -> None:
-        seen.append(x[:, -1].float() @ unit)
+        seen.append(x[:, -1].float().to(unit.device) @ unit)
 
     n_layers = prepared.model.n_layers
     hooks: list[Hook] = [(f"blocks.{n}.attn.hook_z", functools.partial(watch, layer=n)) for n in range(n_layers)]
@@ -244,7 +245,7 @@ def attribution(
     change = values.to(prepared.z) - prepared.z
 
     def estimate(gradients: Sequence[Tensor | None]) -> Tensor:
-        rows = [torch.zeros_like(change[:, n]) if g is None else g for n, g in enumerate(gradients)]
+        rows = [torch.zeros_like(change[:, n]) if g is None else g.to(change.device) for n, g in enumerate(gradients)]
         return (torch.stack(rows, dim=1) * change).sum(dim=(2, 4)).float().cpu()
 
     return Outcome(estimate(of_score), estimate(of_projection))

@@ -114,9 +114,10 @@ def _reading(
     """The vector whose product with a chat token's state is its value's write along r̂, and what is constant in it."""
     block = run.model.bridge.blocks[layer]
     with in_memory(block.attn):
-        matrix = block.attn.W_V.detach().float()[kv_head]
+        matrix = block.attn.W_V.detach().float()[kv_head].to(end.device)
         bias = getattr(block.attn, "b_V", None)
-        constant = 0.0 if bias is None else float(bias.detach().float().view(-1, matrix.shape[1])[kv_head] @ end)
+        own = None if bias is None else bias.detach().float().view(-1, matrix.shape[1])[kv_head]
+        constant = 0.0 if own is None else float(own.to(end.device) @ end)
     vector = matrix @ end
     if "ln1" not in (block.submodules or {}):
         return vector.expand(len(run), run.n_chat, -1), constant
@@ -139,7 +140,7 @@ def _by_source(
     """What each head of ``layer`` writes to the chat tokens along ``reading``, by the region it takes it from."""
     block = run.model.bridge.blocks[layer]
     with in_memory(block.attn):
-        weight = block.attn.W_O.detach().float()
+        weight = block.attn.W_O.detach().float().to(reading.device)
     back = torch.einsum("bpe,hde->bphd", _target(run, layer, reading, norm, scale), weight)
     grouped = back.unflatten(2, (values.shape[2], -1))
     along = torch.einsum("btgd,bpgjd->bpgjt", values, grouped).flatten(2, 3)
@@ -153,7 +154,7 @@ def _bias(run: Prepared, layer: int, reading: Tensor, norm: Any, scale: Tensor |
         bias = getattr(block.attn, "b_O", None)
         if bias is None:
             return torch.zeros(len(run), run.n_chat, device=reading.device)
-        return _target(run, layer, reading, norm, scale) @ bias.detach().float()
+        return _target(run, layer, reading, norm, scale) @ bias.detach().float().to(reading.device)
 
 
 # --- the graph -------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def _rows(plain: Prepared, attacked: Prepared, moved: frozenset[str]) -> Float[T
         return value.to(x)
 
     def keep(x: Tensor, hook: Any, layer: int) -> None:
-        kept[layer] = x[:, :, -1].float()
+        kept[layer] = x[:, :, -1].float().to(attacked.ids.device)
 
     hooks: list[Hook] = [] if "dilution" in moved else cut(attacked, "suffix")
     for n in range(attacked.model.n_layers):

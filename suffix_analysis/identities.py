@@ -60,7 +60,7 @@ def check_identities(model: Model) -> tuple[Identity, ...]:
 
     def remember(x: torch.Tensor, hook: object) -> None:
         nonlocal left
-        left = max(left, float((x.float() @ unit).abs().max() / x.float().norm(dim=-1).max()))
+        left = max(left, float((x.float() @ unit.to(x.device)).abs().max() / x.float().norm(dim=-1).max()))
 
     alone = [chat.ids, model.chat(PROBE).ids]
     each = torch.cat([model.hf(input_ids=row[None].to(ids)).logits[:, -1].float() for row in alone])

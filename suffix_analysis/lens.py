@@ -57,7 +57,8 @@ def read_directly(prepared: Prepared, tokens: Sequence[int]) -> Float[Tensor, " 
     model = prepared.model
     norm, head = model.bridge.ln_final.original_component, model.hf.get_output_embeddings()
     with in_memory(norm), in_memory(head):
-        state = type(norm).forward(norm, prepared.resid[:, -1, -1:])[:, 0]
+        there = next(norm.parameters(), head.weight).device
+        state = type(norm).forward(norm, prepared.resid[:, -1, -1:].to(there))[:, 0].to(head.weight.device)
         logits = torch.nn.functional.linear(state, head.weight, getattr(head, "bias", None)).float().cpu()
     return logits[:, list(tokens)].mean(dim=1) - logits.mean(dim=1)
 

@@ -222,6 +222,7 @@ def _of(values: Tensor, heads: Sequence[Head]) -> Tensor:
     return torch.stack([values[:, layer, head] for layer, head in heads], dim=1)
 
 
+@torch.no_grad()
 def _terms(run: Prepared, readout: Readout, top: Sequence[Head]) -> Float[Tensor, "prompt term"]:
     """What was written along r̂ at chat[-1] before the readout's layer, by the top heads and by everything else."""
     model, unit = run.model, readout.unit.to(run.resid.device)

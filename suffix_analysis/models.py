@@ -130,8 +130,13 @@ def boot_bridge(hf: Any, tokenizer: Any, path: str) -> Any:
     own = copy.deepcopy(tokenizer)
     own.init_kwargs["add_bos_token"] = True  # the dict only: otherwise the bridge reloads it and adds a BOS
     own.init_kwargs.setdefault("name_or_path", path)
-    # for models that take images too it would pip-install torchvision, without a word
-    with quiet(), unittest.mock.patch.object(helpers, "_ensure_torchvision", lambda: False):
+    # TransformerLens would pip-install torchvision for models that take images too, and refuse what accelerate spreads
+    # over a GPU and memory or disk, though its bridge only wraps what accelerate has placed
+    with (
+        quiet(),
+        unittest.mock.patch.object(helpers, "_ensure_torchvision", lambda: False),
+        unittest.mock.patch("transformer_lens.utilities.multi_gpu.is_mixed_offload_gpu", lambda placed: False),
+    ):
         bridge = TransformerBridge.boot_transformers(os.path.abspath(path), hf_model=hf, tokenizer=own)
     bridge.cfg.default_prepend_bos = False  # a rendered chat has the template's BOS already
     for block in bridge.blocks:
@@ -223,6 +228,8 @@ def load_model(
         hf = _with_adapter(hf, adapter)
     if not is_spread(device) and not stays_put(hf):
         hf = hf.to(device or default_device())
+    if hf.device.type == "meta":
+        raise UserError(f"The embedding of {name!r} is not in memory; give a device map that keeps it there.")
     model = Model(name if adapter is None else f"{name} + {Path(adapter).name}", hf.eval(), tokenizer, system, path)
     # a model with further parts (images, say) is another than its text model, which may be known
     if not {hf.config.model_type, hf.config.get_text_config().model_type} <= known_architectures():
@@ -306,6 +313,8 @@ def _load_hf(name: str, dtype: torch.dtype, device: Device, four_bit: bool) -> t
     except BROKEN as error:
         raise UserError(f"The model {name!r} cannot be loaded: {first_line(error)}") from error
     _require_whole(name, hf, told)
+    if "gguf_file" in kwargs:  # unpacked when it is read: its layers are plain ones
+        hf.is_quantized = False
     return hf, tokenizer, source
 
 

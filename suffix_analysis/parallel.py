@@ -125,7 +125,9 @@ _LOADING = ("model", "adapter", "system", "reply_prefix", "dtype", "four_bit", "
 def worker_model(config: StudyConfig) -> Model:
     """The study's model in a worker; the worker's next task finds it loaded."""
     named = {name: getattr(config, name) for name in _LOADING}
-    return _model(StudyConfig(**named, device=config.device or ("cuda" if config.attack_gpus else None)))
+    # Ray shows a task the GPUs that it asked for, and no fewer of them where it asked for none
+    own = "cuda" if config.attack_gpus else config.device or "cpu"
+    return _model(StudyConfig(**named, device="auto" if config.device == "auto" else own))
 
 
 @functools.lru_cache(maxsize=1)

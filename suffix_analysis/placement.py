@@ -63,7 +63,7 @@ def require_device(device: Device) -> None:
     if not isinstance(device, str) or device == "auto":
         return
     kind, _, number = device.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
     if not count or (number and not (number.isdigit() and int(number) < count)):
         gpus = torch.cuda.device_count()
         there = "cpu and auto" + ("".join(f", cuda:{i}" for i in range(gpus)) if gpus else "; there is no GPU")

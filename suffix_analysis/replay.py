@@ -68,7 +68,7 @@ class Cached:
     @property
     def values(self) -> list[Float[Tensor, "prompt kv_head token d_head"]]:
         """Values of all tokens before the chat region, layer by layer."""
-        return [layer.values for layer in self.cache.layers]
+        return [layer.values.to(self.ids.device) for layer in self.cache.layers]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Prepared(Cached):
     def attention_output(self, layer: int, place: int = -1) -> Float[Tensor, "prompt d_model"]:
         """What attention gives at a chat token, before any norm behind it."""
         out: Tensor = self.model.bridge.blocks[layer].attn.o.original_component(self.z[:, layer, place].flatten(1))
-        return out
+        return out.to(self.z.device)
 
 
 @torch.no_grad()

@@ -173,7 +173,7 @@ def _batch(
 
     def at_end(kind: str, layer: int) -> Callable[[Tensor, Any], None]:
         def take(x: Tensor, hook: Any) -> None:
-            last = x[:, at].float()
+            last = x[:, at].float().to(unit.device)
             seen[kind, layer] = last @ unit
             seen[kind + "_norm", layer] = last.norm(dim=-1)
 
@@ -191,17 +191,18 @@ def _batch(
                 before = prefix.layers[layer].values.transpose(1, 2).to(v)
                 v = torch.cat([before.expand(len(v), -1, -1, -1), v], dim=1)
             seen["v", layer] = v.float()
-            seen["along", layer] = values_along(v, heads[layer])
+            seen["along", layer] = values_along(v, heads[layer]).cpu()
 
         return take
 
     def pattern(layer: int) -> Callable[[Tensor, Any], None]:
         def take(a: Tensor, hook: Any) -> None:
-            seen["row", layer] = a[:, :, at].float()
+            row = a[:, :, at].float()
+            seen["row", layer] = row.cpu()
             with in_memory(model.bridge.blocks[layer].attn):
                 weight = model.bridge.blocks[layer].attn.W_O.detach().float()
             if ("v", layer) in seen:  # or it is among the missing ones, which are named
-                seen["share", layer] = _shares(seen["row", layer], seen.pop(("v", layer)), weight)
+                seen["share", layer] = _shares(row, seen.pop(("v", layer)), weight).cpu()
 
         return take
 

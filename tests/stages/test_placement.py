@@ -86,6 +86,12 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_numbers(folder: str) 
         pass
 
 
+def test_an_embedding_that_is_not_in_memory_is_refused(folder: str) -> None:
+    """Inputs go to where the model says that it is, and that would be nowhere."""
+    with pytest.raises(UserError, match=r"The embedding of .* is not in memory; give a device map"):
+        load_model(folder, device={**SPLIT, "model.embed_tokens": "disk", "lm_head": "disk"})
+
+
 def test_weights_larger_than_the_free_memory_are_refused_before_they_are_read(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

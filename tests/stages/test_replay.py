@@ -223,6 +223,7 @@ def test_terms_are_what_the_trace_finds_written(runs: tuple[Model, Prepared, Pre
     traced = trace(model, list(attacked.chats), read.unit)
     below = [traced.head_contribution[:, layer, head] for layer, head in top if layer < read.layer]
     found = _terms(attacked, read, top).T
+    assert not found.requires_grad, "or it cannot become a table"
     torch.testing.assert_close(found[0], torch.stack(below).sum(dim=0), atol=1e-5, rtol=1e-4)
     whole = traced.head_contribution[:, : read.layer].sum(dim=(1, 2)) + traced.attention_bias[: read.layer].sum()
     torch.testing.assert_close(found[1], whole - found[0], atol=1e-5, rtol=1e-3)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from suffix_analysis.errors import UserError
+from suffix_analysis.identities import rounding
 from suffix_analysis.models import Model, load_model
 from tests import tiny
 
@@ -63,6 +64,13 @@ def test_a_gguf_file_is_the_model_that_was_converted(saved: Path, tmp_path: Path
     file = tmp_path / "tiny.gguf"
     to_gguf(tiny.hf_model("llama"), tiny.tokenizer(), file)
     same(load_model(str(saved)), load_model(str(file)))
+
+
+def test_a_gguf_file_is_as_exact_as_its_weights(tmp_path: Path) -> None:
+    """transformers calls it quantised, though its layers are plain: then nothing of it would be checked closely."""
+    to_gguf(tiny.hf_model("llama"), tiny.tokenizer(), tmp_path / "tiny.gguf")
+    model = load_model(str(tmp_path / "tiny.gguf"))
+    assert rounding(model) == 0 and model.twin(torch.bfloat16) is not model
 
 
 def to_gguf(hf: Any, tokenizer: Any, file: Path) -> None:
