@@ -218,6 +218,7 @@
   let serial = 0, inView = false;
   function patterns(record) {
     const place = byId("cv"), { most } = record;
+    if (!window.CircuitsVis) document.head.append(Object.assign(el("script"), { textContent: document.querySelector("script[data-name=circuitsvis]").textContent }));  // a quarter of a second that can wait till here
     place.replaceChildren();
     for (const view of record.arms) {
       const one = view.heads.indexOf(state.head), size = view.tokens.length, target = el("div.cv");
