@@ -40,8 +40,9 @@ class ArmTraces:
         Permutations of one text count as one suffix, with their mean.
         """
         stacked = torch.stack([pick(t) for t in self.traces], dim=1).double()
-        if self.n_texts < len(self.suffixes):
-            stacked = torch.stack([stacked[:, some].mean(dim=1) for some in by_text(self.suffixes)], dim=1)
+        texts = by_text(self.suffixes)
+        if len(texts) < len(self.suffixes):
+            stacked = torch.stack([stacked[:, some].mean(dim=1) for some in texts], dim=1)
         return stacked.flatten(2).numpy() if stacked.dim() > 2 else stacked[:, :, None].numpy()
 
 

@@ -24,6 +24,7 @@ from suffix_analysis.prompts import (
     SPLITS,
     NoColumn,
     Prompt,
+    given_id,
     has_half_pair,
     load_prompts,
     prompts_of,
@@ -63,8 +64,7 @@ def study_prompts(config: StudyConfig) -> list[Prompt]:
             kinds or in two splits.
     """
     prompts: list[Prompt] = []
-    for kind, source, column in _columns(config):
-        found = load_prompts(source, kind=kind, column=column)
+    for kind, source, found in _loaded(config):
         found = _once([replace(p, kind=kind) for p in found], prompts)
         prompts += _with_splits(found, config.seed, source)
     if config.harmless == "embedded":
@@ -101,23 +101,20 @@ def _once(found: Sequence[Prompt], before: Sequence[Prompt]) -> list[Prompt]:
     return list(once.values())[::-1]
 
 
-def _columns(config: StudyConfig) -> list[tuple[str, str, str | None]]:
-    """Kind, source and column of the prompts: the column that is named where a source has it, the usual ones where only
-    the other has."""
-    sources = [("harmful", config.harmful), ("harmless", config.harmless)]
-    if config.column is None:
-        return [(*each, None) for each in sources]
-    lacking: dict[str, UserError] = {}
-    for kind, source in sources:
-        if source != "embedded":
-            try:
-                load_prompts(source, kind=kind, column=config.column)
-            except NoColumn as error:
-                lacking[kind] = error
-    files = [kind for kind, source in sources if source != "embedded"]
-    if lacking and len(lacking) == len(files):
+def _loaded(config: StudyConfig) -> list[tuple[str, str, list[Prompt]]]:
+    """Kind, source and prompts: of the column that is named, and of the usual ones where only the other file has it."""
+    sources = {"harmful": config.harmful, "harmless": config.harmless}
+    found: dict[str, list[Prompt]] = {}
+    lacking: dict[str, NoColumn] = {}
+    for kind, source in sources.items():
+        try:
+            found[kind] = load_prompts(source, kind=kind, column=None if source == "embedded" else config.column)
+        except NoColumn as error:
+            lacking[kind] = error
+    if lacking and len(lacking) == sum(source != "embedded" for source in sources.values()):
         raise next(iter(lacking.values()))
-    return [(*each, config.column if each[0] in files and each[0] not in lacking else None) for each in sources]
+    found |= {kind: load_prompts(sources[kind], kind=kind) for kind in lacking}
+    return [(kind, source, found[kind]) for kind, source in sources.items()]
 
 
 def _with_splits(prompts: list[Prompt], seed: int, source: str) -> list[Prompt]:
@@ -147,7 +144,7 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
         raise UserError(f"There is no suffixes file {str(path)!r}.")
     out: list[Suffix] = []
     rows = read_rows(path)
-    named = {str(row["id"]) for row in rows if row.get("id") not in (None, "")}
+    named = {given_id(row) for row in rows}
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         arm = row.get("arm") or "adversarial"
@@ -155,8 +152,7 @@ def given_suffixes(path: Path, model: Model) -> list[Suffix]:
             raise UserError(f"{where} is of the arm {arm!r}; the arms are {', '.join(SUFFIX_ARMS)}.")
         free = (f"{arm}-{n}" for n in itertools.count(1 + sum(s.arm == arm for s in out)))
         taken = named | {s.id for s in out}
-        own = row.get("id")
-        name = next(each for each in free if each not in taken) if own in (None, "") else str(own)
+        name = given_id(row) or next(each for each in free if each not in taken)
         if name in {s.id for s in out}:
             raise UserError(f"{path} holds two suffixes with the id {name!r}; give each its own.")
         given = _ids(row.get("ids"), model, where)

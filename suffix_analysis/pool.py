@@ -22,7 +22,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.inputs import given_suffixes
 from suffix_analysis.prompts import Prompt, prompts_of
-from suffix_analysis.records import SUFFIX_ARMS, Suffix, by_text, of_each_text
+from suffix_analysis.records import Suffix, by_text
 from suffix_analysis.refusal import refused
 
 if TYPE_CHECKING:
@@ -103,9 +103,3 @@ def traced_of(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
         first = [number for number in rounds if number is not None][: config.n_traced_controls]
         traced += [own[number] for number in sorted(first)]
     return traced
-
-
-def causal_controls(suffixes: Sequence[Suffix], config: StudyConfig) -> list[Suffix]:
-    """What stands beside the adversarial suffixes in the causal tests: of what is traced, one suffix of each text."""
-    traced = traced_of(suffixes, config)
-    return [s for arm in SUFFIX_ARMS[1:] for s in of_each_text([s for s in traced if s.arm == arm])]

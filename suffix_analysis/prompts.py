@@ -200,14 +200,15 @@ def _from_rows(rows: list[dict[str, Any]], path: Path, column: str | None) -> li
             extra["kind"] = kinds[number - 1]
         if name == "Behavior" and row.get("ContextString"):  # HarmBench's contextual behaviours, in its own layout
             text = f"{row['ContextString']}\n\n---\n\n{text}"
-        prompts.append(Prompt(id=_id(row.get("id"), f"{path.stem}-{number:04d}"), text=text.strip(), **extra))
+        prompts.append(Prompt(id=given_id(row) or f"{path.stem}-{number:04d}", text=text.strip(), **extra))
     if len({p.id for p in prompts}) < len(prompts):
         raise UserError(f"{path} has prompts with the same id; make the ids unique or leave them out.")
     return prompts
 
 
-def _id(given: Any, otherwise: str) -> str:
-    return otherwise if given is None or given == "" else str(given)
+def given_id(row: dict[str, Any]) -> str:
+    """A row's own id, which may be 0; empty where it has none."""
+    return "" if row.get("id") is None else str(row["id"])
 
 
 def _xstest(rows: list[dict[str, Any]]) -> list[str] | None:

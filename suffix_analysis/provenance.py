@@ -52,19 +52,20 @@ def remember(folder: Path, digests: dict[str, str]) -> None:
     write_json(folder / "origin.json", origin(folder) | digests)
 
 
-def require_same_inputs(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse input files that are others than those that a run began with; what is not there any more is not needed.
+def same_inputs(folder: Path, settings: dict[str, Any]) -> set[str]:
+    """The settings whose input files are those that a run began with; what is not there any more is not needed.
 
     Raises:
-        UserError: names the setting and the file.
+        UserError: one is another file; names the setting and the file.
     """
-    known = origin(folder)
-    for name, digest in input_digests(settings).items():
+    known, found = origin(folder), input_digests(settings)
+    for name, digest in found.items():
         if known.get(name, digest) != digest:
             raise UserError(
                 f"{settings[name]} ({name}) is another file than when {folder} was begun (SHA-256 {digest[:12]}…, "
                 f"then {known[name][:12]}…); put the old one back, or choose another folder with --out."
             )
+    return {*found} & {*known}
 
 
 @torch.no_grad()

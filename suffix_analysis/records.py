@@ -38,18 +38,18 @@ class Suffix:
 
 
 def by_text(suffixes: Sequence[Suffix]) -> list[list[int]]:
-    """The numbers of suffixes that hold the same tokens in any order, together, in the order of their first.
+    """The numbers of an arm's suffixes that hold the same tokens in any order, together, in the order of their first.
 
     Permutations of one text are not independent draws of what shuffled suffixes do: statistics count texts.
     """
     groups: dict[Any, list[int]] = {}
     for number, suffix in enumerate(suffixes):
-        groups.setdefault(tuple(sorted(suffix.ids or suffix.text)), []).append(number)
+        groups.setdefault((suffix.arm, *sorted(suffix.ids or suffix.text)), []).append(number)
     return list(groups.values())
 
 
 def of_each_text(suffixes: Sequence[Suffix]) -> list[Suffix]:
-    """The first suffix of each text (see :func:`by_text`)."""
+    """The first suffix of each text in each arm (see :func:`by_text`)."""
     return [suffixes[numbers[0]] for numbers in by_text(suffixes)]
 
 

@@ -134,9 +134,8 @@ def _require_same(folder: Path, settings: dict[str, Any]) -> None:
             for name in ("fast_dtype.json", "origin.json", "weights.json", "skipped.json", "refusal_tokens.json"):
                 (folder / name).unlink(missing_ok=True)
         return
-    provenance.require_same_inputs(folder, settings)
-    known, moved = provenance.origin(folder), provenance.input_digests(settings)
-    told = {*moved} & {*known} | ({*provenance.MODEL} if provenance.knows_model(folder) else set())
+    told = provenance.same_inputs(folder, settings)
+    told |= {*provenance.MODEL} if provenance.knows_model(folder) else set()
     changed = [key for key in changed if key not in told]
     if changed:
         key = changed[0]
@@ -203,8 +202,8 @@ def add_seconds(
         "findings": sorted({*before.get("findings", []), *findings}),
     }
     if state == "done":
-        files = {*FILES.get(name, ()), *(f"findings/{file}" for file in now["stages"][name]["findings"])} - {*SHARED}
-        found = {file: (folder / file).stat().st_size for file in sorted(files) if (folder / file).exists()}
+        files = sorted({*_written_by(now, name)} - {*SHARED})
+        found = {file: (folder / file).stat().st_size for file in files if (folder / file).exists()}
         now["sizes"] = now.get("sizes", {}) | found
     now["peak_gib"] = max(now["peak_gib"], round(peak_gib(), 2))
     write_json(folder / "status.json", dict(now))
@@ -233,6 +232,12 @@ def keep_model(folder: Path, settings: dict[str, Any]) -> None:
         write_atomic(folder / "config.toml", tomli_w.dumps(wanted))
 
 
+def _written_by(now: Status, name: str) -> list[str]:
+    """The files that a stage is not done without, and what else it has written, as paths in the folder."""
+    findings = now["stages"][name].get("findings", []) if name in now["stages"] else []
+    return [*FILES.get(name, ()), *(f"findings/{file}" for file in findings)]
+
+
 def is_done(folder: Path, name: str) -> bool:
     """Whether a stage has finished in this folder and its files are still there.
 
@@ -243,8 +248,7 @@ def is_done(folder: Path, name: str) -> bool:
     stages = now["stages"]
     if name not in stages or stages[name]["state"] != "done":
         return False
-    written = [f"findings/{file}" for file in stages[name].get("findings", [])]
-    files = [folder / file for file in (*FILES.get(name, ()), *written)]
+    files = [folder / file for file in _written_by(now, name)]
     if not all(file.exists() for file in files):
         return False
     for file in files:
@@ -260,8 +264,7 @@ def is_done(folder: Path, name: str) -> bool:
 def begin(folder: Path, name: str) -> None:
     """Forget the sizes of what a stage wrote before it writes it again."""
     now = status(folder)
-    written = [f"findings/{file}" for file in now["stages"][name].get("findings", [])] if name in now["stages"] else []
-    gone = {*FILES.get(name, ()), *written} & {*now.get("sizes", {})}
+    gone = {*_written_by(now, name)} & {*now.get("sizes", {})}
     if gone:
         now["sizes"] = {file: size for file, size in now["sizes"].items() if file not in gone}
         write_json(folder / "status.json", dict(now))

@@ -294,7 +294,7 @@ class Study:
         heads = [
             (row["layer"], row["head"]) for row in files.read_table(findings / "top_heads.parquet", ("layer", "head"))
         ]
-        controls, unequal = as_long(suffixes, pool.causal_controls(everything, config))
+        controls, unequal = as_long(suffixes, of_each_text(pool.traced_of(everything, config)))
         model, direction = self.model, self.direction()  # what is wrong with these ends the run
         try:
             tables = measure_mechanism(

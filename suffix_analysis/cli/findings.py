@@ -66,10 +66,8 @@ def defend(
     console, findings = Console(), out / "findings"
     adapted: list[dict[str, Any]] = []
     with held(out, device, judge) as study:
-        everything = read_suffixes(out / "suffixes.jsonl")
         # what fits and what measures must not hold one text in two orders
-        arms = dict.fromkeys(suffix.arm for suffix in everything)
-        suffixes = [s for arm in arms for s in of_each_text([s for s in everything if s.arm == arm])]
+        suffixes = of_each_text(read_suffixes(out / "suffixes.jsonl"))
         config, direction, prompts = study.config, study.direction(), study.prompts()
         console.say("Conversations with every suffix are read for the detectors …")
         fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)

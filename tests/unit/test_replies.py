@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from suffix_analysis.analysis import as_long
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
-from suffix_analysis.pool import causal_controls, traced_of
+from suffix_analysis.pool import traced_of
 from suffix_analysis.prompts import Prompt
-from suffix_analysis.records import Suffix
+from suffix_analysis.records import Suffix, of_each_text
 from suffix_analysis.replies import Cell, crossed, made_once, measure_replies, refusal_table
 
 PROMPTS = [Prompt("a", "Pick a lock", "harmful", "report"), Prompt("b", "Bake", "harmless", "report")]
@@ -92,5 +93,7 @@ def test_controls_are_traced_of_as_many_texts_as_there_are() -> None:
 def test_shuffled_suffixes_stand_beside_what_they_are_permutations_of() -> None:
     attack = Suffix("adversarial-1", "adversarial", "x", ids=(1, 2, 3))
     shuffled = [Suffix(f"shuffled-{i}", "shuffled", "x", ids=ids) for i, ids in enumerate([(3, 2, 1), (2, 1, 3)], 1)]
-    found = causal_controls([attack, *shuffled, Suffix("random-1", "random", "y", ids=(7,))], StudyConfig())
+    everything = [attack, Suffix("random-1", "random", "y", ids=(7,)), *shuffled]
+    found, _ = as_long([attack], of_each_text(traced_of(everything, StudyConfig())))
     assert [s.id for s in found] == ["random-1", "shuffled-1"]
+    assert [s.id for s in of_each_text(everything)] == ["adversarial-1", "random-1", "shuffled-1"]
