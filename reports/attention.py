@@ -16,6 +16,7 @@ from reports.schema import Pattern
 MAX_TOKENS = 120
 """Longer prompts are cropped to this many tokens: destinations and sources nearest to the reply."""
 TOKEN_CHARS = 24
+TITLES = {"none": "without suffix", "adversarial": "with the suffix", "random": "with a random suffix"}
 
 
 def circuitsvis_bundle() -> str:
@@ -67,6 +68,7 @@ def arm_view(pattern: Pattern) -> dict[str, Any]:
     by_head = [[float(f"{value or 0.0:.3g}") for value in row[start:]] for row in pattern.contribution]
     return {
         "arm": pattern.arm,
+        "title": TITLES.get(pattern.arm) or visible(pattern.arm),
         "suffix": None if pattern.suffix_id is None else visible(str(pattern.suffix_id)),
         "cropped": start,
         "tokens": tokens,

@@ -39,7 +39,7 @@
 
   // --- state: what is pinned and shown, in the URL fragment as far as it is not as at first ------------------------
   const start = lead.find((view) => view.measure === lead[0].measure && view.arm === "adversarial − none") || lead[0];  // what the suffix changed
-  const first = { head: "", prompt: 0, measure: start?.measure, arm: start?.arm, find: "", kind: Object.keys(payload.replies.arms)[0], which: "all", sort: "" };
+  const first = { head: "", prompt: 0, token: "", measure: start?.measure, arm: start?.arm, find: "", kind: Object.keys(payload.replies.arms)[0], which: "all", sort: "" };
   for (const { id, views } of switched) first[id] = views[0].label;
   const state = { ...first }, followers = [];  // these are called with the names of what changed
   function set(change) {
@@ -59,7 +59,7 @@
   function fromAddress() {
     if (location.hash && !location.hash.includes("=")) return;  // a link to a section
     const given = new URLSearchParams(location.hash.slice(1)), wanted = { ...first };
-    for (const key of ["measure", "arm", "find", "kind", "which", "sort"]) if (given.has(key)) wanted[key] = given.get(key);
+    for (const key of ["measure", "arm", "token", "find", "kind", "which", "sort"]) if (given.has(key)) wanted[key] = given.get(key);
     if (Object.hasOwn(heads, given.get("head"))) wanted.head = given.get("head");
     if (payload.prompts[Number(given.get("prompt"))]) wanted.prompt = Number(given.get("prompt"));
     for (const { id, views } of switched) if (views.some((view) => view.label === given.get(id))) wanted[id] = given.get(id);
@@ -103,8 +103,7 @@
   }
   function show(chart, at) {
     if (at === chart.at) return;
-    chart.at = at;
-    fill(chart);
+    chart.at = at, fill(chart);
     if (chart.plot.dataset.drawn) draw(chart);
   }
   for (const chart of switched) {
@@ -140,7 +139,7 @@
 
   // --- the workbench's controls: measure, arm and head drive every linked chart and panel ---------------------------
   const unique = (key, views) => [...new Set(views.map((view) => view[key]).filter(Boolean))].map((value) => [value, value]);
-  for (const key of ["measure", "arm"]) byId(key)?.addEventListener("change", () => set({ [key]: byId(key).value }));
+  for (const key of ["measure", "arm", "head", "token"]) byId(key)?.addEventListener("change", () => set({ [key]: byId(key).value }));
   function choose() {
     if (!lead.length) return;
     options(byId("measure"), unique("measure", lead)), options(byId("arm"), unique("arm", lead.filter((view) => view.measure === state.measure)));
@@ -156,13 +155,12 @@
   choose();
   followers.push((changed) => (changed.includes("measure") || changed.includes("arm")) && choose());
   const headSelect = byId("head");
-  if (headSelect) {
-    options(headSelect, [["", "all heads"], ...Object.entries(heads).map(([name, { rank }]) => [name, rank ? `${name} (top ${rank})` : name])]);
-    headSelect.addEventListener("change", () => set({ head: headSelect.value })); }
+  if (headSelect) options(headSelect, [["", "all heads"], ...Object.entries(heads).map(([name, { rank }]) => [name, rank ? `${name} (top ${rank})` : name])]);
   followers.push((changed) => {
     if (!changed.includes("head")) return;
     if (headSelect) headSelect.value = state.head;
     for (const { result, views, at } of charts) if (views[at]?.spec.params?.some((param) => param.name === "pinned")) result?.view.signal("pinned", state.head).run();
+    pinned();
   });
 
   function pinned() {
@@ -176,40 +174,50 @@
     if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, bounded(value, nice), bounded(share, percent)])));
     for (const [run, [effect, lo, hi], p] of record.effects) place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}${lo == null ? "" : ` (CI ${nice(lo)} to ${nice(hi)})`}${p == null ? "" : `, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads`}.`));
   }
-  followers.push((changed) => changed.includes("head") && pinned());
 
   // --- prompts: token strips and attention ------------------------------------------------------------------------
-  const armName = (view) => ({ none: "without suffix", adversarial: "with the suffix", random: "with a random suffix" }[view.arm] || view.arm);
   // What each token gives: of the pinned head where its pattern is stored, else of all top heads.
   const given = (view) => (view.heads.includes(state.head) ? view.by_head[view.heads.indexOf(state.head)] : view.contribution);
 
+  // Where each token stands, counted from its region's end: the same place in every arm, also where one is cropped.
+  const places = (view) => view.regions.flatMap(([name, length]) => Array.from({ length }, (_, i) => `${name} −${length - i}`));
+
   function strip(view, values, most) {
-    const box = el("div.regions");
-    let at = 0;
-    for (const [name, length] of view.regions) {
-      const region = el(["suffix", "instruction"].includes(name) ? `div.region.${name}` : "div.region", el("i", name));
-      for (let k = at; k < at + length; k++) {
-        const token = el("span.tok", view.tokens[k]), value = values[k];
-        if (value != null && most > 0) {
-          const share = Math.min(1, Math.abs(value) / most), colour = value > 0 ? "var(--pos)" : "var(--neg)";
-          token.style.background = `color-mix(in srgb, ${colour} ${Math.round(45 * share)}%, transparent)`;
-          if (share > 0.1) token.style[value > 0 ? "borderTopColor" : "borderBottomColor"] = colour;
-          token.title = `${view.tokens[k]}  ${value > 0 ? "+" : ""}${nice(value)}`;
-        }
-        region.append(token);
-      }
-      at += length;
-      box.append(region);
-    }
-    return box;
+    const where = places(view), made = view.tokens.map((words, k) => {
+      const token = el("span.tok", words), value = values[k];
+      token.dataset.place = where[k];
+      if (value == null || !(most > 0)) return token;
+      const share = Math.min(1, Math.abs(value) / most), colour = value > 0 ? "var(--pos)" : "var(--neg)";
+      token.style.background = `color-mix(in srgb, ${colour} ${Math.round(45 * share)}%, transparent)`;
+      if (share > 0.1) token.style[value > 0 ? "borderTopColor" : "borderBottomColor"] = colour;
+      token.title = `${words}  ${value > 0 ? "+" : ""}${nice(value)}`;
+      return token;
+    });
+    return el("div.regions", ...view.regions.map(([name, length]) =>
+      el(["suffix", "instruction"].includes(name) ? `div.region.${name}` : "div.region", el("i", name), ...made.splice(0, length))));
+  }
+
+  // One token, head by head and arm beside arm: what it gives along r̂, and how much the chat's last token looks at it.
+  function token() {
+    const record = payload.prompts[state.prompt];
+    if (!record || !byId("token")) return;
+    const spots = record.arms.map((view) => [view, places(view)]), words = new Map();
+    for (const node of document.querySelectorAll("#strips .tok")) node.classList.toggle("chosen", node.dataset.place === state.token);
+    for (const [view, where] of spots) where.forEach((place, k) => words.set(place, [...new Set([...(words.get(place) || []), view.tokens[k]])]));
+    options(byId("token"), [["", "none"], ...[...words].map(([place, found]) => [place, `${place}: ${found.join(" | ")}`])]);
+    byId("token").value = words.has(state.token) ? state.token : "";
+    const rows = spots.filter(([, where]) => where.includes(state.token)).flatMap(([view, where]) => {
+      const k = where.indexOf(state.token), one = view.heads.indexOf(state.head);
+      return view.heads.map((name, h) => [name, view.title, view.tokens[k], nice(view.by_head[h][k]), percent(view.attention[h].at(-1)[k] / 1000)]).filter((_, h) => one < 0 || h === one);
+    });
+    byId("token-heads").replaceChildren(...(rows.length ? [table(["head", "arm", "token", "along r̂", "attention of chat[−1]"], rows.sort((a, b) => a[0].localeCompare(b[0], "en", { numeric: true })))] : []));
   }
 
   // The same as a table, with where chat[−1] looks in the pinned head: for those who cannot hover.
   function tokens(view, values) {
-    const looks = view.heads.includes(state.head) ? view.attention[view.heads.indexOf(state.head)].at(-1) : null;
-    const regions = view.regions.flatMap(([name, length]) => Array(length).fill(name));
+    const looks = view.attention[view.heads.indexOf(state.head)]?.at(-1), where = places(view);
     return [table(["token", "region", "along r̂", ...(looks ? [`attention of chat[−1] in ${state.head}`] : [])],
-      view.tokens.map((token, k) => [token, regions[k], nice(values[k]), ...(looks ? [percent(looks[k] / 1000)] : [])]))];
+      view.tokens.map((token, k) => [token, where[k].replace(/ −\d+$/, ""), nice(values[k]), ...(looks ? [percent(looks[k] / 1000)] : [])]))];
   }
 
   // The pairs of tokens between which most attention passes, but for that to the first token, where idle heads look.
@@ -223,9 +231,9 @@
     for (const view of record.arms) {
       const one = view.heads.indexOf(state.head), size = view.tokens.length, target = el("div.cv");
       target.id = `cv-${serial++}`;
-      place.append(el("div.paper", el("h4", armName(view)), target, fold("details.data", "Largest token pairs", () => [table(["head", "looks", "at", "attention"], pairs(view, one))])));
+      place.append(el("div.paper", el("h4", view.title), target, fold("details.data", "Largest token pairs", () => [table(["head", "looks", "at", "attention"], pairs(view, one))])));
       const say = () => target.querySelectorAll("canvas:not([aria-label])").forEach((canvas, i) =>  // drawn later, by React
-        canvas.setAttribute("aria-label", `attention pattern ${i + 1}, ${armName(view)}`));
+        canvas.setAttribute("aria-label", `attention pattern ${i + 1}, ${view.title}`));
       new MutationObserver(say).observe(target, { childList: true, subtree: true });
       const whole = view.attention.map((head) => head.map((row) => Array.from({ length: size }, (_, k) => (k < row.length ? row[k] / 1000 : 0))));
       CircuitsVis.render(target.id, CircuitsVis.AttentionHeads, {
@@ -244,16 +252,18 @@
     byId("strips").replaceChildren(...record.arms.map((view) => {
       const values = given(view), total = values.reduce((sum, v) => sum + (v || 0), 0);
       const whose = view.heads.includes(state.head) ? state.head : "top heads";
-      return el("div.strip", el("h4", armName(view), el("span", `${view.suffix ? ` · ${view.suffix}` : ""} · ${whose}, sum ${nice(total.toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most), fold("details.data", "Table of these tokens", () => tokens(view, values)));
+      return el("div.strip", el("h4", view.title, el("span", `${view.suffix ? ` · ${view.suffix}` : ""} · ${whose}, sum ${nice(total.toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most), fold("details.data", "Table of these tokens", () => tokens(view, values)));
     }));
     const row = payload.replies.rows.find((other) => other.id === record.id);
     byId("prompt-replies").replaceChildren(...(row ? opened(row, new Map(record.arms.map((view) => [view.arm, view.suffix ?? null]))) : []));
+    token();
     if (inView) patterns(record);
   }
-  followers.push((changed) => (changed.includes("prompt") || changed.includes("head")) && prompt());
+  followers.push((changed) => (changed.includes("prompt") || changed.includes("head") ? prompt() : changed.includes("token") && token()));
   if (byId("prompt") && payload.prompts.length) {
     options(byId("prompt"), payload.prompts.map((record, i) => [String(i), `${i + 1}. ${record.text.length > 110 ? record.text.slice(0, 109) + "…" : record.text}`]));
     byId("prompt").addEventListener("change", () => set({ prompt: Number(byId("prompt").value) }));
+    byId("strips").addEventListener("click", ({ target: { dataset: { place } } }) => place && set({ token: place === state.token ? "" : place }));
     const watch = new IntersectionObserver((entries) => {
       if (inView || !entries.some((entry) => entry.isIntersecting)) return;
       inView = true, watch.disconnect();
@@ -264,16 +274,11 @@
 
   // --- replies -----------------------------------------------------------------------------------------------------
   function opened(row, only) {  // only: arm → the suffix whose reply is wanted
-    const found = [];
-    for (const [arm, cell] of Object.entries(row.cells)) for (const [suffix, verdict, , score, text] of cell) {
-      if (only && (!only.has(arm) || only.get(arm) !== (suffix || null))) continue;
+    return Object.entries(row.cells).flatMap(([arm, cell]) => cell.map((reply) => [arm, ...reply])).filter(([arm, suffix]) => !only || (only.has(arm) && only.get(arm) === (suffix || null))).map(([arm, suffix, verdict, , score, text]) => {
       const head = `${arm}${suffix ? ` · ${suffix}` : ""} · ${payload.replies.verdicts[verdict]} · refusal score ${nice(score)} · model reply, may be unpleasant`;
-      const body = el("p", payload.replies.texts[text] ?? "(only in the run folder)");
-      if (body.textContent === "") body.textContent = "(an empty reply)";
-      body.dir = "auto";
-      found.push(el("details.reply", el("summary", head), body));
-    }
-    return found;
+      const words = (payload.replies.texts[text] ?? "(only in the run folder)") || "(an empty reply)";
+      return el("details.reply", el("summary", head), Object.assign(el("p", words), { dir: "auto" }));
+    });
   }
   function replies(data) {
     const place = byId("reply-table");
@@ -285,23 +290,18 @@
     options(kind, Object.keys(data.arms).map((name) => [name, name]));
     let limit = PAGE;
     function matches(row) {
-      const bare = row.kind === "harmful" ? "none" : row.kind;
-      const attacked = row.kind === "harmless" ? "harmless+adversarial" : "adversarial";
-      const before = row.rates[bare]?.[0], after = row.rates[attacked]?.[0];
-      if (which.value !== "all" && !(before >= 0.5 && after != null && (after >= 0.5) === (which.value === "kept"))) return false;
+      if (which.value !== "all" && which.value !== row.fate) return false;
       const words = find.value.trim().toLowerCase();
       row.search ??= [row.id, row.text, row.topic, ...Object.values(row.cells).flat().map((r) => data.verdicts[r[1]])].join(" ").toLowerCase();
       return !words || row.search.includes(words);
     }
     function badge(cell) {
       if (!cell || !cell.length) return el("span.quiet", "–");
-      const refused = cell.filter((reply) => reply[2]).length, mostly = refused * 2 >= cell.length;
-      const words = cell.length === 1 ? data.verdicts[cell[0][1]] : `${refused} of ${cell.length} refused`;
+      const refused = cell.filter((reply) => reply[2]).length, mostly = refused * 2 >= cell.length, words = cell.length === 1 ? data.verdicts[cell[0][1]] : `${refused} of ${cell.length} refused`;
       return el(mostly ? "span.badge.refused" : "span.badge.other", `${mostly ? "■" : "□"} ${words}`);
     }
     function line(row) {
-      const text = Object.assign(el("div", row.text || row.id), { dir: "auto" }), number = Object.values(row.cells).flat().length;
-      const box = fold("details", `${number} model ${number === 1 ? "reply" : "replies"}, folded`, () => opened(row));
+      const text = Object.assign(el("div", row.text || row.id), { dir: "auto" }), number = Object.values(row.cells).flat().length, box = fold("details", `${number} model ${number === 1 ? "reply" : "replies"}, folded`, () => opened(row));
       const first = el("td", text, el("span.quiet", [row.topic, row.id].filter(Boolean).join(" · ")), box);
       if (views.has(row.id)) first.append(Object.assign(el("button.jump", "its tokens"), { type: "button", onclick: () => { set({ prompt: views.get(row.id) }); go("prompts"); } }));
       return el("tr", first, ...arms().map((arm) => Object.assign(el("td", badge(row.cells[arm])), { title: arm })));

@@ -254,3 +254,30 @@ def test_two_runs_stand_side_by_side_under_one_control(
     page.set_viewport_size({"width": 390, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     seen.quiet()
+
+
+def test_a_token_is_chosen_by_click_or_list_and_told_head_by_head_in_every_arm(
+    browser: sync_api.Browser, report: Path
+) -> None:
+    page, seen = open_page(browser, report)
+    page.locator("#strips details.data summary").first.click()
+    token = page.locator("#strips .strip").nth(1).locator(".region.suffix .tok").nth(18)
+    token.click()
+    assert page.input_value("#token") == "suffix −2" and "token=suffix" in page.url
+    assert page.locator("#strips .tok.chosen").count() == 1, "the arm without a suffix has no such token"
+    rows = page.locator("#token-heads tbody tr")
+    assert rows.count() == 8 and {row.locator("td").nth(2).inner_text() for row in rows.all()} == {token.inner_text()}
+    assert page.locator("#strips details.data[open]").count() == 1, "what was opened stays open"
+    page.locator("#token").focus()
+    page.select_option("#token", "chat −1")
+    assert page.locator("#strips .tok.chosen").count() == 2 and rows.count() == 2 * 8
+    page.select_option("#head", "L16.H4")
+    assert [row.locator("td").nth(1).inner_text() for row in rows.all()] == ["without suffix", "with the suffix"]
+    given = rows.nth(1).locator("td").nth(3).inner_text()
+    shown = page.locator("#strips .strip").nth(1).locator(".tok").last.get_attribute("title")
+    assert shown is not None and shown.endswith(given), "the strip's own value"
+    again, _ = open_page(browser, report, fragment=page.url.split("#")[1])
+    assert again.input_value("#token") == "chat −1" and again.locator("#strips .tok.chosen").count() == 2
+    page.locator("#strips .tok.chosen").first.click()
+    assert page.input_value("#token") == "" and rows.count() == 0 and "token=" not in page.url
+    seen.quiet()

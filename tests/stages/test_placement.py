@@ -151,8 +151,7 @@ def test_blocks_that_were_skipped_keep_what_accelerate_put_on_them(tmp_path: Pat
 
 
 def test_four_bits_are_traced_with_the_matrices_that_they_stand_for(tmp_path: Path) -> None:
-    """Run by hand where bitsandbytes is installed; nothing else needs it."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes (extra four-bit) is not installed")
     tok = tiny.tokenizer()
     config = LlamaConfig(  # blocks of 64 weights share a scale, so no width may be smaller
         vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
