@@ -221,9 +221,14 @@ def candidates(data: RunData) -> Figure | None:
 def _separation(data: RunData, candidates: list[Row]) -> list[Row]:
     """How well each candidate's projection tells the report split's harmful prompts from its harmless ones."""
     known = {(row["position"], row["layer"]): row for row in candidates}
-    rest = {"where": "instruction[−1]", "usable": True, "status": None, "token": None}
+    places = {row["position"]: row["where"] for row in candidates}
+
+    def other(position: int) -> Row:
+        """What is told of a place that is no candidate: another layer, or before the chat's tokens."""
+        return {"where": places.get(position, "instruction[−1]"), "usable": True, "status": None, "token": None}
+
     found = [row for row in data.table("separation") if row["auroc"] is not None]
-    return [{**known.get((row["position"], row["layer"]), rest), **row} for row in found]
+    return [{**known.get((row["position"], row["layer"]), other(row["position"])), **row} for row in found]
 
 
 def _must(data: RunData, name: str, sign: str) -> str:

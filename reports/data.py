@@ -203,7 +203,7 @@ def _read_summary(path: Path) -> Summary:
             raise ReportError(
                 f"{path.parent.parent} holds a campaign: a report is of a run (--suffixes …/suffixes.jsonl)."
             )
-        raise ReportError(f"{path} is missing: run `suffix-analysis analyze` on this folder first.")
+        raise ReportError(f"{path} is missing: run `suffix-analysis direction` or `analyze` on this folder first.")
     data = _parse(text, str(path))
     if not isinstance(data, dict):
         raise ReportError(f"{path} holds no JSON object: repeat the analyze stage.")

@@ -45,6 +45,7 @@ def _vectors(data: RunData) -> list[dict[str, str]]:
         {
             "name": visible(row["direction"] or ""),
             "cosine": plain(row["cosine_with_refusal"]),
+            "at_end": plain(row.get("cosine_with_chat_end")),
             "ablated": plain_ci(row["ablated_change"], row["ablated_lo"], row["ablated_hi"], 1),
             "added": plain_ci(row["added_change"], row["added_lo"], row["added_hi"], 1),
         }
@@ -57,6 +58,7 @@ def _vectors(data: RunData) -> list[dict[str, str]]:
             {
                 "name": f"{len(controls)} random and orthogonal ones, the largest change",
                 "cosine": "",
+                "at_end": "",
                 "ablated": plain(most["ablated_change"], 1),
                 "added": plain(most["added_change"], 1),
             }

@@ -21,7 +21,8 @@ _WHOLE = {
 _MORE = {
     "complied_rate", "complied_lo", "complied_hi", "refused_lo", "refused_hi", "dose", "n_heads", "lo", "hi", "lift",
     "contribution_lo", "contribution_hi", "attention_instruction", "attention_suffix", "attention_chat",
-    "attention_system", "equivalent", "false_positives_1", "score_after", "n_suffixes",
+    "attention_system", "equivalent", "false_positives_1", "score_after", "n_suffixes", "cosine_with_chat_end",
+    "orthogonalised_change", "orthogonalised_lo", "orthogonalised_hi",
 }  # fmt: skip
 """Numbers that some tables have beyond the columns that they must have."""
 

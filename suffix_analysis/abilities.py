@@ -62,7 +62,12 @@ def measure_abilities(
         harness = HFLM(pretrained=model.hf, tokenizer=model.tokenizer, batch_size=batch_size, backend="causal")
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown or not tasks:
-        raise UserError(f"There is no task {', '.join(map(repr, unknown)) or 'named'}; `lm-eval ls tasks` lists them.")
+        where = (
+            "`lm-eval ls tasks` lists them"
+            if folder is None
+            else f"of the tasks in {folder}, beside which no others count"
+        )
+        raise UserError(f"There is no task {', '.join(map(repr, unknown)) or 'named'}; {where}.")
     plans: list[tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]] = [
         ("none", contextlib.nullcontext),
         ("ablated", lambda: ablate(model, vector)),

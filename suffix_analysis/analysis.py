@@ -21,6 +21,7 @@ from suffix_analysis.arms import (
     term_rows,
 )
 from suffix_analysis.chat import REGIONS, survives_decoding, token_strings
+from suffix_analysis.direction_file import summary_of
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.heads import TopHead, top_heads
@@ -28,7 +29,7 @@ from suffix_analysis.identities import rounding
 from suffix_analysis.max_t import crossed_max_t
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, prompts_of
-from suffix_analysis.records import SCHEMA_VERSION, SUFFIX_ARMS, Findings, Suffix, to_suffixes
+from suffix_analysis.records import SUFFIX_ARMS, Findings, Suffix, to_suffixes
 from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row, contrast_table
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Job, Traces, trace
 
@@ -121,7 +122,8 @@ def analyze(
     views = report[:: max(1, len(report) // n_views)][:n_views]
     return Findings(
         tables=tables,
-        summary=_summary(model, direction, everything),
+        summary=summary_of(model, direction)
+        | {"retokenised": sum(not survives_decoding(model.tokenizer, chat) for t in everything for chat in t.chats)},
         checks=[*identity_checks(everything, arms, separate, rounding(model)), length_check(unequal)],
         patterns=[
             view
@@ -280,30 +282,6 @@ def length_check(unequal: Sequence[str]) -> dict[str, Any]:
         "sentence": f"Not compared, because their suffixes are not equally long: {told}."
         if unequal
         else "All arms that are compared have equally long suffixes.",
-    }
-
-
-def _summary(model: Model, direction: Direction, traces: Sequence[Traces]) -> dict[str, Any]:
-    n_chat = traces[0].chats[0].n_chat
-    chat_ids = traces[0].chats[0].ids[-n_chat:]
-    vector = direction.vector
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": model.name,
-        "embedded": model.name == "embedded",
-        "n_layers": model.n_layers,
-        "n_heads": model.n_heads,
-        "d_model": model.d_model,
-        "direction": {
-            "position": direction.position,
-            "layer": direction.layer,
-            "token": token_strings(model.tokenizer, [int(chat_ids[direction.position])])[0],
-            "norm": float(vector.norm()),
-            # few very large coordinates can dominate a difference of means
-            "top10_share": float(vector.square().topk(min(10, len(vector))).values.sum() / vector.square().sum()),
-        },
-        "refusal_tokens": [{"id": i, "text": token_strings(model.tokenizer, [i])[0]} for i in direction.refusal_tokens],
-        "retokenised": sum(not survives_decoding(model.tokenizer, chat) for t in traces for chat in t.chats),
     }
 
 

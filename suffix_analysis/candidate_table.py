@@ -91,17 +91,24 @@ def _none_passes(
     scored = [(row, why) for row, why in told if _finite(row["steering_score"])]
     if not scored:
         layers = [row["layer"] for row in rows]
-        return f"None of {len(rows)} candidate directions has finite scores (layers {min(layers)} to {max(layers)})."
+        about = f"{len(rows)} candidate directions (layers {min(layers)} to {max(layers)})"
+        if not told:
+            return f"All of {about} are zero: harmful and harmless prompts have the same mean there; take more layers."
+        if all(why == "too late" for _, why in told):
+            first = first_late(n_layers, rules["layer_share"])
+            return f"All of {about} are zero or too late to be chosen (from layer {first} on); take earlier layers."
+        return f"None of {about} has finite scores."
     kl, induce = rules["kl_threshold"], rules["induce_threshold"]
     largest = max(1e-9, *(abs(row["steering_score"] - induce) for row, _ in scored))
 
-    def missed(row: Mapping[str, Any], why: str) -> tuple[bool, bool, float]:
-        """How far a row is from passing: late ones and those that are no numbers last; KL in units of its bound,
-        induce of its largest miss."""
+    def missed(row: Mapping[str, Any], why: str) -> tuple[bool, bool, bool, float]:
+        """How far a row is from passing: late ones and those that are no numbers last, then those whose KL nobody
+        knows; KL in units of its bound, induce of its largest miss."""
         over = (row["kl_div_score"] - kl) / max(kl, 1e-9) if _finite(row["kl_div_score"]) else 0.0
         return (
             why == "not finite",
             why == "too late",
+            not _finite(row["kl_div_score"]),
             max(0.0, over) + max(0.0, (induce - row["steering_score"]) / largest),
         )
 

@@ -127,6 +127,24 @@ def survives_decoding(tokenizer: Any, chat: Chat) -> bool:
     return tokenizer(text, add_special_tokens=False).input_ids == chat.ids.tolist()
 
 
+def reply_encodings(tokenizer: Any, chat: Chat, reply: str) -> list[Int[Tensor, " token"]]:
+    """What the ids of a reply may have been whose text is known, the likeliest first.
+
+    Where tokens hold the space before a word, one that is decoded at the beginning of a text loses it, and one that is
+    encoded there gains it; so a reply is encoded behind its prompt, there with a space, and alone.
+    """
+    found: list[list[int]] = []
+    before = chat.ids.tolist()
+    for text in (reply, " " + reply):
+        ids = tokenizer(chat.text + text, add_special_tokens=False).input_ids
+        if ids[: len(before)] == before:
+            found.append(ids[len(before) :])
+    found.append(tokenizer(reply, add_special_tokens=False).input_ids)
+    shown = [tokenizer.decode(ids, skip_special_tokens=True) == reply for ids in found]
+    fitting = [ids for ids, is_shown in zip(found, shown, strict=True) if is_shown] or found[-1:]
+    return [torch.tensor(ids, dtype=torch.long) for ids in fitting]
+
+
 def token_strings(tokenizer: Any, ids: Sequence[int] | Tensor) -> list[str]:
     """Each token's text on its own, for display beside its id."""
     rows = ids.tolist() if isinstance(ids, Tensor) else list(ids)

@@ -84,6 +84,10 @@ class StudyConfig:
         alpha: strength at which the direction is added (the paper: 1).
         refusal_tokens: ids of the tokens that open the model's refusals; found from its replies if left out.
         kl_threshold: most that ablating the direction may move harmless replies (the paper: 0.1).
+        keep_by_score: leave out harmful prompts that are not refused and harmless ones that are, by their refusal score
+            (as in the paper).
+        rescore: candidates, the best by a quick precision, that are scored again in the model's own at least.
+        n_control_directions: random directions that are ablated and added beside the direction, for replies.
         text: a text file on which the cost of ablating the direction is measured too.
         prompts_per_split: use only so many prompts of each kind in select and report (for a quick look).
         seed: of attacks, controls, splits and random directions and heads; bootstraps always draw alike.
@@ -129,6 +133,9 @@ class StudyConfig:
     score_excluded: bool = True
     induce_threshold: float = 0.0
     alpha: float = 1.0
+    keep_by_score: bool = True
+    rescore: Whole = 8
+    n_control_directions: Whole = 1
     refusal_tokens: Sequence[Whole] | None = None
     text: str | None = None
     prompts_per_split: Whole | None = None
@@ -147,6 +154,7 @@ class StudyConfig:
             "n_instructions": 1, "suffix_tokens": 1, "steps": 1, "n_attacks": 1, "search_width": 1, "topk": 1,
             "n_controls": 1, "n_traced": 2, "n_causal": 2, "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 1,
             "n_fit": 8, "n_select": 2, "layer_step": 1, "attack_cpus": 1, "seed": 0, "prompts_per_split": 2,
+            "rescore": 1, "n_control_directions": 0,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
@@ -169,7 +177,8 @@ class StudyConfig:
         if self.refusal_tokens is not None:
             if not self.refusal_tokens or min(self.refusal_tokens) < 0:
                 raise UsageError(f"refusal_tokens is {list(self.refusal_tokens)}; give token ids, or leave it out.")
-            object.__setattr__(self, "refusal_tokens", tuple(self.refusal_tokens))  # a list where it comes from a file
+            # a list where it comes from a file
+            object.__setattr__(self, "refusal_tokens", tuple(dict.fromkeys(self.refusal_tokens)))
         if not 0 < self.layer_share <= 1:
             raise UsageError(f"layer_share is {self.layer_share}; it is a share of the layers, above 0 and at most 1.")
         for name in ("stop_below", "flip_below"):

@@ -204,6 +204,13 @@ def _bounded(row: dict[str, Any], name: str, kind: str) -> str:
     return f"{row[name]:{kind}}" + ("" if lo is None else f" [{lo:{kind}}, {hi:{kind}}]")
 
 
+def _candidate(row: dict[str, Any]) -> str:
+    return (
+        f"position {row['position']}, layer {row['layer']} (bypass {row['refusal_score']:.2f}, induce "
+        f"{row['steering_score']:.2f}, KL {row['kl_div_score']:.3f})"
+    )
+
+
 def direction_lines(result: dict[str, Any]) -> list[str]:
     """What `suffix-analysis direction` found, from its tables."""
     counts = result["n"]
@@ -215,15 +222,11 @@ def direction_lines(result: dict[str, Any]) -> list[str]:
     others = sorted(
         (row for row in result["candidates"] if row["status"] == "kept"), key=lambda row: row["refusal_score"]
     )
+    lines += [f"chosen: {_candidate(row)}" for row in result["candidates"] if row["status"] == "chosen"]
     if others:
-        lines.append(
-            "next best: "
-            + "; ".join(
-                f"position {row['position']}, layer {row['layer']} (bypass {row['refusal_score']:.2f})"
-                for row in others[:3]
-            )
-        )
+        lines.append("next best: " + "; ".join(map(_candidate, others[:3])))
     lines += [intervention_line(row) for row in result["interventions"]]
+    lines.append(f"replies: {result['replies']}")
     lines += [
         f"cross-entropy on {row['material']} ({row['n_tokens']} tokens): {row['none']:.3f} nats, with the direction "
         f"ablated {row['change']:+.3f}"
@@ -232,6 +235,11 @@ def direction_lines(result: dict[str, Any]) -> list[str]:
             ""
             if row.get("orthogonalised_change") is None
             else f", taken out of the weights {row['orthogonalised_change']:+.3f}"
+            + (
+                ""
+                if row["orthogonalised_lo"] is None
+                else f" [{row['orthogonalised_lo']:+.3f}, {row['orthogonalised_hi']:+.3f}]"
+            )
         )
         for row in result["cost"]
     ]

@@ -1,4 +1,4 @@
-"""The chosen direction on disk: tensors as safetensors, the choice as their metadata."""
+"""The chosen direction on disk: tensors as safetensors, the choice as their metadata; and in a run's summary."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from suffix_analysis.chat import token_strings
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.files import write_tensors
+from suffix_analysis.models import Model
+from suffix_analysis.records import SCHEMA_VERSION
 
 
 def save_direction(path: Path, direction: Direction) -> None:
@@ -54,3 +57,30 @@ def load_direction(path: Path, scores: list[dict[str, Any]]) -> Direction:
         )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); delete it and run the direction stage.") from error
+
+
+def summary_of(model: Model, direction: Direction | None) -> dict[str, Any]:
+    """What findings/summary.json holds of the model and of its direction, None where none passes."""
+    found: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model.name,
+        "embedded": model.name == "embedded",
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "d_model": model.d_model,
+    }
+    if direction is None:
+        return found
+    chat = model.chat("x")
+    ids, vector = chat.ids[chat.regions["chat"]], direction.vector
+    return found | {
+        "direction": {
+            "position": direction.position,
+            "layer": direction.layer,
+            "token": token_strings(model.tokenizer, [int(ids[direction.position])])[0],
+            "norm": float(vector.norm()),
+            # few very large coordinates can dominate a difference of means
+            "top10_share": float(vector.square().topk(min(10, len(vector))).values.sum() / vector.square().sum()),
+        },
+        "refusal_tokens": [{"id": i, "text": token_strings(model.tokenizer, [i])[0]} for i in direction.refusal_tokens],
+    }

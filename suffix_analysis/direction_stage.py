@@ -39,7 +39,8 @@ def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
     plain = {row["prompt_id"]: row["reply"] for row in study.answered([])}
     table, answers = measure_interventions(
         study.fast, direction, study.prompts(), config.reply_tokens,
-        alpha=config.alpha, seed=config.seed, plain=plain, made=made_once(study.folder / "interventions.jsonl"),
+        alpha=config.alpha, n_controls=config.n_control_directions, seed=config.seed, plain=plain,
+        made=made_once(study.folder / "interventions.jsonl"),
         judge=study.judge,
         on_line=lambda done, total: study.narrator.progress(done, total, "interventions"),
     )  # fmt: skip
@@ -58,8 +59,7 @@ def direction_tables(study: Study) -> dict[str, list[dict[str, Any]]]:
 
 def settings_of(config: StudyConfig) -> DirectionConfig:
     """The direction's settings among a study's."""
-    names = (field.name for field in fields(DirectionConfig))
-    return DirectionConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+    return DirectionConfig(**{field.name: getattr(config, field.name) for field in fields(DirectionConfig)})
 
 
 def check_counts(prompts: Sequence[Prompt], config: StudyConfig) -> list[str]:

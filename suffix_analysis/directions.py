@@ -18,7 +18,7 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.forward import block_inputs
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt, same_words, to_prompts
-from suffix_analysis.refusal import discover_refusal_tokens, scores_of
+from suffix_analysis.refusal import discover_refusal_tokens, known_tokens, scores_of
 
 LEAST_FIT, LEAST_SELECT = 8, 2  # prompts of a kind
 
@@ -179,10 +179,10 @@ def find_direction(
     def chats(prompts: Sequence[Prompt]) -> list[Chat]:
         return [model.chat(p.text) for p in prompts]
 
-    for token in refusal_tokens or ():
-        if not 0 <= token < model.hf.get_output_embeddings().weight.shape[0]:
-            raise UserError(f"{token} is no token id of {model.name}; give the ids of tokens that open refusals.")
-    tokens = list(refusal_tokens or discover_refusal_tokens(model, chats(sel_bad), chats(sel_good)))
+    if refusal_tokens:
+        tokens = known_tokens(model, refusal_tokens)
+    else:
+        tokens = discover_refusal_tokens(model, chats(sel_bad), chats(sel_good))
     sets = [chats(part) for part in (fit_bad, fit_good, sel_bad, sel_good)]
     if config.keep_by_score:
         least = (LEAST_FIT, LEAST_FIT, LEAST_SELECT, LEAST_SELECT)

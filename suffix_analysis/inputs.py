@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from attacks.config import resolve_dtype
+from attacks.memory import free_bytes
 from suffix_analysis.chat import survives_decoding
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
@@ -49,8 +50,13 @@ def study_model(config: StudyConfig) -> Model:
 
 
 def fast_dtype(config: StudyConfig, model: Model) -> torch.dtype:
-    """Precision of searches and replies."""
-    return resolve_dtype(config.score_dtype, model.hf)  # type: ignore[arg-type]
+    """Precision of searches and replies; where it is left to us, the model's own if a copy has no place in memory."""
+    own: torch.dtype = next(model.hf.parameters()).dtype
+    wanted = resolve_dtype(config.score_dtype, model.hf)  # type: ignore[arg-type]
+    if config.score_dtype != "auto" or wanted == own or model.has_twin(wanted):
+        return wanted
+    needed = wanted.itemsize * sum(p.numel() for p in model.hf.parameters())
+    return wanted if needed < free_bytes(model.hf.device) else own
 
 
 def study_prompts(config: StudyConfig) -> list[Prompt]:

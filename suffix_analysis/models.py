@@ -102,6 +102,10 @@ class Model:
         """Width of the residual stream."""
         return int(self.hf.config.get_text_config().hidden_size)
 
+    def has_twin(self, dtype: torch.dtype) -> bool:
+        """Whether a copy in this precision has been made."""
+        return dtype in self._twins
+
     def twin(self, dtype: torch.dtype) -> Model:
         """This model in another precision, copied once; itself where it has that precision already or cannot be copied.
 
@@ -215,6 +219,8 @@ def load_model(
     """
     require_device(device)
     if name == "embedded":
+        if four_bit:
+            raise UserError("The embedded model is small and is not loaded in four bits; leave --four-bit out.")
         from suffix_analysis.organism.weights import load_embedded
 
         hf, tokenizer, path = load_embedded(dtype)

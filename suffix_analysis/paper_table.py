@@ -17,9 +17,10 @@ from torch import Tensor
 
 from attacks.caches import prefix_cache
 from suffix_analysis.batching import prefix_batches
+from suffix_analysis.chat import reply_encodings
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
-from suffix_analysis.forward import run_batch
+from suffix_analysis.forward import last_logits, run_batch
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import ablate, add, random_directions, set_projection
 from suffix_analysis.judges import Judge, is_refusal
@@ -203,11 +204,21 @@ def cross_entropy(hf: Any, tokenizer: Any, pairs: Sequence[tuple[Tensor, Tensor]
 def reply_pairs(
     model: Model, prompts: Sequence[Prompt], plain: Mapping[str, str] | None = None, length: int = COST_TOKENS
 ) -> list[tuple[Tensor, Tensor]]:
-    """Prompts with the model's own greedy replies, as ids: those in ``plain`` by prompt id, or new ones."""
-    ids = [model.chat(p.text).ids for p in prompts]
+    """Prompts with the model's own greedy replies, as ids: those in ``plain`` by prompt id, or new ones.
+
+    Replies are kept as text. Of what their ids may have been those are taken that open with the model's next token.
+    """
+    chats = [model.chat(p.text) for p in prompts]
+    ids = [chat.ids for chat in chats]
     replies = [plain[p.id] for p in prompts] if plain else generate(model.hf, model.tokenizer, ids, length)
-    tokens = [torch.tensor(model.tokenizer(reply, add_special_tokens=False).input_ids) for reply in replies]
-    return [pair for pair in zip(ids, tokens, strict=True) if len(pair[1])]
+    first = last_logits(model.hf, model.tokenizer, ids).argmax(dim=-1).tolist() if ids else []
+    pairs = []
+    for chat, reply, token in zip(chats, replies, first, strict=True):
+        found = reply_encodings(model.tokenizer, chat, reply)
+        own = next((some for some in found if some[:1].tolist() == [token]), found[0])
+        if len(own):
+            pairs.append((chat.ids, own))
+    return pairs
 
 
 def text_pairs(model: Model, text: str) -> list[tuple[Tensor, Tensor]]:

@@ -243,6 +243,15 @@ def to_jsonl(prompts: Sequence[Prompt]) -> str:
     return "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in prompts)
 
 
+def count_prompts(prompts: Iterable[Prompt]) -> dict[str, dict[str, int]]:
+    """How many prompts there are of each split and, in it, of each kind."""
+    counts: dict[str, dict[str, int]] = {}
+    for prompt in prompts:
+        of_split = counts.setdefault(prompt.split, {})
+        of_split[prompt.kind] = of_split.get(prompt.kind, 0) + 1
+    return counts
+
+
 def prompts_of(prompts: Sequence[Prompt], kind: str, split: str, most: int | None) -> list[Prompt]:
     """Prompts of a kind and split; those without a kind are harmful, those without a split belong to every one."""
     own = [p for p in prompts if (p.kind or "harmful") == kind and (p.split or split) == split]

@@ -22,11 +22,15 @@ from suffix_analysis.prompts import Prompt
 FLOOR = 1e-8  # of both probabilities of the refusal score, the paper's
 KL_FLOOR = 1e-6  # inside both logarithms, the paper's
 REPLY_TOKENS = 12  # enough to hold a refusal phrase
+MIN_REFUSED = 0.1  # share of harmful prompts that a model must refuse
 
 
 def refusal_score(logits: Float[Tensor, "prompt vocab"], token_ids: Sequence[int]) -> Float[Tensor, " prompt"]:
-    """log P − log(1 − P) in float64, P the next-token probability of ``token_ids`` together, floored at 1e-8."""
-    p = torch.softmax(logits.double(), dim=-1)[:, list(token_ids)].sum(dim=-1)
+    """log P − log(1 − P) in float64, P the next-token probability of ``token_ids`` together, floored at 1e-8.
+
+    An id that is given twice counts once.
+    """
+    p = torch.softmax(logits.double(), dim=-1)[:, list(dict.fromkeys(token_ids))].sum(dim=-1)
     return torch.log(p.clamp(min=FLOOR)) - torch.log((1 - p).clamp(min=FLOOR))
 
 
@@ -39,6 +43,37 @@ def kl_divergence(
     return (p * (torch.log(p + KL_FLOOR) - torch.log(q + KL_FLOOR))).sum(dim=-1)
 
 
+def known_tokens(model: Model, token_ids: Sequence[int], where: str = "refusal_tokens") -> list[int]:
+    """Ids of tokens that open refusals, each once; ``where`` they stand is named.
+
+    Raises:
+        UserError: they are none, or not tokens of the model.
+    """
+    size = model.hf.get_input_embeddings().weight.shape[0]
+    wrong = [token for token in token_ids if not 0 <= token < size]
+    if wrong or not token_ids:
+        raise UserError(
+            f"{where} holds {wrong[0] if wrong else 'no token'}; give ids of tokens that open refusals ({model.name} "
+            f"has {size}, from 0)."
+        )
+    return list(dict.fromkeys(token_ids))
+
+
+def require_refusals(model: Model, harmful: Sequence[Chat], token_ids: Sequence[int]) -> None:
+    """Refuse a model whose replies to harmful prompts hardly ever open with the refusal tokens that were given.
+
+    Raises:
+        UserError: says how many do.
+    """
+    opened = int(opens_refusal(model, [chat.ids for chat in harmful], token_ids).sum())
+    if opened < MIN_REFUSED * len(harmful):
+        raise UserError(
+            f"{opened} of {len(harmful)} replies of {model.name} to harmful prompts open with the refusal tokens given "
+            f"({list(token_ids)}), so it has no refusal direction to find; use a model that refuses, give other "
+            "tokens, or leave them out."
+        )
+
+
 def discover_refusal_tokens(
     model: Model,
     harmful: Sequence[Chat],
@@ -46,7 +81,7 @@ def discover_refusal_tokens(
     *,
     min_share: float = 0.05,
     min_ratio: float = 5.0,
-    min_refused: float = 0.1,
+    min_refused: float = MIN_REFUSED,
 ) -> list[int]:
     """The tokens that open the model's refusals of harmful prompts and rarely its replies to harmless ones.
 

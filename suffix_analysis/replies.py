@@ -206,6 +206,27 @@ def _complied(row: dict[str, Any]) -> float:
     return float(row["verdict"] == "complied")
 
 
+def success_contrasts(
+    rows: Sequence[dict[str, Any]], edits: Sequence[dict[str, Any]], suffixes: Sequence[Suffix] = ()
+) -> list[dict[str, Any]]:
+    """Attack success (replies that comply) of the suffixes against that of taking the direction out: the paper's §4.
+
+    ``edits`` are replies under interventions on the direction, to the same harmful prompts; they are paired by prompt.
+    """
+    mine = [row for row in rows if row["arm"] == "adversarial"]
+    found = []
+    for name in ("ablated", "orthogonalised"):
+        other = {row["prompt_id"]: row for row in edits if (row["intervention"], row["kind"]) == (name, "harmful")}
+        if not mine or {row["prompt_id"] for row in mine} != other.keys():
+            continue
+        against = [
+            {**other[p], "arm": name, "suffix_id": None} for p in dict.fromkeys(row["prompt_id"] for row in mine)
+        ]
+        cells = crossed(mine, "adversarial", _complied, suffixes), crossed(against, name, _complied)
+        found.append(contrast_row("complied (verdict)", "adversarial", name, contrast(*cells, rate=True)))
+    return found
+
+
 def refusal_contrasts(
     rows: Sequence[dict[str, Any]], controls: Collection[str], suffixes: Sequence[Suffix] = ()
 ) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ from pydantic import NonNegativeInt
 from suffix_analysis import files, pool, provenance, replies, runs
 from suffix_analysis.analysis import analyze, as_long, n_forwards
 from suffix_analysis.causal_tests import shortfalls
+from suffix_analysis.chat import Chat
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Narrator
-from suffix_analysis.direction_file import load_direction
+from suffix_analysis.direction_file import load_direction, summary_of
 from suffix_analysis.direction_stage import check_counts, direction_tables
 from suffix_analysis.directions import Direction
 from suffix_analysis.environment import environment
@@ -27,9 +28,10 @@ from suffix_analysis.inputs import fast_dtype, study_model, study_prompts, study
 from suffix_analysis.judges import Judge, judge_named
 from suffix_analysis.mechanism import measure_mechanism
 from suffix_analysis.models import Model
-from suffix_analysis.prompts import Prompt, prompts_of, to_jsonl
+from suffix_analysis.paper_table import text_pairs
+from suffix_analysis.prompts import Prompt, count_prompts, prompts_of, to_jsonl
 from suffix_analysis.records import Suffix, of_each_text
-from suffix_analysis.refusal import discover_refusal_tokens
+from suffix_analysis.refusal import discover_refusal_tokens, known_tokens, require_refusals
 from suffix_analysis.traces import Job, Traces, trace
 from suffix_analysis.traces_file import traces_of
 
@@ -138,7 +140,9 @@ class Study:
     def _prompts(self) -> None:
         prompts = study_prompts(self.config)
         # say now, and not after the attack, what cannot be read
-        study_text(self.config)
+        text = study_text(self.config)
+        if text is not None:
+            text_pairs(self.model, text)
         judge_named(self.config.judge)
         short = check_counts(prompts, self.config)
         for prompt in prompts:
@@ -173,29 +177,34 @@ class Study:
         """The tokens that open refusals; discovered once on the select split and kept for every later stage.
 
         Raises:
-            UserError: they are none, or not tokens of the model.
+            UserError: they are none, or not tokens of the model, or hardly a reply to harmful prompts opens with them.
         """
         path = self.folder / "refusal_tokens.json"
         kept = path.exists()
         if kept:
             tokens = list(files.read_as(path, list[NonNegativeInt]))
         elif self.config.refusal_tokens is not None:
-            tokens = list(self.config.refusal_tokens)
+            tokens = known_tokens(self.model, self.config.refusal_tokens)
+            if self.config.keep_by_score:  # else no prompt has to be refused
+                require_refusals(self.fast, self._chats("harmful"), tokens)
         else:
-            own = [p for p in self.prompts() if p.split == "select"]
-            chats = {k: [self.model.chat(p.text) for p in own if p.kind == k] for k in ("harmful", "harmless")}
-            tokens = discover_refusal_tokens(self.fast, chats["harmful"], chats["harmless"])
-        size = self.model.hf.get_input_embeddings().weight.shape[0]
-        if not tokens or max(tokens) >= size:
-            where = path if kept else "refusal_tokens"
-            raise UserError(f"{where} holds {max(tokens, default='no token')}; the model has {size}, from 0.")
+            tokens = discover_refusal_tokens(self.fast, self._chats("harmful"), self._chats("harmless"))
         if not kept:
             files.write_json(path, tokens)
-        return tokens
+        return known_tokens(self.model, tokens, str(path))
+
+    def _chats(self, kind: str) -> list[Chat]:
+        """The select split's prompts of a kind as conversations."""
+        return [self.model.chat(p.text) for p in self.prompts() if (p.kind, p.split) == (kind, "select")]
 
     def _direction(self) -> None:
-        for name, rows in direction_tables(self).items():
-            files.write_table(self.folder / "findings" / f"{name}.parquet", rows)
+        try:
+            for name, rows in direction_tables(self).items():
+                files.write_table(self.folder / "findings" / f"{name}.parquet", rows)
+        finally:  # a report shows the candidates also where none of them passes
+            if (self.folder / "findings" / "candidates.parquet").exists():
+                known = (self.folder / "direction.safetensors").exists()
+                self._summarise(summary_of(self.model, self.direction() if known else None))
 
     def direction(self) -> Direction:
         """The run's direction.
@@ -272,12 +281,13 @@ class Study:
         rows = files.read_table(folder / "replies.parquet", list(replies.ReplyRow.__annotations__))
         comparable = {row["against"] for row in found.tables["head_differences"]}  # equally long, if they have suffixes
         refusal = replies.refusal_contrasts(rows, comparable, suffixes)
-        contrasts = refusal + found.tables["contrasts"]
+        edits = files.read_table(folder / "intervention_replies.parquet")
+        contrasts = refusal + replies.success_contrasts(rows, edits, suffixes) + found.tables["contrasts"]
         for name, table in (found.tables | {"contrasts": contrasts}).items():
             files.write_table(folder / f"{name}.parquet", table)
         files.write_json(folder / "patterns.json", found.patterns)
         files.write_json(folder / "checks.json", self._with_checks(found.checks))
-        files.write_json(folder / "summary.json", found.summary | self._summary(prompts, suffixes))
+        self._summarise(found.summary)
         shutil.rmtree(kept, ignore_errors=True)
 
     def _mechanism(self) -> None:
@@ -317,19 +327,20 @@ class Study:
         there = files.read_as(path, list[dict[str, Any]]) if path.exists() else []
         return [*(row for row in there if row.get("name") not in names), *own]
 
-    def _summary(self, prompts: Sequence[Prompt], suffixes: Sequence[Suffix]) -> dict[str, Any]:
-        counts: dict[str, dict[str, int]] = {}
-        for p in prompts:
-            counts.setdefault(p.split, {}).setdefault(p.kind, 0)
-            counts[p.split][p.kind] += 1
+    def _summarise(self, found: dict[str, Any]) -> None:
+        """Write the summary, of which an earlier stage may have known less."""
+        path, told = self.folder / "suffixes.jsonl", self.folder / "findings" / "summary.json"
+        suffixes = runs.read_suffixes(path) if path.exists() else []
         skipped = self.folder / "skipped.json"
-        return {
+        before = files.read_as(told, dict[str, Any]) if told.exists() else {}
+        own = {
             "target": self.config.target,
             "suffix_id": next((s.id for s in suffixes if s.arm == "adversarial"), None),
-            "n_prompts": counts,
+            "n_prompts": count_prompts(self.prompts()),
             "reply_dtype": str(self.fast_dtype).removeprefix("torch."),
             "skipped": files.read_as(skipped, list[str]) if skipped.exists() else [],
         }
+        files.write_json(told, before | found | own)
 
     def skip(self, sentence: str) -> None:
         """Remember what fell short, for the report, and say it."""

@@ -90,11 +90,18 @@ def finish(study: Study, as_json: bool) -> None:
 
     page = build(study.folder)
     rows = read_table(study.folder / "findings" / "refusal.parquet")
-    result = {"report": str(page), "refusal": rows}
+    contrasts = read_table(study.folder / "findings" / "contrasts.parquet")
+    success = [row for row in contrasts if row["measure"] == "complied (verdict)"]
+    result = {"report": str(page), "refusal": rows, "attack_success": success}
     lines = [
         f"{row['arm']:21} refusal phrases {row['refusal_rate']:6.1%} [{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}]"
         f"  {row['n_prompts']} prompts × {max(1, row['n_suffixes'])}"
         for row in rows
+    ]
+    lines += [
+        f"complied with the suffix, less with the direction {row['against']}: {row['estimate']:+.1%} "
+        f"[{row['lo']:+.1%}, {row['hi']:+.1%}] on the same prompts" + (", descriptive" if row["descriptive"] else "")
+        for row in success
     ]
     print_result(result, as_json, lambda: [*lines, f"report: {page}"])
 

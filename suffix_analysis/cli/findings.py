@@ -20,7 +20,8 @@ def abilities(
     *tasks: str,
     out: Out = Path("runs/study"),
     tasks_folder: Annotated[
-        Path | None, Parameter(help="Folder with task files (YAML) of your own; functions that they name are run.")
+        Path | None,
+        Parameter(help="Folder with task files (YAML) of your own, instead of lm-eval's; functions they name are run."),
     ] = None,
     device: Annotated[str | None, Parameter(help="Another than the run's: cpu, cuda or auto.")] = None,
     limit: Annotated[Whole | None, Parameter(help="Questions of each task at most.")] = None,

@@ -120,6 +120,13 @@ def test_how_far_each_candidate_tells_prompts_apart_is_a_view_of_its_own(data: R
     drawn = {(row["layer"], row["position"]): row["auroc"] for row in apart.spec["datasets"]["main"]}
     assert drawn == pytest.approx(read, abs=1e-4) and len(read) > 4
     assert "AUROC:" in figures(data)["candidates"].caption
+    layers = {row["layer"] for row in data.table("candidates")}
+    tables = {**data.tables, "candidates": [row for row in data.table("candidates") if row["layer"] % 5 == 0]}
+    assert {row["layer"] for row in tables["candidates"]} < layers
+    (apart,) = (v for v in figures(replace(data, tables=tables))["candidates"].views if v.label == "AUROC")
+    chat = {row["position"] for row in data.table("candidates")}
+    for row in apart.spec["datasets"]["main"]:
+        assert (row["where"] == "instruction[−1]") == (row["position"] not in chat), "also of layers between"
     without = replace(data, tables={name: rows for name, rows in data.tables.items() if name != "separation"})
     assert labels(without, "candidates") == ["bypass", "induce", "KL"]
     assert "AUROC" not in figures(without)["candidates"].caption

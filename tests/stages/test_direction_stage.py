@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from reports import build_report
 from suffix_analysis import cli
 from suffix_analysis.analysis import as_long
 from suffix_analysis.causal_tests import ATTENTION, shortfalls
@@ -54,16 +55,30 @@ def test_fewer_prompts_than_asked_for_are_told(tmp_path: Path) -> None:
     ]
 
 
-def test_the_table_is_kept_where_no_candidate_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = study(tmp_path, 10, n_fit=10, n_select=10, induce_threshold=1e6)
-    for place in ("directions", "direction_stage"):
-        monkeypatch.setattr(f"suffix_analysis.{place}.keep_by_score", lambda model, chats, *_, **__: chats)
+def test_the_table_is_kept_and_shown_where_no_candidate_passes(tmp_path: Path) -> None:
+    made = study(tmp_path, 10, n_fit=10, n_select=10, induce_threshold=1e6, keep_by_score=False)
+    (made.folder / "config.toml").write_text("")
     made._prompts()
     with pytest.raises(UserError, match=r"does not induce .* All candidates are in .*candidates\.parquet"):
         made._direction()
     rows = read_table(made.folder / "findings" / "candidates.parquet")
     assert len(rows) == 3 * made.model.chat("x").n_chat and {"token", "status"} <= rows[0].keys()
     assert not (made.folder / "direction.safetensors").exists()
+    page = build_report(made.folder).read_text()
+    assert "How the direction was chosen" in page and "findings/interventions.parquet" in page
+
+
+def test_a_model_that_does_not_refuse_is_told_before_the_attack_also_where_tokens_are_given(tmp_path: Path) -> None:
+    made = study(tmp_path, 10)
+    made._prompts()
+    with pytest.raises(UserError, match=r"of 10 replies of tiny-llama to harmful prompts open with the refusal tokens"):
+        made.refusal_tokens()
+
+
+def test_a_text_that_is_too_short_is_told_before_the_attack(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("")
+    with pytest.raises(UserError, match="has 0 tokens; give a longer one"):
+        study(tmp_path, 10, text=str(tmp_path / "text.txt"))._prompts()
 
 
 def test_what_a_study_lacks_is_told_once(tmp_path: Path) -> None:
@@ -99,17 +114,16 @@ def test_the_command_tells_what_was_found(
     folder = tmp_path / "model"
     tiny.hf_model("llama").save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    for place in ("directions", "direction_stage"):
-        monkeypatch.setattr(f"suffix_analysis.{place}.keep_by_score", lambda model, chats, *_, **__: chats)
     words = [
         "direction", "--model", str(folder), "--out", str(tmp_path / "new"), "--reply-tokens", "8",
         "--harmful", str(tmp_path / "harmful.jsonl"), "--harmless", str(tmp_path / "harmless.jsonl"),
         "--n-fit", "10", "--n-select", "10", "--refusal-tokens", "[40, 41]", "--score-dtype", "float32",
-        "--induce-threshold", "-1e6", "--kl-threshold", "1e6",
+        "--induce-threshold", "-1e6", "--kl-threshold", "1e6", "--no-keep-by-score", "--n-control-directions", "2",
     ]  # fmt: skip
     said = (
         "refusals open with ", "(40), ", "held-out AUROC of differences of means", "split-half cosine",
-        "with the direction ablated", "cosine with the chosen", "8 random and orthogonal",
+        "with the direction ablated", "cosine with the chosen", "8 random and orthogonal", "chosen: position",
+        "induce", "KL", "intervention_replies.parquet",
     )  # fmt: skip
     for more in ([], ["--json"]):
         monkeypatch.setattr("sys.argv", ["suffix-analysis", *words, *more])
@@ -120,5 +134,8 @@ def test_the_command_tells_what_was_found(
             found = json.loads(told.out)
             assert [token["id"] for token in found["refusal_tokens"]] == [40, 41] and Path(found["replies"]).exists()
             assert {row["intervention"] for row in found["interventions"]} >= {"ablated", "added", "orthogonalised"}
+            assert {row["control"] for row in found["interventions"]} == {None, 1, 2}
         else:
             assert [phrase for phrase in said if phrase not in told.out] == [], told.err
+    page = build_report(tmp_path / "new").read_text()
+    assert "How the direction was chosen" in page and "Is it one direction?" in page, "without attack and analysis"

@@ -18,6 +18,7 @@ from suffix_analysis.paper_table import (
     cross_entropy,
     measure_cost,
     measure_interventions,
+    reply_pairs,
     text_pairs,
 )
 from suffix_analysis.prompts import Prompt
@@ -140,6 +141,25 @@ def test_cross_entropy_is_the_definition() -> None:
             logits = model.hf(input_ids=torch.cat([before, after])[None]).logits[0]
         losses += torch.nn.functional.cross_entropy(logits[len(before) - 1 : -1], after, reduction="none").tolist()
     assert cross_entropy(model.hf, model.tokenizer, pairs) == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+def test_replies_that_are_kept_as_text_get_the_ids_back_that_they_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that hold the space before a word lose it at a text's beginning, and gain it where they are encoded."""
+    model = Model("tiny", tiny.hf_model("llama"), tiny.metaspace_tokenizer())
+    (prompt, *_) = (p for p in PROMPTS if p.kind == "harmless")
+    text, chat = "Write a letter about the sea", model.chat(prompt.text)
+    joined, spaced = (
+        model.tokenizer(chat.text + start + text, add_special_tokens=False).input_ids[len(chat.ids) :]
+        for start in ("", " ")
+    )
+    assert joined != spaced and all(model.tokenizer.decode(ids) == text for ids in (joined, spaced))
+    for made in (joined, spaced):
+        logits = torch.zeros(1, 700)
+        logits[0, made[0]] = 1.0
+        monkeypatch.setattr(paper_table, "last_logits", lambda hf, tok, rows, logits=logits: logits)
+        ((before, found),) = reply_pairs(model, [prompt], {prompt.id: text})
+        assert torch.equal(before, chat.ids) and found.tolist() == made
+    assert reply_pairs(model, [prompt], {prompt.id: ""}) == []
 
 
 def test_text_is_cut_into_windows_and_its_cost_reported() -> None:

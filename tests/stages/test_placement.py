@@ -104,6 +104,8 @@ def test_weights_larger_than_the_free_memory_are_refused_before_they_are_read(
 def test_auto_and_four_bits(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_model(folder, device="auto").chat("Sing").n_chat
     monkeypatch.setattr("suffix_analysis.placement.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="embedded model is small"):
+        load_model("embedded", four_bit=True)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         load_model(folder, four_bit=True)
 

@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from suffix_analysis.batching import REPLY_BUDGET
 from suffix_analysis.cli import app
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
+from suffix_analysis.inputs import fast_dtype
 from suffix_analysis.models import load_model
 from suffix_analysis.sizes import GIB, size_of, verdict
 from tests import tiny
@@ -37,6 +40,18 @@ def test_the_verdict_names_the_best_precision_that_fits(tmp_path: Path) -> None:
     assert verdict(large) == told + "--device auto spreads it over 180.0 GiB of GPU memory and memory."
     assert verdict(replace(large, free_ram=5.0)) == told + "--device auto puts what is left on disk, which is slow."
     assert verdict(replace(large, free_ram=5.0, free_disk=1.0)).endswith("take a smaller model or a larger machine.")
+
+
+def test_a_copy_that_has_no_place_in_memory_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    monkeypatch.setattr("suffix_analysis.inputs.resolve_dtype", lambda *_: torch.bfloat16)
+    needed = 2 * sum(p.numel() for p in model.hf.parameters())
+    for free, wanted in ((needed + 1, torch.bfloat16), (needed - 1, torch.float32)):
+        monkeypatch.setattr("suffix_analysis.inputs.free_bytes", lambda device, free=free: free)
+        assert fast_dtype(StudyConfig(), model) == wanted
+    assert fast_dtype(StudyConfig(score_dtype="bfloat16"), model) == torch.bfloat16, "as it was asked for"
+    model.twin(torch.bfloat16)
+    assert fast_dtype(StudyConfig(), model) == torch.bfloat16, "which is there already"
 
 
 def test_a_configuration_without_weights_is_enough(tmp_path: Path) -> None:

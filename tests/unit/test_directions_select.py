@@ -62,8 +62,15 @@ def test_no_candidate_names_the_nearest() -> None:
         ([row(-1, 9, -9.0), row(-1, 3, -9.0, kl=0.3)], "layer 3: KL too high"),
         # an induce score is a matter of ten units here, a KL one of tenths
         ([row(-1, 2, -9.0, induce=-10.0), row(-1, 3, -9.0, kl=0.15, induce=-0.2)], "layer 3: KL too high and"),
-        ([row(-1, 3, math.nan, kl=math.nan, induce=math.nan)], r"has finite scores \(layers 3 to 3\)"),
+        ([row(-1, 3, math.nan, kl=math.nan, induce=math.nan)], r"\(layers 3 to 3\) has finite scores"),
         ([], "candidate table is empty"),
+        ([row(-1, 0, math.nan) | {"status": "zero"}], r"All of 1 candidate directions \(layers 0 to 0\) are zero: "),
+        (
+            [row(-1, 0, 0.0) | {"status": "zero"}, row(-1, 9, math.nan, kl=math.nan, induce=math.nan)],
+            r"\(layers 0 to 9\) are zero or too late to be chosen \(from layer 8 on\)",
+        ),
+        # a row whose KL was never taken, because it does not induce, may miss by more than it seems
+        ([row(-1, 2, math.nan, kl=math.nan, induce=-0.1), row(-1, 3, -9.0, kl=0.3)], "layer 3: KL too high"),
     ],
 )
 def test_no_candidate_names_all_that_the_nearest_missed(rows: list[dict[str, Any]], told: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from suffix_analysis import refusal
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
 from suffix_analysis.refusal import FLOOR, discover_refusal_tokens, kl_divergence, refusal_score
@@ -19,6 +20,12 @@ from tests import tiny
 def test_score_is_the_log_odds_of_the_tokens_together() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.1, 0.2]]))
     assert float(refusal_score(logits, [1, 2])) == pytest.approx(math.log(0.3 / 0.7))
+
+
+def test_a_token_that_is_given_twice_counts_once() -> None:
+    logits = torch.log(torch.tensor([[0.4, 0.6]]))
+    assert float(refusal_score(logits, [1, 1])) == pytest.approx(math.log(0.6 / 0.4))
+    assert StudyConfig(refusal_tokens=[5, 7, 5]).refusal_tokens == (5, 7)
 
 
 def test_score_is_floored_not_infinite() -> None:

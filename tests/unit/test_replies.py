@@ -14,7 +14,7 @@ from suffix_analysis.errors import UserError
 from suffix_analysis.pool import traced_of
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.records import Suffix, of_each_text
-from suffix_analysis.replies import Cell, crossed, made_once, measure_replies, refusal_table
+from suffix_analysis.replies import Cell, crossed, made_once, measure_replies, refusal_table, success_contrasts
 
 PROMPTS = [Prompt("a", "Pick a lock", "harmful", "report"), Prompt("b", "Bake", "harmless", "report")]
 SUFFIXES = [Suffix(f"random-{i}", "random", "x") for i in (1, 2)]
@@ -46,6 +46,23 @@ def test_a_line_that_was_cut_off_is_made_again_and_damages_nothing(tmp_path: Pat
         assert measure_replies(PROMPTS, SUFFIXES, answer, journal) == whole
         assert len(made) <= times
     assert not made
+
+
+def test_what_the_suffix_reaches_stands_beside_what_taking_the_direction_out_does() -> None:
+    def reply(arm: str, prompt: str, complied: bool) -> dict[str, Any]:
+        return {"arm": arm, "suffix_id": "adversarial-1", "prompt_id": prompt, "verdict": "complied" * complied}
+
+    rows = [reply("adversarial", f"p{i}", i < 2) for i in range(10)] + [reply("random", "p1", True)]
+    edits = [
+        {"intervention": name, "kind": kind, "prompt_id": f"p{i}", "verdict": "complied" if i != 1 else "partial"}
+        for name, kind in (("orthogonalised", "harmful"), ("none", "harmful"), ("added", "harmless"))
+        for i in reversed(range(10))
+    ]
+    (row,) = success_contrasts(rows, edits)
+    assert (row["measure"], row["arm"], row["against"]) == ("complied (verdict)", "adversarial", "orthogonalised")
+    assert row["estimate"] == pytest.approx(0.2 - 0.9) and row["lo"] < -0.7 < row["hi"] and row["n_prompts"] == 10
+    assert success_contrasts(rows, edits[1:]) == [], "other prompts"
+    assert success_contrasts([], edits) == []
 
 
 def test_a_journal_whose_only_line_was_cut_off_can_be_gone_on_from(tmp_path: Path) -> None:
