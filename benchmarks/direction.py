@@ -2,8 +2,8 @@
 
 The loop runs, for every position and layer, whole prompts in float32 through the bridge with hooks: harmful ones with
 the direction ablated, harmless ones with it ablated and with it added. With ``--every k`` it runs every k-th candidate
-only and its time is scaled up to all that are not zero; the choice is then compared over those candidates alone. Take a k
-that has no factor in common with the number of layers (7, say), or the same layers come again and again.
+only and its time is scaled up to all that are not zero; the choice is then compared over those candidates alone. Take a
+k that has no factor in common with the number of layers (7, say), or the same layers come again and again.
 """
 
 from __future__ import annotations
