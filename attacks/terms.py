@@ -124,8 +124,16 @@ class SuffixAttention:
 
 
 def decoder_layers(model: Any) -> Any:
-    """The model's list of decoder blocks."""
-    return model.get_decoder().layers
+    """The model's list of decoder blocks, whatever its architecture calls it.
+
+    Raises:
+        AttackError: there is no one list of as many parts as the model has layers.
+    """
+    decoder, n_layers = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    found = [part for part in decoder.children() if hasattr(part, "__getitem__") and len(part) == n_layers]
+    if len(found) != 1:
+        raise AttackError(f"{type(decoder).__name__} has {len(found)} lists of {n_layers} blocks; one is needed.")
+    return found[0]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ def context(data: RunData) -> dict[str, Any]:
     first = next(iter(data.table("mitigations")), None)
     return {
         "counts": "" if first is None else _counts(first),
+        "timing": timing(first),
         "detectors": [_detector_row(row) for row in data.table("detectors")],
         "mitigations": [_mitigation_row(row, tested) for row in data.table("mitigations")],
         "adaptive": "" if adaptive_curves(data) else adaptive(data),  # the figure's caption says it otherwise
@@ -108,6 +109,7 @@ def _detector_row(row: Row) -> dict[str, str]:
             row.get("false_positives_5"), row.get("false_positives_5_lo"), row.get("false_positives_5_hi")
         ),
         "n": f"{row['n_prompts']} × {row['n_suffixes']}, {row['n_others']}{_descriptive(row)}",
+        "marks": "–" if row.get("n_marks") is None else str(row["n_marks"]),
     }
 
 
@@ -126,14 +128,51 @@ def _mitigation_row(row: Row, tested: set[str]) -> dict[str, str]:
         "name": visible(row["defence"] or "") + (" (control)" if row.get("control") else ""),
         "success": percent_ci(row["success"], row["success_lo"], row["success_hi"]),
         "refused": percent(row["refused"]),
+        "harmless": percent(row.get("harmless")),
+        "seconds": "–" if row.get("seconds") is None else f"{plain(1000 * row['seconds'], 1)}{NBSP}ms",
+        "fires": _fires(row),
         "lookalike": "–"
         if row["lookalike"] is None
         else percent_ci(row["lookalike"], row["lookalike_lo"], row["lookalike_hi"]),
         "cost": "–" if row["cost"] is None else plain_ci(row["cost"], row.get("cost_lo"), row.get("cost_hi"), 3),
         "slower": percent(row["slower"]),
-        "mass": percent(row.get("mass")),
+        "taken": percent(row.get("taken")),
         "adaptive": "one attack" if row["defence"] in tested else "not tested",
     }
+
+
+def _fires(row: Row) -> str:
+    """Return in which share of attacked prompts, look-alikes and harmless ones the detector fires; a dash without."""
+    if row.get("fires_attacked") is None:
+        return "–"
+    return ", ".join(percent(row.get(f"fires_{kind}")) for kind in ("attacked", "lookalike", "harmless"))
+
+
+def timing(row: Row | None) -> str:
+    """Return what times a token are measured beside, as a sentence with its blank."""
+    if row is None:
+        return ""
+    beside = "as TransformerLens had wrapped it already" if row.get("wrapped") else "as it was loaded"
+    at_once = "" if row.get("n_timed") is None else f", {count(row['n_timed'], 'reply', 'replies')} at once"
+    return f"Slower: time a token{at_once}, beside the model {beside}. "
+
+
+def _frontier(rows: list[Row]) -> list[Row]:
+    """Return the defences that no other beats in both, from the fewest refused look-alikes on."""
+    ours = [row for row in rows if row["kind"] != KINDS[1]]
+    return sorted(
+        (
+            row
+            for row in ours
+            if not any(
+                other["success"] <= row["success"]
+                and other["lookalike"] <= row["lookalike"]
+                and (other["success"], other["lookalike"]) != (row["success"], row["lookalike"])
+                for other in ours
+            )
+        ),
+        key=lambda row: (row["lookalike"], -row["success"]),
+    )
 
 
 def trade_off(data: RunData) -> Figure | None:
@@ -147,9 +186,11 @@ def trade_off(data: RunData) -> Figure | None:
         return None
     legend = alt.Legend(orient="bottom", title=None)
     axis = alt.Axis(format=".0%", tickCount=5)
-    base = alt.Chart(MAIN).encode(
+    places = alt.Chart(MAIN).encode(
         x=alt.X("lookalike:Q", title="harmless look-alikes refused", axis=axis, scale=alt.Scale(zero=True, padding=12)),
         y=alt.Y("success:Q", title="attack success", axis=axis, scale=alt.Scale(domain=[0, 1])),
+    )
+    base = places.encode(
         color=alt.Color(
             "kind:N", scale=alt.Scale(domain=list(KINDS), range=theme.POSITION_COLOURS[: len(KINDS)]), legend=legend
         ),
@@ -164,13 +205,18 @@ def trade_off(data: RunData) -> Figure | None:
     )
     caption = (
         f"{count(rows[0]['n_prompts'], 'report prompt')}, {count(rows[0]['n_suffixes'], 'suffix', 'suffixes')} that "
-        "nothing was fitted with. Success: answered, by the verdict. The lower left is better."
+        "nothing was fitted with. Success: answered, by the verdict. The lower left is better; the dashed line joins "
+        "the defences that no other beats in both."
     )
     columns = (
         ("defence", "defence"), ("success", "attack success"), ("success_lo", "CI from"), ("success_hi", "CI to"),
         ("lookalike", "look-alikes refused"), ("harmless", "harmless refused"), ("cost", "nats"), ("slower", "slower"),
     )  # fmt: skip
-    chart = base.mark_point(size=90, filled=True, opacity=1)
+    best = [row["defence"] for row in _frontier(rows)]
+    for row in rows:
+        row["best"] = row["defence"] in best
+    line = places.mark_line(interpolate="step-after", strokeDash=[4, 3], strokeWidth=1.2, color="#888")
+    chart = line.transform_filter("datum.best") + base.mark_point(size=90, filled=True, opacity=1)
     return Figure(
         "defences", "What defences buy and cost", caption, say, columns, (View("all", finish(chart, rows, 260, say)),)
     )

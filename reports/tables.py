@@ -22,7 +22,8 @@ _MORE = {
     "complied_rate", "complied_lo", "complied_hi", "refused_lo", "refused_hi", "dose", "n_heads", "lo", "hi", "lift",
     "contribution_lo", "contribution_hi", "attention_instruction", "attention_suffix", "attention_chat",
     "attention_system", "equivalent", "false_positives_1", "score_after", "n_suffixes", "cosine_with_chat_end",
-    "orthogonalised_change", "orthogonalised_lo", "orthogonalised_hi",
+    "orthogonalised_change", "orthogonalised_lo", "orthogonalised_hi", "taken", "seconds", "harmless", "fires_attacked",
+    "fires_lookalike", "fires_harmless", "n_marks", "n_timed",
 }  # fmt: skip
 """Numbers that some tables have beyond the columns that they must have."""
 

@@ -92,12 +92,14 @@ def attack_defended(
     defended: Mapping[str, Defended],
     terms: Mapping[str, Sequence[Term]],
     on_step: Callable[[int, int], None] | None = None,
+    fired: Mapping[str, list[Tensor]] | None = None,
 ) -> list[dict[str, Any]]:
     """Loss and what is not refused against steps, one attack with the same budget and seed on each defended model.
 
     The first suffix (step 0) and every few steps the best one so far is looked at: ``target_loss`` is its loss without
     further terms of the objective, so that attacks can be compared, ``not_refused`` the share of unseen prompts whose
-    reply does not open as a refusal. ``success``, after the last step alone: the share of ``final`` prompts that are
+    reply does not open as a refusal, ``fires`` the share in which the detector fires that a defence waits for.
+    ``success``, after the last step alone: the share of ``final`` prompts that are
     answered, by the verdict, with that one of these suffixes that left the fewest refused.
 
     The defence is on while the attack scores candidates, takes gradients and looks at unseen prompts.
@@ -108,11 +110,12 @@ def attack_defended(
         defended: defences by name: functions from the number of tokens behind chat[-1] to a context.
         terms: of the attack's objective, by defence: what the attacker knows to lower, such as a detector's score.
         on_step: called with (done, total).
+        fired: by defence, a list that it tells in which prompts its detector fires.
     """
     assert model.bridge is not None  # wrapped before the attack looks at it
     rows: list[dict[str, Any]] = []
     for number, (name, context) in enumerate(defended.items()):
-        for row in _attack_one(model, trial, name, context, terms.get(name, ())):
+        for row in _attack_one(model, trial, name, context, terms.get(name, ()), (fired or {}).get(name)):
             rows.append(row)
             if on_step is not None:
                 on_step(number * trial.config.steps + row["step"], len(defended) * trial.config.steps)
@@ -120,7 +123,7 @@ def attack_defended(
 
 
 def _attack_one(
-    model: Model, trial: Trial, name: str, context: Defended, terms: Sequence[Term]
+    model: Model, trial: Trial, name: str, context: Defended, terms: Sequence[Term], fired: list[Tensor] | None
 ) -> Iterator[dict[str, Any]]:
     """The attack on one defended model, a row a step."""
     config, held_out, final = trial.config, trial.held_out, trial.final
@@ -134,17 +137,20 @@ def _attack_one(
         attack = attacks.GCG(model.hf, model.tokenizer, talks, config.target, settings, terms)
     plain, looks = Scorer(model.hf, attack.slots, settings), list[tuple[float, float, str]]()
 
-    def look(ids: Sequence[int], text: str) -> dict[str, float]:
+    def look(ids: Sequence[int], text: str) -> dict[str, float | None]:
         with context(behind):
             loss = float(plain(torch.tensor([list(ids)]))[0].mean())
         with context(0):
+            if fired is not None:
+                fired.clear()
             still = refused(model, held_out, trial.refusal_tokens, text)
         looks.append((float((~still).float().mean()), -loss, text))
-        return {"target_loss": loss, "not_refused": looks[-1][0]}
+        fires = float(torch.cat(fired).float().mean()) if fired else None
+        return {"target_loss": loss, "not_refused": looks[-1][0], "fires": fires}
 
     blank = {
         "defence": name, "step": 0, "loss": None, "best_loss": None, "target_loss": None, "not_refused": None,
-        "success": None, "n_final": len(final), "n_prompts": len(held_out), "n_train": len(trial.train),
+        "fires": None, "success": None, "n_final": len(final), "n_prompts": len(held_out), "n_train": len(trial.train),
         "seed": config.seed, "cut": trial.cut,
     }  # fmt: skip
     first = attack.buffer[0][1]

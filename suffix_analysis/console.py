@@ -118,15 +118,16 @@ def ability_line(row: dict[str, Any]) -> str:
 
 
 def detector_line(row: dict[str, Any]) -> str:
-    caught = ", ".join(
-        f"{row[f'caught_{rate}']:.0%} [{row[f'caught_{rate}_lo']:.0%}, {row[f'caught_{rate}_hi']:.0%}] at {rate} %"
+    caught = "; ".join(
+        f"{row[f'caught_{rate}']:.0%} [{row[f'caught_{rate}_lo']:.0%}, {row[f'caught_{rate}_hi']:.0%}] caught at "
+        f"{rate} % false positives (came to {row[f'false_positives_{rate}']:.1%})"
+        if row[f"caught_{rate}"] is not None
+        else f"{row['n_marks']} conversations set no threshold for {rate} %"
         for rate in (1, 5)
     )
     return (
         f"{row['detector']:40} against {row['against']:24} AUROC {row['auroc']:.3f} "
-        f"[{row['lo']:.3f}, {row['hi']:.3f}], caught {caught} false positives "
-        f"(came to {row['false_positives_1']:.1%} and {row['false_positives_5']:.1%})"
-        + (", descriptive" if row["descriptive"] else "")
+        f"[{row['lo']:.3f}, {row['hi']:.3f}], {caught}" + (", descriptive" if row["descriptive"] else "")
     )
 
 
@@ -134,17 +135,19 @@ def mitigation_line(row: dict[str, Any]) -> str:
     cost = "–" if row["cost"] is None else f"{row['cost']:+.3f}"
     over = "–" if row["lookalike"] is None else f"{row['lookalike']:.1%} ({row['lookalike_change']:+.1%})"
     slower = f"{1000 * row['seconds']:.1f} ms a token ({row['slower']:+.0%})"
+    fires = "" if row["fires_attacked"] is None else f", fires in {row['fires_attacked']:.0%} of attacked prompts"
     return (
         f"{row['defence']:56} attack success {row['success']:6.1%} [{row['success_lo']:.1%}, {row['success_hi']:.1%}], "
-        f"refused {row['refused']:6.1%}, look-alikes refused {over}, harmless replies {cost} nats, {slower}"
+        f"refused {row['refused']:6.1%}, look-alikes refused {over}, harmless replies {cost} nats, {slower}{fires}"
         + (", descriptive" if row["descriptive"] else "")
     )
 
 
 def adaptive_line(row: dict[str, Any]) -> str:
+    fires = "" if row.get("fires") is None else f" (the detector fires in {row['fires']:.0%})"
     return (
         f"{row['defence']:56} attacked for {row['step']} steps: target loss {row['target_loss']:.3f}, "
-        f"{row['not_refused']:.0%} of {row['n_prompts']} other select prompts not refused, success on "
+        f"{row['not_refused']:.0%} of {row['n_prompts']} other select prompts not refused{fires}, success on "
         f"{row['n_final']} report prompts {row['success']:.0%}"
     )
 
@@ -170,6 +173,7 @@ def defence_lines(
         *map(mitigation_line, mitigations),
         *(adaptive_line(row) for row in adaptive if row.get("success") is not None),
         *map(budget_line, budgets),
+        "detectors alone: adaptive attack: not tested",
         *(f"{row['defence']:56} adaptive attack: not tested" for row in mitigations if row["defence"] not in tested),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from suffix_analysis.causal import Head
 from suffix_analysis.chat import Chat
 from suffix_analysis.detectors import TAIL, Harmfulness, harm_without_refusal
 from suffix_analysis.directions import Direction, chat_means
+from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
 
 
@@ -80,6 +81,11 @@ def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
         place.last = last
         place.chat = (tokens <= last[:, None]) & (tokens > last[:, None] - len(chat_ids)) & (last[:, None] >= 0)
         mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise UserError(
+                "A mitigation has to know which tokens are padding: give the model an attention mask of rows and "
+                "tokens (generate with cache_implementation='static' makes another; leave that out)."
+            )
         if mask is None:
             cache = kwargs.get(cache_name)
             n_keys = width + (0 if cache is None else cache.get_seq_length())
@@ -108,16 +114,20 @@ def damped(
 
     Raises:
         ValueError: the strength is not between 0 and 1.
+        UserError: a forward has a mask that is not one of rows and tokens.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}; it must be between 0 and 1")
+    if strength == 0:  # not even the batches are others
+        yield
+        return
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         by_layer.setdefault(layer, []).append(head)
     with watched_place(model, behind) as place:
 
         def weaken(pattern: Tensor, hook: Any, which: list[int]) -> Tensor | None:
-            if place.chat is None or place.user is None or strength == 0:
+            if place.chat is None or place.user is None:
                 return None
             at = place.queries
             user = place.user[:, -pattern.shape[3] :].to(pattern.device)
@@ -155,14 +165,22 @@ def restored(
     *,
     along: Float[Tensor, " d_model"] | None = None,
     behind: int = 0,
+    on_fire: Callable[[Bool[Tensor, " row"]], None] | None = None,
 ) -> Iterator[None]:
     """At the direction's layer the projection at every chat token goes to ``levels``, the harmful prompts' means there.
 
     With ``harmfulness`` only in prompts whose harmfulness − refusal (see :mod:`suffix_analysis.detectors`) lies above
     ``threshold``; both are read in the same forward, so this costs nothing. ``strength`` is the share of the way: 0
     changes nothing, bit for bit. ``along``: the same steps are taken along this direction instead, as a control.
-    It acts on the prompt alone, not on the tokens of a reply.
+    ``on_fire`` is told in which of the prompts of a forward the detector fires. It acts on the prompt alone, not on the
+    tokens of a reply.
+
+    Raises:
+        UserError: a forward has a mask that is not one of rows and tokens.
     """
+    if strength == 0:  # not even the batches are others
+        yield
+        return
     layer, unit = direction.layer, direction.unit.to(model.hf.device)
     to = unit if along is None else (along / along.norm()).to(unit)
     with watched_place(model, behind) as place:
@@ -177,7 +195,10 @@ def restored(
             wanted = levels.to(x.device)[(tokens - first).clamp(0, len(levels) - 1)]
             step = strength * (wanted - x[:, at].float() @ unit.to(x.device)) * place.chat[:, at].to(x.device)
             if harmfulness is not None:
-                step = step * fires(x)[:, None]
+                fired = fires(x)
+                step = step * fired[:, None]
+                if on_fire is not None:
+                    on_fire(fired[place.last.to(x.device) >= 0].cpu())
             changed = x.clone()
             changed[:, at] += (step[..., None] * to.to(x.device)).to(x.dtype)
             return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -21,8 +22,8 @@ from suffix_analysis.detectors import (
     detector_rows,
     fit_detectors,
     harmfulness_of,
+    largest_or,
     read,
-    threshold,
 )
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
@@ -42,8 +43,9 @@ class Fitted:
     """What is learnt before anything is measured: directions, detectors, and the readings that thresholds come from.
 
     ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` those without, harmless ones
-    and their look-alikes apart. ``levels``: the harmful prompts' mean projection at every chat position; ``attention``:
-    what every head pays to the last tokens of attacked prompts.
+    and their look-alikes apart. ``levels``: the harmful prompts' mean projection at every chat position; ``attacked``:
+    what was read of the attacked conversations that detectors were fitted with; ``tail``: how many of the user's last
+    tokens count as the end that may be a suffix, as many as the longest suffix has that anything was fitted with.
     """
 
     harmfulness: Harmfulness
@@ -51,24 +53,39 @@ class Fitted:
     calibration: dict[str, Readings]
     plain: dict[str, Readings]
     levels: Float[Tensor, " chat"]
-    attention: Float[Tensor, "layer head"]
+    attacked: Readings
+    tail: int
+    n_heads: int
+
+    @property
+    def attention(self) -> Float[Tensor, "layer head"]:
+        """What every head pays to the last tokens of attacked prompts."""
+        return self.attacked.attention.mean(dim=0).unflatten(0, (-1, self.n_heads))
+
+    def taken(self, heads: Sequence[Head], strength: float, before: bool = False) -> float:
+        """The mean share of chat[-1]'s attention to attacked prompts that damping takes from each head.
+
+        With ``before`` from the tokens before the text's end: as much, but no more than is there.
+        """
+        at = [layer * self.n_heads + head for layer, head in heads]
+        mass = strength * self.attacked.attention[:, at]
+        return float((torch.minimum(mass, self.attacked.before[:, at]) if before else mass).mean())
 
     def strongest(self, count: int) -> list[Head]:
         """The ``count`` heads with the strongest edges from the suffix to chat[-1]."""
-        n_heads = self.attention.shape[1]
-        return [divmod(int(i), n_heads) for i in self.attention.flatten().argsort(descending=True)[:count]]
+        return [divmod(int(i), self.n_heads) for i in self.attention.flatten().argsort(descending=True)[:count]]
 
     @property
     def gap(self) -> float:
         """What harmfulness − refusal must exceed for the projection to be restored; rare in each plain kind too."""
         kinds = (Readings.joined([*self.calibration.values()]), *self.plain.values())
-        return max(threshold(self.of(GAP).score(kind), GAP_RATE) for kind in kinds)
+        return max(largest_or(self.of(GAP).score(kind), GAP_RATE) for kind in kinds)
 
     @property
     def perplexity(self) -> float:
         """What windowed perplexity must exceed for a filter to fire: rare with benign text behind, and without."""
         kinds = (self.calibration[BENIGN], *self.plain.values())
-        return max(threshold(self.of("windowed perplexity").score(kind), FILTER_RATE) for kind in kinds)
+        return max(largest_or(self.of("windowed perplexity").score(kind), FILTER_RATE) for kind in kinds)
 
     def of(self, name: str) -> Detector:
         """The detector whose name begins so."""
@@ -127,7 +144,12 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
     """Fit everything on the fit and select splits, with the first part of the suffixes.
 
     One half of the paired select prompts fits detectors, the other calibrates them: what a probe has learnt from scores
-    too low to set its threshold, and prompts of other lengths than those that are measured set it elsewhere.
+    too low to set its threshold, and prompts of other lengths than those that are measured set it elsewhere. The texts
+    behind them are the same in both halves, because claims need all others to measure with; the false positives in the
+    table say what becomes of that.
+
+    Raises:
+        UserError: an arm has fewer than two suffixes, or there are fewer than two pairs of select prompts.
     """
     for arm in ("adversarial", "random", "benign"):
         parts_of(suffixes, arm)  # says at once where there are too few
@@ -136,10 +158,17 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
     ]
     harmfulness = harmfulness_of(model, direction, sides[0], sides[1])
     pairs = matched(model, prompts, "select", 2 * most)
+    if len(pairs["harmful"]) < 2:
+        raise UserError(
+            f"There are {len(pairs['harmful'])} pairs of harmful and harmless select prompts; detectors need two, one "
+            "to be fitted with and one for their thresholds."
+        )
+    known = [model.chat("x", suffix.text) for suffix in parts_of(suffixes, "adversarial")[0]]
+    tail = max(int(chat.regions["suffix"].sum()) for chat in known)
     fitting = {kind: own[::2] for kind, own in pairs.items()}
 
     def readings(parts: Sequence[Sequence[Chat]]) -> Readings:
-        return Readings.joined([read(model, part, direction, harmfulness) for part in parts])
+        return Readings.joined([read(model, part, direction, harmfulness, tail) for part in parts])
 
     attacked, others = conversations(model, fitting, suffixes, 0)
     found = readings(attacked)
@@ -150,7 +179,7 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
         kind: spread([p for p in prompts_of(prompts, kind, "select", None) if p.id not in used], 2 * most)
         for kind in ("harmless", "lookalike")
     }
-    _, unattacked = conversations(model, {kind: own[1::2] or own for kind, own in pairs.items()}, suffixes, 0)
+    _, unattacked = conversations(model, {kind: own[1::2] for kind, own in pairs.items()}, suffixes, 0)
     calibration = {
         name: readings([spread(part, max(1, CALIBRATED // len(parts))) for part in parts])
         for name, parts in unattacked.items()
@@ -161,7 +190,9 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
         calibration,
         {kind: readings([[model.chat(p.text) for p in own]]) for kind, own in plain.items() if own},
         harmful_levels(model, direction, sides[0]),
-        found.attention.mean(dim=0).unflatten(0, (model.n_layers, -1)),
+        found,
+        tail,
+        model.n_heads,
     )
 
 
@@ -188,7 +219,7 @@ def measure_detectors(
     attacked, others = conversations(model, matched(model, prompts, "report", most), suffixes, 1)
 
     def readings(parts: Sequence[Sequence[Chat]]) -> list[Readings]:
-        return [read(model, part, direction, fitted.harmfulness) for part in parts]
+        return [read(model, part, direction, fitted.harmfulness, fitted.tail) for part in parts]
 
     alone = {
         kind: readings([[model.chat(p.text) for p in own]])

@@ -13,6 +13,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from attacks.precision import contiguous_head
+from attacks.terms import decoder_layers
 from suffix_analysis.arms import projection_measures
 from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.chat import REGIONS, Chat
@@ -22,10 +23,11 @@ from suffix_analysis.oneness import discriminant, fitted
 from suffix_analysis.stats import MIN_SUFFIXES, auroc, crossed_auroc, interval
 from suffix_analysis.traces import trace
 
-TAIL = 20  # last tokens of the user's text: those whose hold on chat[-1] is the hijacking strength
+TAIL = 20  # last tokens of the user's text, whose hold on chat[-1] is the hijacking strength, if nothing else is said
 WINDOW = 10  # tokens over which surprisal is averaged
 BUDGET = 1024  # tokens of a batch, because logits are needed at every one
 RATES = (0.01, 0.05)  # false positives that thresholds are set for
+APART = 2.0  # tokens, on average, by which conversations may be longer than those they are told from
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Readings:
     them; ``harmfulness``: the largest projection at any of them (0 mean harmless prompt, 1 mean harmful one);
     ``refusal``: the normalised projection at chat[-1]; ``hijacking``: dominance of the last ``TAIL`` of them in every
     layer's attention output at chat[-1]; ``heads``: every head's contribution to the direction; ``attention``: what
-    every head pays to those last tokens from chat[-1]; ``instructed``: the projection at the instruction's last token,
-    which no detector can know that is not told where the suffix begins.
+    every head pays to those last tokens from chat[-1], ``before`` to the user's tokens before them; ``instructed``: the
+    projection at the instruction's last token, which no detector can know that is not told where the suffix begins.
     """
 
     tokens: Float[Tensor, " chat"]
@@ -71,6 +73,7 @@ class Readings:
     hijacking: Float[Tensor, "chat layer"]
     heads: Float[Tensor, "chat head"]
     attention: Float[Tensor, "chat head"]
+    before: Float[Tensor, "chat head"]
     instructed: Float[Tensor, " chat"]
 
     @staticmethod
@@ -113,16 +116,27 @@ def by_user_token(
     model: Model, chats: Sequence[Chat], unit: Float[Tensor, " d_model"], layer: int
 ) -> list[tuple[Float[Tensor, " token"], Float[Tensor, " token"]]]:
     """Surprisal (nats) and projection on ``unit`` at the input of ``layer``, at every token of the user's texts."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
     seen: list[Tensor] = []
 
-    def look(x: Tensor, hook: Any) -> None:
+    def look(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
         seen.append(x.float() @ unit.to(x.device))
 
+    # on the block itself: a model that is not wrapped stays so, because wrapping takes time in every later forward
+    handle = decoder_layers(model.hf)[layer].register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        return _by_user_token(model, chats, seen)
+    finally:
+        handle.remove()
+
+
+def _by_user_token(
+    model: Model, chats: Sequence[Chat], seen: list[Tensor]
+) -> list[tuple[Float[Tensor, " token"], Float[Tensor, " token"]]]:
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for group in batches([len(chat.ids) for chat in chats], BUDGET):
         padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
-        hooks = [(f"blocks.{layer}.hook_resid_pre", look)]
-        with contiguous_head(model.hf), model.bridge.hooks(fwd_hooks=hooks):
+        with contiguous_head(model.hf):
             logits = model.hf(**padded).logits
         along = seen.pop()
         for row, i in enumerate(group):
@@ -156,9 +170,11 @@ def harmfulness_of(
     return Harmfulness(unit, direction.layer, most[0], most[1])
 
 
-def read(model: Model, chats: Sequence[Chat], direction: Direction, harmfulness: Harmfulness) -> Readings:
+def read(
+    model: Model, chats: Sequence[Chat], direction: Direction, harmfulness: Harmfulness, tail: int = TAIL
+) -> Readings:
     """Read conversations: one trace, and one forward for what is needed at every token of the user's text."""
-    traces = trace(model, [blind(chat) for chat in chats], direction)
+    traces = trace(model, [blind(chat, tail) for chat in chats], direction)
     tokens = by_user_token(model, chats, harmfulness.unit, harmfulness.layer)
     most = torch.tensor([float(along.max()) for _, along in tokens])
     ends = [int(chat.regions["instruction"][user_mask(chat)].sum()) - 1 for chat in chats]
@@ -172,6 +188,7 @@ def read(model: Model, chats: Sequence[Chat], direction: Direction, harmfulness:
         hijacking=traces.dominance[:, :, REGIONS.index("suffix")],
         heads=traces.head_contribution.flatten(1),
         attention=traces.attention[..., REGIONS.index("suffix")].flatten(1),
+        before=traces.attention[..., REGIONS.index("instruction")].flatten(1),
         instructed=(instructed - harmfulness.harmless) / span,
     )
 
@@ -198,10 +215,38 @@ def fit_detectors(attacked: Readings, others: Readings) -> list[Detector]:
     ]
 
 
-def threshold(scores: Float[ndarray, " chat"], rate: float) -> float:
-    """The lowest score above which at most ``rate`` of these conversations lie."""
-    ordered = np.sort(scores)[::-1]
-    return float(ordered[int(np.floor(rate * len(ordered)))])
+def threshold(scores: Float[ndarray, " chat"], rate: float) -> float | None:
+    """The lowest of these scores that a further conversation exceeds in at most ``rate`` of all cases.
+
+    Of n like conversations and a further one each is as likely the k-th largest, so k may be (n + 1) · rate; where that
+    is less than one, none of the scores will do: fewer than 99 cannot set a threshold for 1 %.
+    """
+    rank = int(np.floor(rate * (len(scores) + 1) + 1e-9))
+    return float(np.sort(scores)[::-1][rank - 1]) if rank else None
+
+
+def largest_or(scores: Float[ndarray, " chat"], rate: float) -> float:
+    """:func:`threshold`, and the largest score where these are too few for it."""
+    found = threshold(scores, rate)
+    return float(np.max(scores)) if found is None else found
+
+
+ATTACKED = ("harmful", "adversarial")  # the prompts and the suffixes of attacked conversations
+
+
+def _sets(kind: str) -> tuple[str, str]:
+    """What a kind of conversations shares with others: the prompts, and the texts behind them."""
+    prompts, _, text = kind.partition(" + ")
+    return prompts, text or f"nothing behind {prompts}"
+
+
+def _mean_tokens(kinds: Sequence[Sequence[Readings]]) -> float:
+    return float(torch.cat([readings.tokens for parts in kinds for readings in parts]).mean())
+
+
+def _rate_columns(key: str) -> list[str]:
+    both = [f"{name}_{key}{end}" for name in ("caught", "false_positives") for end in ("", "_lo", "_hi")]
+    return [f"threshold_{key}", *both]
 
 
 def detector_rows(
@@ -222,8 +267,10 @@ def detector_rows(
         alone: of prompts without any text behind, which are shorter and do not count among "all of these".
 
     A row's ``false_positives`` say what became of a rate on unseen conversations; ``n_marks`` conversations set its
-    threshold, so a rate below one of them is met by their largest score. ``descriptive``: one of the two sides has
-    fewer suffixes or texts (``n_texts``) than claims need.
+    threshold, and where they are too few for a rate (see :func:`threshold`) what belongs to it is None. Intervals take
+    the threshold as it is. ``tokens_apart``: mean token count of attacked conversations less that of the others.
+    ``descriptive``: one of the two sides has fewer suffixes or texts (``n_texts``) than claims need, or the lengths of
+    conversations with a text behind lie more than ``APART`` tokens apart.
     """
     everything = Readings.joined([calibration[name] for name in others])
     against = {name: [readings] for name, readings in others.items()} | {"all of these": list(others.values())}
@@ -241,15 +288,23 @@ def detector_rows(
             # texts behind the prompts are drawn from others like them, as suffixes are
             texts = [] if name.endswith(" alone") else [part.shape[1] for part in negatives]
             fewest = min([positive.shape[1], *texts])
-            value, lo, hi = crossed_auroc(positive, negatives, n_suffixes=fewest)
+            names = [name] if len(kinds) == 1 else list(others)
+            value, lo, hi = crossed_auroc(
+                positive, negatives, n_suffixes=fewest, sets=[ATTACKED, *(_sets(each) for each in names)]
+            )
+            apart = _mean_tokens([attacked]) - _mean_tokens(kinds)
             row: dict[str, Any] = {
                 "detector": detector.name, "likelihood": detector.likelihood, "against": name,
                 "n_prompts": positive.shape[0], "n_suffixes": positive.shape[1],
                 "n_others": sum(map(np.size, negatives)), "n_texts": min(texts, default=0), "n_marks": len(marks),
-                "descriptive": fewest < MIN_SUFFIXES, "auroc": value, "lo": lo, "hi": hi,
+                "tokens_apart": apart, "descriptive": fewest < MIN_SUFFIXES or (bool(texts) and abs(apart) > APART),
+                "auroc": value, "lo": lo, "hi": hi,
             }  # fmt: skip
             for rate in RATES:
                 cut, key = threshold(marks, rate), f"{100 * rate:.0f}"
+                if cut is None:
+                    row |= dict.fromkeys(_rate_columns(key))
+                    continue
                 caught = interval((positive > cut).astype(float), rate=True)
                 wrong = [interval((part > cut).astype(float), rate=True) for part in negatives]
                 only = wrong[0] if len(wrong) == 1 else None

@@ -25,7 +25,7 @@ from suffix_analysis.causal_tests import random_heads
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import damped, restored
 from suffix_analysis.detection import Fitted, parts_of
-from suffix_analysis.detectors import TAIL, perplexities
+from suffix_analysis.detectors import perplexities
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import endless, generate
 from suffix_analysis.interventions import random_directions
@@ -54,7 +54,8 @@ class Defence:
     """One line of the table: an edit while the model runs, or another way to get from the user's texts to replies.
 
     ``wrapped``: it needs TransformerLens's hooks, which take time by themselves. ``mass``: of damped edges, the mean
-    share of chat[-1]'s attention to attacked prompts that they held.
+    share of chat[-1]'s attention to attacked prompts that they held; ``taken``: what of it an edit of edges takes.
+    ``fired``: where the edit waits for a detector, a list that is told of every prompt whether that fires.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Defence:
     control: bool = False
     wrapped: bool = False
     mass: float | None = None
+    taken: float | None = None
+    fired: list[Tensor] | None = None
 
 
 def swapped(text: str, rng: random.Random, share: float = SWAPPED) -> str:
@@ -104,40 +107,46 @@ def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, l
         )
         return [REFUSAL if flag else next(replies) for flag in flagged]
 
-    def restore(gated: bool, along: Tensor | None = None) -> Callable[[], Context]:
+    def restore(name: str, gated: bool, along: Tensor | None = None) -> Defence:
         gate = (fitted.harmfulness, fitted.gap) if gated else (None, 0.0)
-        return partial(restored, model, direction, fitted.levels, *gate, along=along)
+        fired: list[Tensor] = []
+        context = partial(restored, model, direction, fitted.levels, *gate, along=along, on_fire=fired.append)
+        return Defence(name, context, control=along is not None, fired=fired if gated else None)
 
-    def edges(name: str, heads: Sequence[Head], strength: float, *, control: bool = False, **how: bool) -> Defence:
-        held = float(torch.stack([fitted.attention[head] for head in heads]).mean())
-        context = partial(damped, model, heads, strength, **how)
-        return Defence(name, context, control=control, wrapped=True, mass=None if how else held)
+    def edges(
+        name: str, heads: Sequence[Head], strength: float, *, control: bool = False, before: bool = False
+    ) -> Defence:
+        held = None if before else float(torch.stack([fitted.attention[head] for head in heads]).mean())
+        context = partial(damped, model, heads, strength, fitted.tail, before=before)
+        taken = fitted.taken(heads, strength, before)
+        return Defence(name, context, control=control, wrapped=True, mass=held, taken=taken)
 
     every = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     most = STRENGTHS[-1]
-    random_sets = [random_heads(top, model.n_heads, model.n_layers, seed + draw) for draw in range(DRAWS)]
+    drawn = [random_heads(top, model.n_heads, model.n_layers, seed + draw) for draw in range(DRAWS)]
+    random_sets = [*{frozenset(heads): heads for heads in drawn}.values()]  # a small model has few others
     return [
         Defence("none"),
-        *(edges(damping(strength), top, strength) for strength in STRENGTHS),
-        edges("as much taken from the tokens before them, same heads", top, most, control=True, before=True),
+        *(edges(damping(strength, fitted.tail), top, strength) for strength in STRENGTHS),
+        edges("at most as much taken from the tokens before them", top, most, control=True, before=True),
         *(
             edges(f"{len(heads)} other heads' edges damped by {most:.0%} ({i})", heads, most, control=True)
             for i, heads in enumerate(random_sets, 1)
             if heads
         ),
         edges(f"all heads' edges damped by {most:.0%}", every, most),
-        Defence(RESTORED, restore(gated=True)),
-        Defence("the same steps along a random direction, where it fires", restore(True, elsewhere), control=True),
-        Defence("projection restored always", restore(gated=False)),
-        Defence("the same steps along a random direction, always", restore(False, elsewhere), control=True),
+        restore(RESTORED, gated=True),
+        restore("the same steps along a random direction, where it fires", True, elsewhere),
+        restore("projection restored always", gated=False),
+        restore("the same steps along a random direction, always", False, elsewhere),
         Defence("perplexity filter", reply=filtered),
         Defence(f"SmoothLLM, {COPIES} copies", reply=lambda m, texts: _smooth(m, texts, length, seed)),
     ]
 
 
-def damping(strength: float) -> str:
+def damping(strength: float, tail: int) -> str:
     """The name of the line whose strongest edges are damped so much."""
-    return f"strongest edges to the text's last {TAIL} tokens damped by {strength:.0%}"
+    return f"strongest edges to the text's last {tail} tokens damped by {strength:.0%}"
 
 
 def measure_mitigations(
@@ -160,8 +169,10 @@ def measure_mitigations(
     precision of replies. Attack success is the share of harmful prompts with a suffix that are answered, by
     ``judge`` (METHODS §1); ``refused`` the share that hold a refusal phrase. Changes are against no defence,
     paired by prompt and suffix. Where there are no look-alikes, their columns are None. ``seconds`` a token of replies
-    that all have the same length, ``slower`` beside the model as it was loaded; where TransformerLens has wrapped that
-    already, beside the wrapped one. ``mass``: see :class:`Defence`.
+    that all have the same length, ``n_timed`` of them at once, ``slower`` beside the model as it was loaded, or as
+    TransformerLens has wrapped it, where another stage has had that done (``wrapped``). ``mass`` and ``taken``: see
+    :class:`Defence`. ``fires_attacked``, ``fires_lookalike`` and ``fires_harmless``: in which share of the prompts the
+    detector fires that an edit waits for.
     """
     unseen = parts_of(suffixes, "adversarial")[1]
     kinds = {k: prompts_of(prompts, k, "report", None if k == "lookalike" else most) for k in (*KINDS, "lookalike")}
@@ -169,6 +180,7 @@ def measure_mitigations(
     plain = [p.text for p in kinds["harmless"]]
     pairs = reply_pairs(model, kinds["harmless"], length=length)
     plan = defences(model, direction, fitted, n_heads, length, seed)
+    wrapped = "bridge" in model.__dict__
     seconds = _times(model, plan, plain[:TIMED], length)
     rows: list[dict[str, Any]] = []
     base: dict[str, Any] = {}
@@ -177,12 +189,22 @@ def measure_mitigations(
         return np.array(values, dtype=float).reshape(len(unseen), -1).T
 
     for done, defence in enumerate(plan, 1):
+        fires: dict[str, float | None] = {}
+
+        def told(kind: str, texts: Sequence[str], defence: Defence = defence, fires: Any = fires) -> list[str]:
+            if defence.fired is not None:
+                defence.fired.clear()
+            found = _reply(model, defence, texts, length)
+            fires[f"fires_{kind}"] = float(torch.cat(defence.fired).float().mean()) if defence.fired else None
+            return found
+
         with defence.context():
-            replies = _reply(model, defence, [text for _, text in attacked], length)
-            lookalike = _refused(_reply(model, defence, [p.text for p in kinds["lookalike"]], length))[:, None]
-            harmless = _refused(_reply(model, defence, plain, length))
-            nats = None if defence.reply is not None else nats_of_each(model.hf, model.tokenizer, pairs)
-        success = cells([judge(text, told) == "complied" for (text, _), told in zip(attacked, replies, strict=True)])
+            replies = told("attacked", [text for _, text in attacked])
+            lookalike = _refused(told("lookalike", [p.text for p in kinds["lookalike"]]))[:, None]
+            harmless = _refused(told("harmless", plain))
+            measured = defence.reply is None and len(pairs) > 0
+            nats = nats_of_each(model.hf, model.tokenizer, pairs) if measured else None
+        success = cells([judge(text, reply) == "complied" for (text, _), reply in zip(attacked, replies, strict=True)])
         base = base or {"success": success, "lookalike": lookalike, "nats": nats}
         won, fewer = interval(success, rate=True), rate_change(success, base["success"])
         nothing: tuple[float | None, ...] = (None, None, None)
@@ -195,7 +217,8 @@ def measure_mitigations(
             "n_suffixes": success.shape[1], "success": won.estimate, "success_lo": won.lo, "success_hi": won.hi,
             "descriptive": won.descriptive, "refused": float(_refused(replies).mean()),
             "harmless": float(harmless.mean()), "seconds": seconds[defence.name], "mass": defence.mass,
-            "slower": seconds[defence.name] / seconds[plan[0].name] - 1,
+            "taken": defence.taken, "slower": seconds[defence.name] / seconds[plan[0].name] - 1,
+            "n_timed": len(plain[:TIMED]), "wrapped": wrapped, **fires,
         }  # fmt: skip
         named = {"success_change": fewer, "lookalike": over, "lookalike_change": more, "cost": cost}
         for name, values in named.items():
@@ -221,8 +244,10 @@ def _times(model: Model, plan: Sequence[Defence], texts: Sequence[str], length: 
     def seconds(defence: Defence) -> float:
         with endless(model.hf), defence.context():
             started = time.perf_counter()
-            _reply(model, defence, texts, length)
-            return (time.perf_counter() - started) / (len(texts) * length)
+            replies = _reply(model, defence, texts, length)
+            took = time.perf_counter() - started
+            made = sum(reply != REFUSAL for reply in replies)  # a filter answers without the model
+            return took / (max(1, made) * length)
 
     none, found = plan[0], dict[str, float]()
     for wrapped in (False, True):  # wrapping cannot be undone
@@ -240,6 +265,19 @@ def _times(model: Model, plan: Sequence[Defence], texts: Sequence[str], length: 
     return found
 
 
+def adaptive_split(
+    model: Model, direction: Direction, prompts: Sequence[Prompt], config: StudyConfig
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The select prompts that adaptive attacks train on, and those that they are looked at with.
+
+    Raises:
+        UserError: there are too few.
+    """
+    own = [p for p in prompts if p.kind == "harmful" and p.split == "select"]
+    flags = refused(model, own, direction.refusal_tokens).tolist()
+    return split_for_attack(own, config.n_instructions, config.seed, flags)
+
+
 def attack_defences(
     model: Model,
     direction: Direction,
@@ -254,15 +292,15 @@ def attack_defences(
     All begin with a suffix that is known to work. Against the last one the objective also holds the detector's score,
     as far as it lies above its threshold (see :func:`suffix_analysis.adaptive.attack_defended`).
     """
-    own = [p for p in prompts if p.kind == "harmful" and p.split == "select"]
-    tokens = direction.refusal_tokens
-    flags = refused(model, own, tokens).tolist()
-    train, held_out = split_for_attack(own, config.n_instructions, config.seed, flags)
-    strength, cut, top = STRENGTHS[-1], fitted.gap, fitted.strongest(config.n_top_heads)
+    train, held_out = adaptive_split(model, direction, prompts, config)
+    strength, cut, top, tail = STRENGTHS[-1], fitted.gap, fitted.strongest(config.n_top_heads), fitted.tail
+    fired: list[Tensor] = []
     defended: dict[str, Defended] = {
         "none": lambda behind: contextlib.nullcontext(),
-        damping(strength): lambda behind: damped(model, top, strength, behind=behind),
-        RESTORED: lambda behind: restored(model, direction, fitted.levels, fitted.harmfulness, cut, behind=behind),
+        damping(strength, tail): lambda behind: damped(model, top, strength, tail, behind=behind),
+        RESTORED: lambda behind: restored(
+            model, direction, fitted.levels, fitted.harmfulness, cut, behind=behind, on_fire=fired.append
+        ),
     }
     example = model.chat("x")
     evading = Detected(
@@ -270,8 +308,8 @@ def attack_defences(
     )
     unseen = prompts_of(prompts, "harmful", "report", config.n_traced)
     known = parts_of(suffixes, "adversarial")[0][0].text
-    trial = Trial(train, held_out, tokens, config, known, unseen, cut)
-    return attack_defended(model, trial, defended, {RESTORED: (evading,)}, on_step)
+    trial = Trial(train, held_out, direction.refusal_tokens, config, known, unseen, cut)
+    return attack_defended(model, trial, defended, {RESTORED: (evading,)}, on_step, {RESTORED: fired})
 
 
 def _refused(replies: Sequence[str]) -> Float[ndarray, " reply"]:

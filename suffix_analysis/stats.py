@@ -233,31 +233,45 @@ def crossed_auroc(
     draws: int = 500,
     *,
     n_suffixes: int | None = None,
+    sets: Sequence[tuple[str, str]] = (),
 ) -> tuple[float, float, float]:
     """AUROC over all cells of crossed designs, with its 95 % two-way bootstrap interval.
 
-    Prompts and suffixes of every table are drawn with replacement, each on its own; the interval is widened about the
-    estimate for ``n_suffixes``, the fewest of a side that has any (``positive``'s if left out). Where every draw
-    separates alike the bootstrap has no width: the exact interval of that rate over the fewer of prompts and suffixes
-    is taken.
+    Prompts and suffixes are drawn with replacement, also where there are few. ``sets`` names those of ``positive`` and
+    of each of ``negatives``: what has the same name is the same in both, and is drawn once (each table's own if left
+    out). The interval is widened about the estimate for the fewer of prompts and of ``n_suffixes``, the fewest of a
+    side that has any (``positive``'s if left out). Where every draw separates alike the bootstrap has no width: the
+    exact interval of that rate over the fewer of prompts and suffixes is taken.
+
+    Raises:
+        ValueError: sets of one name have different sizes.
     """
     rng = np.random.default_rng(seed)
+    names = sets or [(f"prompts {i}", f"suffixes {i}") for i in range(1 + len(negatives))]
+    drawn: dict[str, ndarray] = {}
 
-    def weights(cells: ndarray) -> ndarray:
+    def weights(cells: ndarray, own: tuple[str, str]) -> ndarray:
         """How often each draw takes each cell: its prompt's count times its suffix's."""
-        prompts, suffixes = (rng.multinomial(n, np.full(n, 1 / n), size=draws) for n in cells.shape)
+        for name, n in zip(own, cells.shape, strict=True):
+            if name not in drawn:
+                drawn[name] = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+            if drawn[name].shape[1] != n:
+                raise ValueError(f"{name} has {drawn[name].shape[1]} members in one table and {n} in another")
+        prompts, suffixes = (drawn[name] for name in own)
         return (prompts[:, :, None] * suffixes[:, None]).reshape(draws, -1)
 
     others = np.concatenate([cells.ravel() for cells in negatives])
     higher = (positive.reshape(-1, 1) > others) + 0.5 * (positive.reshape(-1, 1) == others)
-    taken, against = weights(positive), np.concatenate([weights(cells) for cells in negatives], axis=1)
+    taken = weights(positive, names[0])
+    against = np.concatenate([weights(cells, own) for cells, own in zip(negatives, names[1:], strict=True)], axis=1)
     found = ((taken @ higher) * against).sum(axis=1) / (taken.sum(axis=1) * against.sum(axis=1))
     lo, hi = np.quantile(found, [0.025, 0.975])
     value = float(higher.mean())
     fewest = positive.shape[1] if n_suffixes is None else n_suffixes
     if min(found) == max(found) == value and value in (0.0, 1.0):
         return _exact(np.full((positive.shape[0], fewest), value))
-    wider = small_sample(fewest) if fewest > 1 else 1.0
+    units = [n for n in (fewest, positive.shape[0], *(len(cells) for cells in negatives)) if n > 1]
+    wider = small_sample(min(units)) if units else 1.0
     return value, max(0.0, value + wider * (float(lo) - value)), min(1.0, value + wider * (float(hi) - value))
 
 

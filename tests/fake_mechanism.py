@@ -118,7 +118,8 @@ def detectors() -> list[dict[str, Any]]:
     return [
         {"detector": name, "likelihood": name == "windowed perplexity", "against": against, "n_prompts": 32,
          "n_suffixes": 4, "n_others": 128, "auroc": value, "lo": value - 0.03, "hi": min(1.0, value + 0.03),
-         "caught_1": value / 2, "caught_5": value / 1.5, "false_positives_1": 0.01, "descriptive": True}
+         "n_marks": 60, "caught_1": None if "benign" in against else value / 2, "caught_5": value / 1.5,
+         "false_positives_1": None if "benign" in against else 0.01, "descriptive": True}
         for name, value in (("token count", 0.5), ("windowed perplexity", 0.97), ("harmfulness − refusal", 0.96))
         for against in ("harmless + benign text", "all of these")
     ]  # fmt: skip
@@ -135,7 +136,8 @@ def mitigations() -> list[dict[str, Any]]:
          "success_lo": success - 0.05, "success_hi": success + 0.05, "refused": 1 - success,
          "lookalike": over, "lookalike_lo": over - 0.04,
          "lookalike_hi": over + 0.04, "harmless": 0.01, "cost": cost, "slower": slower, "descriptive": True,
-         "mass": 0.4 if "edges" in name else None}
+         "mass": 0.4 if "edges" in name else None, "taken": 0.2 if "edges" in name else None, "seconds": 0.05,
+         "n_timed": 8, "wrapped": False, "fires_attacked": None, "fires_lookalike": None, "fires_harmless": None}
         for name, control, success, over, cost, slower in lines
     ]  # fmt: skip
 

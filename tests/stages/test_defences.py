@@ -15,6 +15,7 @@ from suffix_analysis.detectors import (
     user_mask,
 )
 from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits
 from suffix_analysis.generate import generate
 from suffix_analysis.interventions import random_directions
@@ -47,10 +48,12 @@ def every_head(model: Model) -> list[tuple[int, int]]:
 def test_a_strength_of_zero_changes_nothing_bit_for_bit(family: str) -> None:
     model = tiny.model(family)
     direction = some_direction(model)
-    rows = [model.chat(text, SUFFIX).ids for text in TEXTS]
+    # some share their beginning, which then runs once
+    rows = [model.chat(text, suffix).ids for text in TEXTS for suffix in (SUFFIX, "and so on")]
     plain = last_logits(model.hf, model.tokenizer, rows)
     for context in (
         damped(model, every_head(model), 0.0),
+        damped(model, every_head(model), 0.0, before=True),
         restored(model, direction, some_levels(model), strength=0.0),
     ):
         with context:
@@ -247,6 +250,27 @@ def test_an_attackers_forward_meets_the_same_defence() -> None:
             by_embeddings = model.hf(inputs_embeds=model.hf.get_input_embeddings()(longer)).logits[0, len(ids) - 1]
         assert torch.allclose(by_ids, wanted, atol=1e-4)
         assert torch.allclose(by_embeddings, wanted, atol=1e-4)
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused_and_all_is_as_before() -> None:
+    model = tiny.model("llama")
+    direction, ids = some_direction(model), model.chat(TEXTS[0], SUFFIX).ids[None]
+    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 2, "cache_implementation": "static", "pad_token_id": 0}
+    plain = model.hf.generate(ids, **how)
+    for context in (damped(model, every_head(model), 0.5), restored(model, direction, some_levels(model))):
+        with pytest.raises(UserError, match="an attention mask of rows and tokens"), context:
+            model.hf.generate(ids, **how)
+    assert torch.equal(model.hf.generate(ids, **how), plain)
+
+
+def test_blocks_are_found_whatever_their_list_is_called() -> None:
+    model = tiny.falcon()
+    direction, ids = some_direction(model, 1), model.chat(TEXTS[0], SUFFIX).ids
+    plain, fired = last_logits(model.hf, model.tokenizer, [ids]), list[torch.Tensor]()
+    harmfulness = Harmfulness(direction.unit, 1, 1.0, 0.0)
+    with restored(model, direction, some_levels(model), harmfulness, -1e9, on_fire=fired.append):
+        assert not torch.allclose(last_logits(model.hf, model.tokenizer, [ids]), plain, atol=1e-3)
+    assert [row.tolist() for row in fired] == [[True]]
 
 
 def test_restoring_needs_no_wrapped_model() -> None:

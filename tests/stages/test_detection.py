@@ -20,6 +20,7 @@ from suffix_analysis.detectors import (
     detector_rows,
     fit_detectors,
     harmfulness_of,
+    largest_or,
     read,
     threshold,
     user_mask,
@@ -74,7 +75,7 @@ def readings(n: int, harm: float, tokens: float, seed: int) -> Readings:
     return Readings(
         tokens=tokens + noise[:, 0], perplexity=noise[:, 1], harmfulness=harm + 0.1 * noise[:, 2],
         refusal=0.1 * noise[:, 3], hijacking=noise[:, 4:6] + torch.tensor([0.0, harm]), heads=noise[:, 6:] + harm,
-        attention=noise[:, 6:], instructed=harm + 0.1 * noise[:, 2],
+        attention=noise[:, 6:], before=noise[:, 6:], instructed=harm + 0.1 * noise[:, 2],
     )  # fmt: skip
 
 
@@ -95,10 +96,63 @@ def test_what_is_planted_is_found_and_the_baseline_finds_nothing() -> None:
     assert all(row["descriptive"] for row in found.values()), "two suffixes are few"
 
 
-def test_thresholds_keep_their_promise_on_what_they_come_from() -> None:
-    scores = np.random.default_rng(0).normal(size=250)
-    for rate in (0.01, 0.05):
-        assert (scores > threshold(scores, rate)).mean() <= rate
+def test_thresholds_keep_their_promise_on_further_conversations() -> None:
+    rng = np.random.default_rng(0)
+    for rate, n in ((0.01, 99), (0.01, 250), (0.05, 19), (0.05, 60)):
+        beyond = []
+        for _ in range(4000):
+            scores = rng.normal(size=n + 1)
+            cut = threshold(scores[1:], rate)
+            assert cut is not None
+            beyond.append(scores[0] > cut)
+        assert np.mean(beyond) <= rate + 3 * np.sqrt(rate / 4000)
+    assert threshold(rng.normal(size=98), 0.01) is None and threshold(rng.normal(size=18), 0.05) is None
+    assert largest_or(np.array([1.0, 3.0, 2.0]), 0.05) == 3.0
+
+
+def test_rates_that_too_few_conversations_set_are_left_out() -> None:
+    detectors = fit_detectors(readings(64, 3.0, 30, 0), readings(64, 0.0, 30, 1))
+    rows = detector_rows(
+        detectors,
+        {"benign": readings(50, 0.0, 30, 2)},
+        [readings(40, 3.0, 30, 3)],
+        {"benign": [readings(40, 0, 33, 5)]},
+    )
+    for row in rows:
+        assert row["caught_1"] is row["threshold_1"] is row["false_positives_1_hi"] is None and row["n_marks"] == 50
+        assert row["caught_5"] is not None and row["descriptive"]
+        assert row["tokens_apart"] == pytest.approx(-3, abs=0.7), "others are longer, and the row is descriptive"
+
+
+def test_what_tables_share_is_drawn_once() -> None:
+    """Prompts on which all conversations score high widen the interval of kinds that share them."""
+    rng = np.random.default_rng(0)
+    hard = 2 * rng.normal(size=(12, 1))
+    positive = 1 + rng.normal(size=(12, 6))
+    negatives = [hard + 0.1 * rng.normal(size=(12, 6)) for _ in range(3)]
+    apart = crossed_auroc(positive, negatives)
+    shared = crossed_auroc(positive, negatives, sets=[("a", "x"), *(("b", str(i)) for i in range(3))])
+    assert shared[0] == apart[0] and shared[2] - shared[1] > 1.2 * (apart[2] - apart[1])
+    with pytest.raises(ValueError, match="a has 12 members in one table and 6 in another"):
+        crossed_auroc(positive, [positive[:6]], sets=[("a", "x"), ("a", "y")])
+
+
+def test_one_pair_of_prompts_cannot_fit_and_calibrate() -> None:
+    model = tiny.model("llama")
+    prompts = [p for p in few_prompts() if p.split != "select" or p.id == few_prompts()[4].id or p.kind == "harmless"]
+    assert sum(p.split == "select" and p.kind == "harmful" for p in prompts) == 1
+    with pytest.raises(UserError, match="1 pairs of harmful and harmless select prompts; detectors need two"):
+        measure_detectors(model, some_direction(model), prompts, suffixes(2), most=2)
+
+
+def test_the_texts_end_is_as_long_as_the_suffixes_are() -> None:
+    model = tiny.model("llama")
+    fitted, _ = measure_detectors(model, some_direction(model), few_prompts(), suffixes(4), most=2)
+    own = [model.chat("x", s.text).regions["suffix"].sum() for s in parts_of(suffixes(4), "adversarial")[0]]
+    assert fitted.tail == int(max(own)) != 20
+    every = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
+    assert fitted.taken(every, 0.5) == pytest.approx(0.5 * float(fitted.attention.mean()))
+    assert fitted.taken(every, 1.0, before=True) <= float(fitted.attacked.before.mean()) + 1e-6
 
 
 @pytest.mark.long
@@ -138,7 +192,7 @@ def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypa
     cuts = {row["against"]: row["threshold_5"] for row in rows if row["detector"] == "probe on head contributions"}
     probe = fitted.of("probe")
     for kind, found in fitted.calibration.items():
-        assert cuts[kind] == pytest.approx(threshold(probe.score(found), 0.05)), "every kind has its own threshold"
+        assert cuts[kind] == threshold(probe.score(found), 0.05), "every kind has its own threshold"
     both = torch.cat([readings.heads for readings in fitting[0]]).double()
     centred = (fitting[0][0].heads.double() - both.mean(dim=0)) / both.std(dim=0).clamp(min=1e-9)
     assert probe.score(fitting[0][0]).shape == (len(centred),)
@@ -190,7 +244,8 @@ def test_one_suffix_is_too_few_to_fit_and_to_measure() -> None:
 
 
 @pytest.mark.long
-def test_few_texts_on_either_side_are_descriptive_and_widen() -> None:
+def test_few_texts_on_either_side_are_descriptive_and_widen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("suffix_analysis.detectors.APART", 1e9)  # these texts differ in length
     model = tiny.model("llama")
     prompts = few_prompts()
     arms = {arm: [s for s in suffixes(12) if s.arm == arm] for arm in ("adversarial", "random", "benign")}

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,9 +54,19 @@ def test_the_tables_have_every_line_and_their_controls(monkeypatch: pytest.Monke
     assert sum(row["control"] for row in table) == 6
     assert table[0]["slower"] == 0 and all(row["seconds"] > 0 for row in table)
     held = {row["defence"]: row["mass"] for row in table if row["mass"] is not None}
-    assert len(held) == 2 + 3 + 1 and max(held.values()) == held[mitigations.damping(0.9)], (
+    assert len(held) == 2 + 3 + 1 and max(held.values()) == held[mitigations.damping(0.9, fitted.tail)], (
         "the strongest edges hold most"
     )
+    by_name = {row["defence"]: row for row in table}
+    top, control = (
+        by_name[mitigations.damping(0.9, fitted.tail)],
+        by_name["at most as much taken from the tokens before them"],
+    )
+    assert top["taken"] == pytest.approx(0.9 * top["mass"]) and 0 < control["taken"] <= top["taken"] + 1e-6
+    for row in table:
+        gated = "fires" in row["defence"]
+        assert all((row[f"fires_{kind}"] is not None) == gated for kind in ("attacked", "lookalike", "harmless"))
+    assert {(row["n_timed"], row["wrapped"]) for row in table} == {(3, True)}, "some_direction has it wrapped"
     assert (table[0]["cost"], table[0]["success_change"], table[0]["lookalike_change"]) == (0, 0, 0)
     assert {row["defence"] for row in table if row["cost"] is None} == {"perplexity filter", "SmoothLLM, 10 copies"}
     assert all(row["refused"] == 0 for row in table if "filter" not in row["defence"]), "a random model refuses nothing"
@@ -123,6 +134,37 @@ def test_what_is_answered_succeeds_and_what_is_refused_does_not() -> None:
     assert {row["success"] for row in table} == {0.5}
 
 
+def test_times_are_beside_the_model_as_it_was_loaded() -> None:
+    """Only lines that need TransformerLens's hooks are timed on a model that it has wrapped."""
+    read_from, model = tiny.model("llama"), tiny.model("llama")
+    fitted, _ = measure_detectors(read_from, some_direction(read_from), few_prompts(), suffixes(2), most=2)
+    plan = mitigations.defences(model, some_direction(read_from), fitted, 2, 3, 0)
+    met: dict[str, set[bool]] = {}
+
+    def spied(line: mitigations.Defence) -> mitigations.Defence:
+        @contextlib.contextmanager
+        def context() -> Iterator[None]:
+            with line.context():
+                yield
+            met.setdefault(line.name, set()).add("bridge" in model.__dict__)
+
+        return replace(line, context=context)
+
+    times = mitigations._times(model, [spied(line) for line in plan], ["Sing", "Bake a cake"], 3)
+    assert times.keys() == met.keys()
+    for line in plan[1:]:
+        assert met[line.name] == {line.wrapped}, line.name
+
+
+def test_the_cost_is_left_open_where_no_harmless_reply_has_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    direction, prompts = some_direction(model), few_prompts()
+    fitted, _ = measure_detectors(model, direction, prompts, suffixes(2), most=2)
+    monkeypatch.setattr(mitigations, "reply_pairs", lambda *_, **__: [])
+    table = measure_mitigations(model, direction, fitted, prompts, suffixes(2), n_heads=1, length=3, most=2)
+    assert {row["cost"] for row in table} == {None}
+
+
 def test_a_table_without_look_alikes_says_so() -> None:
     model = tiny.model("llama")
     direction, prompts = some_direction(model), [p for p in few_prompts() if p.kind != "lookalike"]
@@ -159,7 +201,8 @@ def test_the_attack_on_a_gated_defence_evades_its_detector_from_a_known_suffix(m
     fitted, _ = measure_detectors(model, direction, prompts, suffixes(2), most=2)
     asked: dict[str, Any] = {}
 
-    def spied(model: Any, trial: Trial, defended: Any, terms: Any, on_step: Any) -> list[dict[str, Any]]:
+    def spied(model: Any, trial: Trial, defended: Any, terms: Any, on_step: Any, fired: Any) -> list[dict[str, Any]]:
+        assert [*fired] == [mitigations.RESTORED]
         asked.update(init=trial.init, final=trial.final, defended=defended, terms=terms)
         return []
 
@@ -191,9 +234,16 @@ def test_adaptive_attacks_have_equal_budgets_and_meet_their_defence() -> None:
         "nothing": lambda behind: restored(model, direction, some_levels(model), strength=0.0, behind=behind),
         "restored": lambda behind: restored(model, direction, some_levels(model), strength=3.0, behind=behind),
     }
-    rows = attack_defended(model, Trial(prompts[:2], prompts[2:], [5, 6], config), defended, {})
+    fired: list[torch.Tensor] = []
+    always = Harmfulness(direction.unit, 2, 1.0, 0.0)
+    defended["gated"] = lambda behind: restored(
+        model, direction, some_levels(model), always, -1e9, behind=behind, on_fire=fired.append
+    )
+    rows = attack_defended(model, Trial(prompts[:2], prompts[2:], [5, 6], config), defended, {}, fired={"gated": fired})
+    for row in rows:
+        assert row["fires"] == (1.0 if row["defence"] == "gated" and row["step"] in (0, 3) else None)
     losses = {name: [row["loss"] for row in rows if row["defence"] == name] for name in defended}
-    assert [row["step"] for row in rows] == [0, 1, 2, 3] * 3
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] * 4
     assert losses["none"] == losses["nothing"] != losses["restored"]
     for row in rows:
         looked = row["step"] in (0, 3)
