@@ -164,7 +164,7 @@ def defence_lines(
     detectors: list[dict[str, Any]],
     mitigations: list[dict[str, Any]],
     adaptive: list[dict[str, Any]],
-    budgets: list[dict[str, Any]],
+    adaptive_budget: list[dict[str, Any]],
 ) -> list[str]:
     """What `suffix-analysis defend` found, from its tables; which defences no adaptive attack has met is said."""
     tested = {row["defence"] for row in adaptive}
@@ -172,7 +172,7 @@ def defence_lines(
         *map(detector_line, detectors),
         *map(mitigation_line, mitigations),
         *(adaptive_line(row) for row in adaptive if row.get("success") is not None),
-        *map(budget_line, budgets),
+        *map(budget_line, adaptive_budget),
         "detectors alone: adaptive attack: not tested",
         *(f"{row['defence']:56} adaptive attack: not tested" for row in mitigations if row["defence"] not in tested),
     ]

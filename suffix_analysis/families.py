@@ -18,7 +18,7 @@ class Family:
         models: which of its chat models.
         architecture: ``model_type`` of the Hugging Face configuration.
         mathematics: what differs from a plain Llama block, in words.
-        orthogonalises: whether orthogonalised weights equal ablation (not where a norm follows attention; None: unknown).
+        orthogonalises: whether orthogonalised weights equal ablation (not with a norm behind attention); None: unknown.
         verified: whether a tiny random model with this architecture and chat format satisfies every identity in tests.
         note: what is known where this is not verified.
     """

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -57,62 +56,11 @@ def defend(
     """Detect and damp a run's suffixes: detectors on unseen prompts and suffixes, mitigations and what they cost."""
     if most < 2 or adaptive_steps < 0:
         raise UsageError(f"--most is {most} and --adaptive-steps {adaptive_steps}; at least 2 and 0 are needed.")
-    from suffix_analysis.adaptive import budgets
-    from suffix_analysis.detection import measure_detectors
-    from suffix_analysis.files import write_table
-    from suffix_analysis.mitigations import adaptive_split, attack_defences, measure_mitigations
-    from suffix_analysis.records import of_each_text
-    from suffix_analysis.runs import read_suffixes
+    from suffix_analysis.defence_stage import defence_tables
 
-    console, findings = Console(), out / "findings"
     with held(out, device, judge) as study:
-        # what fits and what measures must not hold one text in two orders
-        suffixes = of_each_text(read_suffixes(out / "suffixes.jsonl"))
-        config, direction, prompts = study.config, study.direction(), study.prompts()
-        adaptive = replace(config, steps=adaptive_steps) if adaptive_steps else None
-        if adaptive is not None:
-            adaptive_split(study.fast, direction, prompts, adaptive)  # says now, and not at the end, what is too few
-        console.say("Conversations with every suffix are read for the detectors …")
-        fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
-        write_table(findings / "detectors.parquet", detectors)
-        adapted = _kept_attacks(findings, fitted.gap)
-        if adaptive is None and not adapted and (findings / "adaptive.parquet").exists():
-            console.say("The adaptive attacks of an earlier call met another threshold and are left out.")
-        if adaptive is not None or not adapted:
-            adapted = []
-            for name in ("adaptive", "adaptive_budget"):
-                (findings / f"{name}.parquet").unlink(missing_ok=True)
-        rows = measure_mitigations(
-            study.fast, direction, fitted, prompts, suffixes,
-            n_heads=config.n_top_heads, length=config.reply_tokens, most=most,
-            judge=study.judge, seed=config.seed,
-            on_line=lambda done, total: console.progress(done, total, "defences"),
-        )  # fmt: skip
-        write_table(findings / "mitigations.parquet", rows)
-        if adaptive is not None:
-            renew_report(out)  # attacks take long, and may be interrupted
-            adapted = attack_defences(
-                study.fast, direction, fitted, prompts, suffixes, adaptive,
-                on_step=lambda done, total: console.progress(done, total, "steps of adaptive attacks"),
-            )  # fmt: skip
-            write_table(findings / "adaptive.parquet", adapted)
-        prices = budgets(adapted)
-        if prices:
-            write_table(findings / "adaptive_budget.parquet", prices)
-        renew_report(out)
-    result = {
-        "detectors": detectors, "mitigations": rows, "adaptive": adapted or "not tested", "adaptive_budget": prices,
-    }  # fmt: skip
-    print_result(result, as_json, lambda: defence_lines(detectors, rows, adapted, prices))
-
-
-def _kept_attacks(findings: Path, cut: float) -> list[dict[str, Any]]:
-    """The adaptive attacks of an earlier call, if they met the threshold that this one has; none else."""
-    from suffix_analysis.files import read_table
-
-    path = findings / "adaptive.parquet"
-    rows = read_table(path) if path.exists() else []
-    return rows if all(row.get("cut") == cut for row in rows) else []
+        found = defence_tables(study, most, adaptive_steps, lambda: renew_report(out))
+    print_result(found | {"adaptive": found["adaptive"] or "not tested"}, as_json, lambda: defence_lines(**found))
 
 
 @app.command
