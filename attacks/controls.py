@@ -42,6 +42,11 @@ BENIGN_TEXT = (
 ROUNDS = 400
 
 
+def _require_some(count: int, length: int) -> None:
+    if count < 1 or length < 1:
+        raise AttackError(f"{count} suffixes of {length} tokens are asked for; give at least one of each.")
+
+
 def random_suffixes(
     tokenizer: Any, slots: Sequence[Slot], count: int, length: int, seed: int, n_rows: int
 ) -> list[tuple[str, tuple[int, ...]]]:
@@ -53,8 +58,9 @@ def random_suffixes(
         (string, ids) pairs.
 
     Raises:
-        AttackError: no token fits after many draws.
+        AttackError: no token fits after many draws, or there is to be no suffix or no token.
     """
+    _require_some(count, length)
     generator = torch.Generator()
     generator.manual_seed(seed)
     banned = set(forbidden_ids(tokenizer, n_rows, allow_non_ascii=False, compat=False).tolist())
@@ -79,7 +85,12 @@ def random_suffixes(
 def shuffled_suffixes(
     tokenizer: Any, slots: Sequence[Slot], ids: Int[Tensor, " suffix"], count: int, seed: int
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Up to ``count`` different permutations of ``ids`` that survive re-tokenisation; fewer if few do."""
+    """Up to ``count`` different permutations of ``ids`` that survive re-tokenisation; fewer if few do.
+
+    Raises:
+        AttackError: there is to be no suffix or no token.
+    """
+    _require_some(count, len(ids))
     generator = torch.Generator()
     generator.manual_seed(seed)
     found: dict[tuple[int, ...], None] = {}
@@ -99,7 +110,11 @@ def benign_suffixes(
     """Up to ``count`` natural sentences cut to ``length`` tokens; those that do not survive the cut are left out.
 
     Longer ones run on into the next sentences, and no two share more than the last of them: there are fewer.
+
+    Raises:
+        AttackError: there is to be no suffix or no token.
     """
+    _require_some(count, length)
     found = []
     for i in range(0, len(BENIGN_TEXT), max(1, length // 16)):
         text = " ".join(BENIGN_TEXT[(i + k) % len(BENIGN_TEXT)] for k in range(1 + length // 12))

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from suffix_analysis.errors import UserError
+from suffix_analysis.prompts import has_half_pair
 
 REGIONS = ("bos", "system", "instruction", "suffix", "chat")
 
@@ -86,6 +87,9 @@ def render_chat(tokenizer: Any, instruction: str, suffix: str = "", system: str 
         raise UserError("The tokenizer is a slow one and gives no offsets; load it with use_fast=True.")
     if not instruction.strip():
         raise UserError("The instruction is empty; give at least one word.")
+    for text in (instruction, suffix):
+        if has_half_pair(text):
+            raise UserError(f"{text[:40]!r} holds half of a surrogate pair, which is no character; remove it.")
     before, after = _around(tokenizer, system)
     user = instruction + (" " + suffix if suffix else "")
     text = tokenizer.apply_chat_template(_turns(user, system), tokenize=False, add_generation_prompt=True)
