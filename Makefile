@@ -27,7 +27,7 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'long and not slow' -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m slow
-	FUZZ=250 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/robustness/test_bad_input.py
+	FUZZ=250 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/robustness/test_bad_input.py tests/robustness/test_bad_calls.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -64,8 +64,17 @@ def analyze(
         trace_all: traces (prompts, suffix) pairs, in order; here and one after the other if left out.
 
     Raises:
-        UserError: no harmful prompts, or a trace fails (see :func:`suffix_analysis.traces.trace`).
+        UserError: a direction of another model, no harmful prompts or top heads, or a trace fails (see
+            :func:`suffix_analysis.traces.trace`).
     """
+    n_chat = model.chat("x").n_chat
+    if not (0 <= direction.layer < model.n_layers and -n_chat <= direction.position <= -1):
+        raise UserError(
+            f"The direction is of position {direction.position} and layer {direction.layer}; {model.name} has "
+            f"positions −{n_chat} to −1 and layers 0 to {model.n_layers - 1}."
+        )
+    if n_top < 1:
+        raise UserError(f"n_top is {n_top}; there must be at least one top head.")
     records = to_suffixes(suffixes)
     empty = next((s.id for s in records if not s.text.strip()), None)
     if empty is not None:

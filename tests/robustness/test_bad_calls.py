@@ -20,13 +20,13 @@ FEW = settings(
     max_examples=int(os.environ.get("FUZZ", "60")) // 2, deadline=None, suppress_health_check=list(HealthCheck)
 )
 MODEL = tiny.model("llama")
-WORDS = st.sampled_from(
-    ["Pick a lock", "Bake a cake", "Sing", "", " ", "\ud800", "a\0b", "Sing", "é" * 9, "word " * 600]
+WORDS = st.sampled_from(["Pick a lock", "Bake a cake", "Sing"]) | st.sampled_from(
+    ["", " ", "\ud800", "a\0b", "é" * 9, "word " * 600]
 )
 NUMBERS = st.sampled_from([0.0, 1.0, -1.0, math.nan, math.inf, 1e30, 1e-30])
 VECTORS = st.builds(
     lambda width, value, one: torch.full((width,), value) * (torch.arange(width) % 3 == 0 if one else 1.0),
-    st.sampled_from([MODEL.d_model] * 4 + [0, 1, MODEL.d_model + 1]), NUMBERS, st.booleans(),
+    st.sampled_from([MODEL.d_model] * 6 + [0, 1, MODEL.d_model + 1]), st.just(1.0) | NUMBERS, st.booleans(),
 )  # fmt: skip
 
 
@@ -52,8 +52,8 @@ def direction(vector: torch.Tensor, position: int, layer: int) -> Direction:
 
 
 PROMPTS = st.lists(
-    st.tuples(st.sampled_from(["a", "b", "c"]), WORDS, st.sampled_from(["harmful", "harmless", "x", ""]),
-              st.sampled_from(["report", "select", "fit", ""])),
+    st.tuples(st.sampled_from(["a", "b", "c"]), WORDS, st.sampled_from(["harmful"] * 3 + ["harmless", "x", ""]),
+              st.sampled_from(["report"] * 3 + ["select", "fit", ""])),
     max_size=5,
 )  # fmt: skip
 SUFFIXES = st.lists(
