@@ -122,8 +122,9 @@ def trace(
         on_batch: called with the number of prompts done after each batch.
 
     Raises:
-        UserError: a direction of another width or without a length, a value is not finite, attention rows are missing, or the sum of the contributions is not the
-            attention write (the model then has a norm or a multiplier between them that is not known here).
+        UserError: a direction of another width or without a length, a value is not finite, attention rows are missing,
+            or the sum of the contributions is not the attention write (the model then has a norm or a multiplier
+            between them that is not known here).
     """
     chats = [p if isinstance(p, Chat) else model.chat(p.text, suffix) for p in _as_prompts(prompts)]
     if not chats:
@@ -135,8 +136,8 @@ def trace(
     length = float(vector.norm())
     if vector.shape != (model.d_model,) or not 0 < length < float("inf"):
         raise UserError(
-            f"The direction has {len(vector)} coordinates and length {length:g}; {model.name} needs {model.d_model} and "
-            "a length above 0."
+            f"The direction has {len(vector)} coordinates and length {length:g}; {model.name} needs {model.d_model} "
+            "and a length above 0."
         )
     unit = (vector / vector.norm()).float().to(model.hf.device)
     norms = post_norms(model)
