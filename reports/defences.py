@@ -157,37 +157,34 @@ def timing(row: Row | None) -> str:
     return f"Slower: time a token{at_once}, beside the model {beside}. "
 
 
-def _frontier(rows: list[Row]) -> list[Row]:
-    """Return the defences that no other beats in both, from the fewest refused look-alikes on."""
-    ours = [row for row in rows if row["kind"] != KINDS[1]]
-    return sorted(
-        (
-            row
-            for row in ours
-            if not any(
-                other["success"] <= row["success"]
-                and other["lookalike"] <= row["lookalike"]
-                and (other["success"], other["lookalike"]) != (row["success"], row["lookalike"])
-                for other in ours
-            )
-        ),
-        key=lambda row: (row["lookalike"], -row["success"]),
+def _unbeaten(row: Row, rows: list[Row], over: str) -> bool:
+    """Return whether no defence is as good in both and better in one of them; controls are none."""
+    ours = [other for other in rows if other["kind"] != KINDS[1]]
+    place = (row["success"], row[over])
+    return row in ours and not any(
+        other["success"] <= place[0] and other[over] <= place[1] and (other["success"], other[over]) != place
+        for other in ours
     )
 
 
 def trade_off(data: RunData) -> Figure | None:
-    """Return attack success against refused look-alikes, a dot for every defence: the lower left is better."""
+    """Return attack success against refused look-alikes, a dot for every defence: the lower left is better.
+
+    Where a run has no look-alikes harmless prompts take their place.
+    """
+    over = "lookalike" if any(row["lookalike"] is not None for row in data.table("mitigations")) else "harmless"
+    words = {"lookalike": "look-alikes refused", "harmless": "harmless prompts refused"}[over]
     rows = [
         {**row, "kind": KINDS[2] if row["defence"] == "none" else KINDS[1] if row.get("control") else KINDS[0]}
         for row in data.table("mitigations")
-        if row["success"] is not None and row["lookalike"] is not None
+        if row["success"] is not None and row.get(over) is not None
     ]
     if not rows:
         return None
     legend = alt.Legend(orient="bottom", title=None)
     axis = alt.Axis(format=".0%", tickCount=5)
     places = alt.Chart(MAIN).encode(
-        x=alt.X("lookalike:Q", title="harmless look-alikes refused", axis=axis, scale=alt.Scale(zero=True, padding=12)),
+        x=alt.X(f"{over}:Q", title=words, axis=axis, scale=alt.Scale(zero=True, padding=12)),
         y=alt.Y("success:Q", title="attack success", axis=axis, scale=alt.Scale(domain=[0, 1])),
     )
     base = places.encode(
@@ -196,12 +193,12 @@ def trade_off(data: RunData) -> Figure | None:
         ),
         shape=alt.Shape("kind:N", scale=alt.Scale(domain=list(KINDS)), legend=legend),
         tooltip=tips(
-            ("defence:N", "defence"), ("success:Q", "attack success"), ("lookalike:Q", "look-alikes refused"),
+            ("defence:N", "defence"), ("success:Q", "attack success"), (f"{over}:Q", words),
             ("cost:Q", "nats on harmless replies"),
         ),
     )  # fmt: skip
-    say = "Attack success and refused look-alikes: " + ", ".join(
-        f"{row['defence']} {percent(row['success'])} and {percent(row['lookalike'])}" for row in rows
+    say = f"Attack success and {words}: " + ", ".join(
+        f"{row['defence']} {percent(row['success'])} and {percent(row[over])}" for row in rows
     )
     caption = (
         f"{count(rows[0]['n_prompts'], 'report prompt')}, {count(rows[0]['n_suffixes'], 'suffix', 'suffixes')} that "
@@ -212,9 +209,7 @@ def trade_off(data: RunData) -> Figure | None:
         ("defence", "defence"), ("success", "attack success"), ("success_lo", "CI from"), ("success_hi", "CI to"),
         ("lookalike", "look-alikes refused"), ("harmless", "harmless refused"), ("cost", "nats"), ("slower", "slower"),
     )  # fmt: skip
-    best = [row["defence"] for row in _frontier(rows)]
-    for row in rows:
-        row["best"] = row["defence"] in best
+    rows = [row | {"best": _unbeaten(row, rows, over)} for row in rows]
     line = places.mark_line(interpolate="step-after", strokeDash=[4, 3], strokeWidth=1.2, color="#888")
     chart = line.transform_filter("datum.best") + base.mark_point(size=90, filled=True, opacity=1)
     return Figure(
