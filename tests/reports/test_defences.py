@@ -9,7 +9,7 @@ import pytest
 
 from reports import defences
 from reports.data import RunData, read_run
-from reports.numbers import NBSP
+from reports.numbers import NBSP, percent
 from tests.fake_mechanism import detectors, mitigations
 from tests.fake_run import make_fake_run
 
@@ -47,12 +47,15 @@ def test_what_was_not_measured_is_a_dash_and_times_say_beside_what(data: RunData
     assert {row["caught_1"] for row in benign} == {row["false"] for row in benign} == {"–"}
     assert {row["marks"] for row in shown["detectors"]} == {"60"}
     assert {row["fires"] for row in shown["mitigations"]} == {"–"}
-    assert shown["timing"].replace(NBSP, " ") == "Slower: time a token, 8 replies at once, beside the model as it was loaded. "
+    assert (
+        shown["timing"].replace(NBSP, " ")
+        == "Slower: time a token, 8 replies at once, beside the model as it was loaded. "
+    )
     (first, *rest) = mitigations()
     wrapped = [first | {"wrapped": True, "fires_attacked": 0.5, "fires_lookalike": 0.1, "fires_harmless": 0.0}, *rest]
     shown = defences.context(replace(data, tables={**data.tables, "mitigations": wrapped}))
     assert "as TransformerLens had wrapped it already" in shown["timing"]
-    assert shown["mitigations"][0]["fires"].replace(NBSP, " ") == "50 %, 10 %, 0 %"
+    assert shown["mitigations"][0]["fires"].split(", ") == [percent(0.5), percent(0.1), percent(0.0)]
 
 
 def test_a_run_folders_own_tables_are_read(tmp_path: Path) -> None:
