@@ -70,7 +70,14 @@ def interventions(data: RunData) -> Figure | None:
         "set to the harmless mean": "set to harmless",
         "set to the harmful mean": "set to harmful",
     }
-    shown = [{**row, "what": f"{row['kind']}: {words.get(row['intervention'], row['intervention'])}"} for row in rows]
+    n_controls = len({row.get("control") for row in rows if row.get("control") is not None})
+    several = n_controls > 1
+
+    def what(row: Row) -> str:
+        number = f" ({row['control']})" if several and row.get("control") is not None else ""
+        return f"{row['kind']}: {words.get(row['intervention'], row['intervention'])}{number}"
+
+    shown = [{**row, "what": what(row)} for row in rows]
     shown.sort(key=lambda row: (row["kind"], row["intervention"] != "none"))
     order = list(dict.fromkeys(row["what"] for row in shown))
     base = alt.Chart(MAIN).encode(
@@ -99,7 +106,10 @@ def interventions(data: RunData) -> Figure | None:
     caption = (
         "No suffix: the refusal direction left alone, ablated at every layer, taken out of the weights "
         "(orthogonalised), added at its own layer, or with its projection set to the mean of the other kind of prompts "
-        "at every layer; and a random direction of the same length as a control. "
+        "at every layer"
+        + ("; and random directions of the same length as controls" if several else "")
+        + ("; and a random direction of the same length as a control" if n_controls == 1 else "")
+        + ". "
         + " ".join(filter(None, (compliance(data), not_available(data))))
     )
     columns = (

@@ -87,6 +87,7 @@ def adaptive_curves(data: RunData) -> Figure | None:
     )
     columns = (
         ("defence", "defence"), ("step", "step"), ("not_refused", "not refused"), ("target_loss", "target loss"),
+        ("fires", "its detector fires"),
     )  # fmt: skip
     caption = (
         "All begin with the run's first adversarial suffix, which such prompts have helped to choose (step 0). "
@@ -203,7 +204,7 @@ def trade_off(data: RunData) -> Figure | None:
     caption = (
         f"{count(rows[0]['n_prompts'], 'report prompt')}, {count(rows[0]['n_suffixes'], 'suffix', 'suffixes')} that "
         "nothing was fitted with. Success: answered, by the verdict. The lower left is better; the dashed line joins "
-        "the defences that no other beats in both."
+        "the defences that none equals in one and beats in the other."
     )
     columns = (
         ("defence", "defence"), ("success", "attack success"), ("success_lo", "CI from"), ("success_hi", "CI to"),

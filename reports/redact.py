@@ -30,11 +30,13 @@ def redact(data: RunData) -> RunData:
     equal stand-ins, so that what was the same can still be seen to be the same. Suffix tokens go from the prompts'
     token strips and attention views too, and token ids with them. Of local paths the last part stays.
 
-    Raises ReportError where suffixes.jsonl is missing or cannot be read: what is to be taken out is then unknown.
+    Raises ReportError where suffixes.jsonl cannot be read, or is missing though an attack has begun: what is to be
+    taken out is then unknown.
     """
     if "suffixes" in data.unusable:
         raise ReportError(f"No page can be redacted without suffixes.jsonl, which is {data.unusable['suffixes']}")
-    if "suffixes" in data.missing:
+    begun = {"attack", "campaign"} if data.status is None else data.status.stages.keys()
+    if "suffixes" in data.missing and {"attack", "campaign"} & {*begun}:
         raise ReportError("No page can be redacted without suffixes.jsonl, which is missing: restore it.")
     without, long = _removal(data), _removal(data, LONG)
     target = data.summary.target

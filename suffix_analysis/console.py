@@ -100,7 +100,8 @@ def any_character() -> None:
 
 
 def intervention_line(row: dict[str, Any]) -> str:
-    name = f"{row['kind']:9} {row['intervention']:24}"
+    number = "" if row.get("control") in (None, 1) else f" ({row['control']})"
+    name = f"{row['kind']:9} {row['intervention'] + number:24}"
     if row["refusal_rate"] is None:
         return f"{name} {row['note']}"
     return (

@@ -38,16 +38,14 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
     suffixes = of_each_text(read_suffixes(study.folder / "suffixes.jsonl"))
     direction, prompts = study.direction(), study.prompts()
     adaptive = replace(config, steps=adaptive_steps) if adaptive_steps else None
-    if adaptive is not None:
-        adaptive_split(study.fast, direction, prompts, adaptive)  # says now, and not at the end, what is too few
+    # says now, and not at the end, what is too few
+    split = None if adaptive is None else adaptive_split(study.fast, direction, prompts, adaptive)
     narrator.say("Conversations with every suffix are read for the detectors …")
     fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
     write_table(findings / "detectors.parquet", detectors)
     attacked = _kept(findings / "adaptive.parquet", fitted.gap)
-    if adaptive is not None or not attacked:
-        if adaptive is None and (findings / "adaptive.parquet").exists():
-            narrator.say("The adaptive attacks of an earlier call met another threshold and are left out.")
-        attacked = []
+    if not attacked and (findings / "adaptive.parquet").exists():
+        narrator.say("The adaptive attacks of an earlier call met another threshold and are left out.")
         for name in ("adaptive", "adaptive_budget"):
             (findings / f"{name}.parquet").unlink(missing_ok=True)
     mitigations = measure_mitigations(
@@ -56,17 +54,17 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
         on_line=lambda done, total: narrator.progress(done, total, "defences"),
     )  # fmt: skip
     write_table(findings / "mitigations.parquet", mitigations)
-    renew()
-    if adaptive is not None:
+    if adaptive is not None and split is not None:
+        renew()
         attacked = attack_defences(
-            study.fast, direction, fitted, prompts, suffixes, adaptive,
+            study.fast, direction, fitted, prompts, suffixes, adaptive, split,
             on_step=lambda done, total: narrator.progress(done, total, "steps of adaptive attacks"),
         )  # fmt: skip
         write_table(findings / "adaptive.parquet", attacked)
     prices = budgets(attacked)
     if prices:
         write_table(findings / "adaptive_budget.parquet", prices)
-        renew()
+    renew()
     return {"detectors": detectors, "mitigations": mitigations, "adaptive": attacked, "adaptive_budget": prices}
 
 

@@ -15,7 +15,6 @@ from suffix_analysis.directions import (
     keep_by_score,
     split_prompts,
 )
-from suffix_analysis.errors import UserError
 from suffix_analysis.files import write_table
 from suffix_analysis.inputs import study_text
 from suffix_analysis.oneness import measure_oneness
@@ -102,7 +101,7 @@ def _found(study: Study, kinds: list[list[Prompt]], settings: DirectionConfig, t
         )  # fmt: skip
     except NoDirection as error:
         write(error.scores)
-        raise UserError(f"{error} All candidates are in {table}.") from error
+        raise NoDirection(f"{error} All candidates are in {table}.", error.scores) from error
     write(direction.scores)
     save_direction(study.folder / "direction.safetensors", direction)
     return direction

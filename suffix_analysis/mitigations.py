@@ -285,14 +285,16 @@ def attack_defences(
     prompts: Sequence[Prompt],
     suffixes: Sequence[Suffix],
     config: StudyConfig,
+    split: tuple[Sequence[Prompt], Sequence[Prompt]],
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Attacks with equal budgets on the model without a defence, with damped edges, and with a restored projection.
 
     All begin with a suffix that is known to work. Against the last one the objective also holds the detector's score,
-    as far as it lies above its threshold (see :func:`suffix_analysis.adaptive.attack_defended`).
+    as far as it lies above its threshold (see :func:`suffix_analysis.adaptive.attack_defended`). ``split``: select
+    prompts to train on, and others to look at (see :func:`adaptive_split`).
     """
-    train, held_out = adaptive_split(model, direction, prompts, config)
+    train, held_out = split
     strength, cut, top, tail = STRENGTHS[-1], fitted.gap, fitted.strongest(config.n_top_heads), fitted.tail
     fired: list[Tensor] = []
     defended: dict[str, Defended] = {

@@ -63,9 +63,12 @@ def require_refusals(model: Model, harmful: Sequence[Chat], token_ids: Sequence[
     """Refuse a model whose replies to harmful prompts hardly ever open with the refusal tokens that were given.
 
     Raises:
-        UserError: says how many do.
+        UserError: says how many do; or a logit is not finite.
     """
-    opened = int(opens_refusal(model, [chat.ids for chat in harmful], token_ids).sum())
+    rows = [chat.ids for chat in harmful]
+    logits = last_logits(model.hf, model.tokenizer, rows)
+    require_finite(model, rows, logits)
+    opened = int(_opening(logits, token_ids).sum())
     if opened < MIN_REFUSED * len(harmful):
         raise UserError(
             f"{opened} of {len(harmful)} replies of {model.name} to harmful prompts open with the refusal tokens given "
@@ -177,7 +180,11 @@ def opens_refusal(model: Model, rows: Sequence[Int[Tensor, " _"]], token_ids: Se
 
     A refusal score of 0 is half of the probability; greedy decoding refuses at less, where no other token has more.
     """
-    return torch.isin(last_logits(model.hf, model.tokenizer, rows).argmax(dim=-1).cpu(), torch.tensor(list(token_ids)))
+    return _opening(last_logits(model.hf, model.tokenizer, rows), token_ids)
+
+
+def _opening(logits: Float[Tensor, "prompt vocab"], token_ids: Sequence[int]) -> Bool[Tensor, " prompt"]:
+    return torch.isin(logits.argmax(dim=-1).cpu(), torch.tensor(list(token_ids)))
 
 
 def refused(

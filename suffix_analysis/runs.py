@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic takes the standard library's from Python 3.12 on only
 
 from suffix_analysis import provenance
+from suffix_analysis.config import StudyConfig
 from suffix_analysis.environment import peak_gib
 from suffix_analysis.errors import UsageError, UserError
 from suffix_analysis.files import read_as, read_json, read_records, write_atomic, write_json, write_jsonl
@@ -127,6 +128,9 @@ def _require_same(folder: Path, settings: dict[str, Any]) -> None:
     if ("vary" in there) != ("vary" in settings):
         holds, commands = ("a campaign", "campaign") if "vary" in there else ("a study", "run, attack, …")
         raise UsageError(f"{folder} holds {holds} (suffix-analysis {commands}); choose another folder with --out.")
+    # settings that are younger than the folder had their defaults
+    younger = {f.name: f.default for f in fields(StudyConfig) if f.name in settings and f.default is not None}
+    there = younger | there
     keys = (there.keys() | settings.keys()) - set(ELSEWHERE)
     changed = sorted(key for key in keys if there.get(key) != settings.get(key))
     if not has_begun(folder):  # a first mistake can be mended

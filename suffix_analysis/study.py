@@ -21,7 +21,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Narrator
 from suffix_analysis.direction_file import load_direction, summary_of
 from suffix_analysis.direction_stage import check_counts, direction_tables
-from suffix_analysis.directions import Direction
+from suffix_analysis.directions import Direction, NoDirection
 from suffix_analysis.environment import environment
 from suffix_analysis.errors import PartlyDone, UserError
 from suffix_analysis.inputs import fast_dtype, study_model, study_prompts, study_text
@@ -131,9 +131,9 @@ class Study:
             runs.add_seconds(self.folder, name, time.perf_counter() - started, "done", self._written(before))
 
     def _written(self, before: dict[str, tuple[int, int]]) -> list[str]:
-        """The findings that are others than before."""
+        """The findings that are others than before, but for those that several stages write."""
         now = runs.findings_now(self.folder)
-        return sorted(file for file in now if now[file] != before.get(file))
+        return sorted(f for f in now if now[f] != before.get(f) and f"findings/{f}" not in runs.SHARED)
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -199,12 +199,13 @@ class Study:
 
     def _direction(self) -> None:
         try:
-            for name, rows in direction_tables(self).items():
-                files.write_table(self.folder / "findings" / f"{name}.parquet", rows)
-        finally:  # a report shows the candidates also where none of them passes
-            if (self.folder / "findings" / "candidates.parquet").exists():
-                known = (self.folder / "direction.safetensors").exists()
-                self._summarise(summary_of(self.model, self.direction() if known else None))
+            tables = direction_tables(self)
+        except NoDirection:  # a report shows the candidates all the same
+            self._summarise(summary_of(self.model, None))
+            raise
+        for name, rows in tables.items():
+            files.write_table(self.folder / "findings" / f"{name}.parquet", rows)
+        self._summarise(summary_of(self.model, self.direction()))
 
     def direction(self) -> Direction:
         """The run's direction.
@@ -348,6 +349,6 @@ class Study:
         told = files.read_as(path, list[str]) if path.exists() else []
         sentences = list(dict.fromkeys([*told, sentence]))  # an interrupted stage says it again
         files.write_json(path, sentences)
-        if summary.exists():  # a stage after the analysis
+        if summary.exists():  # an earlier stage has written it
             files.write_json(summary, files.read_as(summary, dict[str, Any]) | {"skipped": sentences})
         self.narrator.say(sentence)

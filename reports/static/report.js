@@ -177,7 +177,7 @@
 
   // --- prompts: token strips and attention ------------------------------------------------------------------------
   // What each token gives: of the pinned head where its pattern is stored, else of all top heads.
-  const given = (view) => (view.heads.includes(state.head) ? view.by_head[view.heads.indexOf(state.head)] : view.contribution);
+  const given = (view) => view.by_head[view.heads.indexOf(state.head)] || view.contribution;
 
   // Where each token stands, counted from its region's end: the same place in every arm, also where one is cropped.
   const places = (view) => view.regions.flatMap(([name, length]) => Array.from({ length }, (_, i) => `${name} −${length - i}`));
@@ -208,7 +208,7 @@
     byId("token").value = words.has(state.token) ? state.token : "";
     const rows = spots.filter(([, where]) => where.includes(state.token)).flatMap(([view, where]) => {
       const k = where.indexOf(state.token), one = view.heads.indexOf(state.head);
-      return view.heads.map((name, h) => [name, view.title, view.tokens[k], nice(view.by_head[h][k]), percent(view.attention[h].at(-1)[k] / 1000)]).filter((_, h) => one < 0 || h === one);
+      return view.heads.map((name, h) => [name, view.title, view.tokens[k], nice(view.by_head[h]?.[k]), percent(view.attention[h].at(-1)[k] / 1000)]).filter((_, h) => one < 0 || h === one);
     });
     byId("token-heads").replaceChildren(...(rows.length ? [table(["head", "arm", "token", "along r̂", "attention of chat[−1]"], rows.sort((a, b) => a[0].localeCompare(b[0], "en", { numeric: true })))] : []));
   }

@@ -84,6 +84,9 @@ def study_of_campaign(out: Path, settings: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
+EDITS = {"ablated": "ablated", "orthogonalised": "taken out of the weights"}
+
+
 def finish(study: Study, as_json: bool) -> None:
     """Build the report and print where it is, with the headline numbers."""
     from suffix_analysis.files import read_table
@@ -99,7 +102,7 @@ def finish(study: Study, as_json: bool) -> None:
         for row in rows
     ]
     lines += [
-        f"complied with the suffix, less with the direction {row['against']}: {row['estimate']:+.1%} "
+        f"complied with the suffix, less that with the direction {EDITS[row['against']]}: {row['estimate']:+.1%} "
         f"[{row['lo']:+.1%}, {row['hi']:+.1%}] on the same prompts" + (", descriptive" if row["descriptive"] else "")
         for row in success
     ]

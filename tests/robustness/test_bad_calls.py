@@ -82,14 +82,18 @@ KIND: dict[Any, Any] = {int: st.integers(-2, 12), float: st.floats(-1, 2) | NUMB
 
 @FEW
 @given(
-    st.lists(WORDS, max_size=12), st.lists(WORDS, max_size=12), st.none() | st.lists(st.integers(-3, 900), max_size=2),
+    st.lists(WORDS, max_size=3), st.lists(WORDS, max_size=3), st.none() | st.lists(st.integers(-3, 900), max_size=2),
     st.fixed_dictionaries({}, optional={name: KIND[type(field.default)] for name, field in FIELDS.items()}),
 )  # fmt: skip
 def test_directions_of_anything(
     harmful: list[str], harmless: list[str], tokens: list[int] | None, chosen: dict[str, Any]
 ) -> None:
+    more = [
+        f"the {word} thing" for word in ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    ]
+    bad, good = ([*own, *(f"{verb} {text}" for text in more)] for own, verb in ((harmful, "Break"), (harmless, "Bake")))
     try:
-        found = find_direction(MODEL, harmful, harmless, DirectionConfig(**chosen), refusal_tokens=tokens)
+        found = find_direction(MODEL, bad, good, DirectionConfig(**chosen), refusal_tokens=tokens)
     except UserError as error:
         sentence(error)
         return

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,13 @@ from suffix_analysis.files import read_table
 from suffix_analysis.records import Suffix
 from suffix_analysis.study import Study
 from tests import tiny
+
+
+def gzip_of(page: str) -> str:
+    """The data that a page holds."""
+    packed = re.search(r'id="payload"[^>]*>([^<]*)<', page)
+    assert packed is not None
+    return gzip.decompress(base64.b64decode(packed.group(1))).decode()
 
 
 def study(folder: Path, n: int, **settings: Any) -> Study:
@@ -139,3 +149,7 @@ def test_the_command_tells_what_was_found(
             assert [phrase for phrase in said if phrase not in told.out] == [], told.err
     page = build_report(tmp_path / "new").read_text()
     assert "How the direction was chosen" in page and "Is it one direction?" in page, "without attack and analysis"
+    assert "harmful: random ablated (2)" in page or "random ablated (2)" in gzip_of(page), "each control has its row"
+    assert "How the direction was chosen" in build_report(tmp_path / "new", redact=True).read_text(), (
+        "there is no suffix"
+    )

@@ -207,8 +207,9 @@ def test_the_attack_on_a_gated_defence_evades_its_detector_from_a_known_suffix(m
         return []
 
     monkeypatch.setattr(mitigations, "attack_defended", spied)
-    monkeypatch.setattr(mitigations, "split_for_attack", lambda own, n, seed, refused: (own[:2], own[2:]))
-    mitigations.attack_defences(model, direction, fitted, prompts, suffixes(2), StudyConfig(steps=2))
+    own = [p for p in prompts if p.split == "select"]
+    split = own[:2], own[2:]
+    mitigations.attack_defences(model, direction, fitted, prompts, suffixes(2), StudyConfig(steps=2), split)
     ((evading,),) = asked["terms"].values()
     assert [*asked["terms"]] == [mitigations.RESTORED] and mitigations.RESTORED in asked["defended"]
     assert evading.weight > 0 and evading.cut < fitted.gap

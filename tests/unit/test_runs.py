@@ -216,6 +216,20 @@ def test_only_a_folders_own_trouble_is_called_its_trouble(tmp_path: Path) -> Non
         raise OSError(28, "No space left on device")
 
 
+def test_a_folder_that_is_older_than_a_setting_goes_on_with_its_default(tmp_path: Path) -> None:
+    settings = asdict(StudyConfig())
+    with runs.open_run(tmp_path / "r", settings):
+        runs.begin(tmp_path / "r", "prompts")
+        runs.add_seconds(tmp_path / "r", "prompts", 1.0, "done", [])
+    config = tmp_path / "r" / "config.toml"
+    config.write_text("".join(line for line in config.open() if not line.startswith(("keep_by_score", "rescore"))))
+    other = settings | {"keep_by_score": False}
+    with pytest.raises(UsageError, match="keep_by_score = True, not False"), runs.open_run(tmp_path / "r", other):
+        pass
+    with runs.open_run(tmp_path / "r", settings):
+        assert "keep_by_score = true" in config.read_text()
+
+
 def test_another_projects_revision_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
