@@ -22,11 +22,12 @@ demo: $(VENV)/.installed
 	$(BIN)/suffix-analysis demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not long' -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not long and not alone' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'long and not slow' -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m alone
 	FUZZ=250 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/robustness/test_bad_input.py tests/robustness/test_bad_calls.py
 
 check: $(VENV)/.dev

@@ -34,7 +34,7 @@ PACE = """() => { const started = performance.now(), rows = [];
 USUAL_PACE = 500
 
 
-@pytest.mark.slow  # it needs the machine to itself
+@pytest.mark.alone
 def test_it_is_drawn_within_a_second_and_a_half(browser: sync_api.Browser, report: Path) -> None:
     """On the machine that the figure was asked for; a slower one gets as much more as it takes for ``PACE``."""
     loads = []
