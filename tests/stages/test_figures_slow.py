@@ -24,7 +24,7 @@ from tests.published import build_package, install, without_network
 pytestmark = [pytest.mark.slow, pytest.mark.embedded, pytest.mark.timeout(4000)]
 
 
-# On a slow machine the demo and the replies in all styles take more than an hour together: then the demo is only shown to
+# On a slow machine the demo and the replies in all styles take more than an hour: then the demo is only shown to
 # run, with a fraction of its prompts and steps. The rate is that of one thread, in the faster of two precisions.
 _fastest = min(_matmul_seconds(dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16))
 RATE = 2 * 2048 * 576 * 1536 / _fastest / torch.get_num_threads() / 1e12
