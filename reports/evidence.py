@@ -87,5 +87,5 @@ def _change(data: RunData, measures: set[str], against: str, rows: list[Row | No
 
 def over_prompts(rows: list[Row]) -> str:
     """Return ``48 report prompts``, those that a table's rows are means over; ``the report split`` where unknown."""
-    known = max((row.get("n_prompts") or 0 for row in rows), default=0)
+    known = max((row.get("n_prompts") or 0 for row in rows if row.get("split", "report") == "report"), default=0)
     return count(known, "report prompt") if known else "the report split"

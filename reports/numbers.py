@@ -29,10 +29,11 @@ def _percent_number(share: float) -> str:
 
 
 def percent_ci(share: float | None, lo: float | None, hi: float | None) -> str:
-    """Return ``41 % (CI 33–50 %)``; without bounds the percentage alone."""
+    """Return ``41 % (CI 33–50 %)``, with ``to`` where a bound is negative; without bounds the percentage alone."""
     if lo is None or hi is None or share is None:
         return percent(share)
-    return f"{percent(share)} (CI{NBSP}{_percent_number(lo)}–{percent(hi)})"
+    dash = f"{NBSP}to{NBSP}" if lo < 0 else "–"
+    return f"{percent(share)} (CI{NBSP}{_percent_number(lo)}{dash}{percent(hi)})"
 
 
 def plain_ci(value: float | None, lo: float | None, hi: float | None, digits: int = 2) -> str:

@@ -11,6 +11,8 @@ import pytest
 from reports import build
 from reports.charts_more import figures
 from reports.data import RunData, read_run
+from reports.evidence import over_prompts
+from reports.numbers import percent_ci
 from reports.text import headline
 from tests.fake_run import make_fake_run
 
@@ -89,6 +91,16 @@ def test_shares_of_what_the_heads_lose_need_a_clear_total(data: RunData) -> None
 
 
 @pytest.mark.long
+def test_only_report_prompts_are_counted_as_such() -> None:
+    rows = [{"split": "report", "n_prompts": 48}, {"split": "select", "n_prompts": 72}]
+    assert over_prompts(rows) == over_prompts([{"n_prompts": 48}]) == "48 report prompts"
+
+
+def test_a_dash_never_stands_before_a_minus() -> None:
+    told = [re.sub(r"[\u00a0\u202f]", " ", percent_ci(*values)) for values in ((0.4, 0.3, 0.5), (-0.04, -0.07, -0.003))]
+    assert told == ["40 % (CI 30–50 %)", "−4 % (CI −7 to −0.3 %)"]
+
+
 def test_a_pool_is_told_as_a_pool(data: RunData, pool: RunData) -> None:
     text = said(pool)
     assert "on 12 unseen instructions, over 8 suffixes;" in text
