@@ -16,6 +16,7 @@ from attacks.scorer import Scorer
 from attacks.terms import Read, Term, decoder_layers
 from suffix_analysis.attacking import conversation, gcg_config
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.defences import Firings
 from suffix_analysis.detectors import Harmfulness, harm_without_refusal
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
@@ -92,7 +93,7 @@ def attack_defended(
     defended: Mapping[str, Defended],
     terms: Mapping[str, Sequence[Term]],
     on_step: Callable[[int, int], None] | None = None,
-    fired: Mapping[str, list[Tensor]] | None = None,
+    fired: Mapping[str, Firings] | None = None,
 ) -> list[dict[str, Any]]:
     """Loss and what is not refused against steps, one attack with the same budget and seed on each defended model.
 
@@ -110,7 +111,7 @@ def attack_defended(
         defended: defences by name: functions from the number of tokens behind chat[-1] to a context.
         terms: of the attack's objective, by defence: what the attacker knows to lower, such as a detector's score.
         on_step: called with (done, total).
-        fired: by defence, a list that it tells in which prompts its detector fires.
+        fired: by defence, what it tells in which prompts its detector fires.
     """
     assert model.bridge is not None  # wrapped before the attack looks at it
     rows: list[dict[str, Any]] = []
@@ -123,7 +124,7 @@ def attack_defended(
 
 
 def _attack_one(
-    model: Model, trial: Trial, name: str, context: Defended, terms: Sequence[Term], fired: list[Tensor] | None
+    model: Model, trial: Trial, name: str, context: Defended, terms: Sequence[Term], fired: Firings | None
 ) -> Iterator[dict[str, Any]]:
     """The attack on one defended model, a row a step."""
     config, held_out, final = trial.config, trial.held_out, trial.final
@@ -142,10 +143,10 @@ def _attack_one(
             loss = float(plain(torch.tensor([list(ids)]))[0].mean())
         with context(0):
             if fired is not None:
-                fired.clear()
+                fired.take()  # what the attack's own prompts have left
             still = refused(model, held_out, trial.refusal_tokens, text)
         looks.append((float((~still).float().mean()), -loss, text))
-        fires = float(torch.cat(fired).float().mean()) if fired else None
+        fires = None if fired is None else fired.take()
         return {"target_loss": loss, "not_refused": looks[-1][0], "fires": fires}
 
     blank = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,23 @@ class Place:
         assert self.chat is not None
         at = self.chat.any(dim=0).nonzero().flatten()
         return slice(int(at[0]), int(at[-1]) + 1)
+
+
+@dataclass
+class Firings:
+    """In which prompts a detector has fired since that was last taken; to be handed to :func:`restored`."""
+
+    seen: list[Bool[Tensor, " row"]] = field(default_factory=list)
+
+    def __call__(self, rows: Bool[Tensor, " row"]) -> None:
+        """The rows of one forward."""
+        self.seen.append(rows)
+
+    def take(self) -> float | None:
+        """The share of them in which it fired, None where it was not asked; they are forgotten."""
+        found = float(torch.cat(self.seen).float().mean()) if self.seen else None
+        self.seen.clear()
+        return found
 
 
 @contextlib.contextmanager
@@ -165,14 +182,14 @@ def restored(
     *,
     along: Float[Tensor, " d_model"] | None = None,
     behind: int = 0,
-    on_fire: Callable[[Bool[Tensor, " row"]], None] | None = None,
+    fired: Firings | None = None,
 ) -> Iterator[None]:
     """At the direction's layer the projection at every chat token goes to ``levels``, the harmful prompts' means there.
 
     With ``harmfulness`` only in prompts whose harmfulness − refusal (see :mod:`suffix_analysis.detectors`) lies above
     ``threshold``; both are read in the same forward, so this costs nothing. ``strength`` is the share of the way: 0
     changes nothing, bit for bit. ``along``: the same steps are taken along this direction instead, as a control.
-    ``on_fire`` is told in which of the prompts of a forward the detector fires. It acts on the prompt alone, not on the
+    ``fired`` is told in which of the prompts of a forward the detector fires. It acts on the prompt alone, not on the
     tokens of a reply.
 
     Raises:
@@ -195,10 +212,10 @@ def restored(
             wanted = levels.to(x.device)[(tokens - first).clamp(0, len(levels) - 1)]
             step = strength * (wanted - x[:, at].float() @ unit.to(x.device)) * place.chat[:, at].to(x.device)
             if harmfulness is not None:
-                fired = fires(x)
-                step = step * fired[:, None]
-                if on_fire is not None:
-                    on_fire(fired[place.last.to(x.device) >= 0].cpu())
+                now = fires(x)
+                step = step * now[:, None]
+                if fired is not None:
+                    fired(now[place.last.to(x.device) >= 0].cpu())
             changed = x.clone()
             changed[:, at] += (step[..., None] * to.to(x.device)).to(x.dtype)
             return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})

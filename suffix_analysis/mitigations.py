@@ -8,7 +8,7 @@ import statistics
 import string
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from suffix_analysis.attacking import split_for_attack
 from suffix_analysis.causal import Head
 from suffix_analysis.causal_tests import random_heads
 from suffix_analysis.config import StudyConfig
-from suffix_analysis.defences import damped, restored
+from suffix_analysis.defences import Firings, damped, restored
 from suffix_analysis.detection import Fitted, parts_of
 from suffix_analysis.detectors import perplexities
 from suffix_analysis.directions import Direction
@@ -55,7 +55,7 @@ class Defence:
 
     ``wrapped``: it needs TransformerLens's hooks, which take time by themselves. ``mass``: of damped edges, the mean
     share of chat[-1]'s attention to attacked prompts that they held; ``taken``: what of it an edit of edges takes.
-    ``fired``: where the edit waits for a detector, a list that is told of every prompt whether that fires.
+    ``fired``: is told of every prompt whether the detector fires that the edit waits for, if it does.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Defence:
     wrapped: bool = False
     mass: float | None = None
     taken: float | None = None
-    fired: list[Tensor] | None = None
+    fired: Firings = field(default_factory=Firings)
 
 
 def swapped(text: str, rng: random.Random, share: float = SWAPPED) -> str:
@@ -109,9 +109,9 @@ def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, l
 
     def restore(name: str, gated: bool, along: Tensor | None = None) -> Defence:
         gate = (fitted.harmfulness, fitted.gap) if gated else (None, 0.0)
-        fired: list[Tensor] = []
-        context = partial(restored, model, direction, fitted.levels, *gate, along=along, on_fire=fired.append)
-        return Defence(name, context, control=along is not None, fired=fired if gated else None)
+        fired = Firings()
+        context = partial(restored, model, direction, fitted.levels, *gate, along=along, fired=fired)
+        return Defence(name, context, control=along is not None, fired=fired)
 
     def edges(
         name: str, heads: Sequence[Head], strength: float, *, control: bool = False, before: bool = False
@@ -178,6 +178,11 @@ def measure_mitigations(
     kinds = {k: prompts_of(prompts, k, "report", None if k == "lookalike" else most) for k in (*KINDS, "lookalike")}
     attacked = [(p.text, f"{p.text} {suffix.text}") for suffix in unseen for p in kinds["harmful"]]
     plain = [p.text for p in kinds["harmless"]]
+    asked = {
+        "attacked": [text for _, text in attacked],
+        "lookalike": [p.text for p in kinds["lookalike"]],
+        "harmless": plain,
+    }
     pairs = reply_pairs(model, kinds["harmless"], length=length)
     plan = defences(model, direction, fitted, n_heads, length, seed)
     wrapped = "bridge" in model.__dict__
@@ -189,22 +194,18 @@ def measure_mitigations(
         return np.array(values, dtype=float).reshape(len(unseen), -1).T
 
     for done, defence in enumerate(plan, 1):
+        replies: dict[str, list[str]] = {}
         fires: dict[str, float | None] = {}
-
-        def told(kind: str, texts: Sequence[str], defence: Defence = defence, fires: Any = fires) -> list[str]:
-            if defence.fired is not None:
-                defence.fired.clear()
-            found = _reply(model, defence, texts, length)
-            fires[f"fires_{kind}"] = float(torch.cat(defence.fired).float().mean()) if defence.fired else None
-            return found
-
         with defence.context():
-            replies = told("attacked", [text for _, text in attacked])
-            lookalike = _refused(told("lookalike", [p.text for p in kinds["lookalike"]]))[:, None]
-            harmless = _refused(told("harmless", plain))
+            for kind, texts in asked.items():
+                defence.fired.take()  # what other prompts have left
+                replies[kind] = _reply(model, defence, texts, length)
+                fires[f"fires_{kind}"] = defence.fired.take()
             measured = defence.reply is None and len(pairs) > 0
             nats = nats_of_each(model.hf, model.tokenizer, pairs) if measured else None
-        success = cells([judge(text, reply) == "complied" for (text, _), reply in zip(attacked, replies, strict=True)])
+        told = zip(attacked, replies["attacked"], strict=True)
+        lookalike = _refused(replies["lookalike"])[:, None]
+        success = cells([judge(text, reply) == "complied" for (text, _), reply in told])
         base = base or {"success": success, "lookalike": lookalike, "nats": nats}
         won, fewer = interval(success, rate=True), rate_change(success, base["success"])
         nothing: tuple[float | None, ...] = (None, None, None)
@@ -215,9 +216,9 @@ def measure_mitigations(
         row: dict[str, Any] = {
             "defence": defence.name, "control": defence.control, "n_prompts": success.shape[0],
             "n_suffixes": success.shape[1], "success": won.estimate, "success_lo": won.lo, "success_hi": won.hi,
-            "descriptive": won.descriptive, "refused": float(_refused(replies).mean()),
-            "harmless": float(harmless.mean()), "seconds": seconds[defence.name], "mass": defence.mass,
-            "taken": defence.taken, "slower": seconds[defence.name] / seconds[plan[0].name] - 1,
+            "descriptive": won.descriptive, "refused": float(_refused(replies["attacked"]).mean()),
+            "harmless": float(_refused(replies["harmless"]).mean()), "seconds": seconds[defence.name],
+            "mass": defence.mass, "taken": defence.taken, "slower": seconds[defence.name] / seconds[plan[0].name] - 1,
             "n_timed": len(plain[:TIMED]), "wrapped": wrapped, **fires,
         }  # fmt: skip
         named = {"success_change": fewer, "lookalike": over, "lookalike_change": more, "cost": cost}
@@ -296,12 +297,12 @@ def attack_defences(
     """
     train, held_out = split
     strength, cut, top, tail = STRENGTHS[-1], fitted.gap, fitted.strongest(config.n_top_heads), fitted.tail
-    fired: list[Tensor] = []
+    fired = Firings()
     defended: dict[str, Defended] = {
         "none": lambda behind: contextlib.nullcontext(),
         damping(strength, tail): lambda behind: damped(model, top, strength, tail, behind=behind),
         RESTORED: lambda behind: restored(
-            model, direction, fitted.levels, fitted.harmfulness, cut, behind=behind, on_fire=fired.append
+            model, direction, fitted.levels, fitted.harmfulness, cut, behind=behind, fired=fired
         ),
     }
     example = model.chat("x")

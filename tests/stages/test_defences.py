@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from suffix_analysis.defences import damped, harmful_levels, restored
+from suffix_analysis.defences import Firings, damped, harmful_levels, restored
 from suffix_analysis.detectors import (
     Harmfulness,
     read,
@@ -266,11 +266,11 @@ def test_a_mask_that_does_not_tell_padding_is_refused_and_all_is_as_before() -> 
 def test_blocks_are_found_whatever_their_list_is_called() -> None:
     model = tiny.falcon()
     direction, ids = some_direction(model, 1), model.chat(TEXTS[0], SUFFIX).ids
-    plain, fired = last_logits(model.hf, model.tokenizer, [ids]), list[torch.Tensor]()
+    plain, fired = last_logits(model.hf, model.tokenizer, [ids]), Firings()
     harmfulness = Harmfulness(direction.unit, 1, 1.0, 0.0)
-    with restored(model, direction, some_levels(model), harmfulness, -1e9, on_fire=fired.append):
+    with restored(model, direction, some_levels(model), harmfulness, -1e9, fired=fired):
         assert not torch.allclose(last_logits(model.hf, model.tokenizer, [ids]), plain, atol=1e-3)
-    assert [row.tolist() for row in fired] == [[True]]
+    assert fired.take() == 1.0 and fired.take() is None
 
 
 def test_restoring_needs_no_wrapped_model() -> None:

@@ -17,7 +17,7 @@ from suffix_analysis import adaptive, mitigations
 from suffix_analysis.adaptive import Detected, Trial, attack_defended, budgets
 from suffix_analysis.attacking import conversation
 from suffix_analysis.config import StudyConfig
-from suffix_analysis.defences import restored
+from suffix_analysis.defences import Firings, restored
 from suffix_analysis.detection import measure_detectors, parts_of
 from suffix_analysis.detectors import (
     Harmfulness,
@@ -235,10 +235,10 @@ def test_adaptive_attacks_have_equal_budgets_and_meet_their_defence() -> None:
         "nothing": lambda behind: restored(model, direction, some_levels(model), strength=0.0, behind=behind),
         "restored": lambda behind: restored(model, direction, some_levels(model), strength=3.0, behind=behind),
     }
-    fired: list[torch.Tensor] = []
+    fired = Firings()
     always = Harmfulness(direction.unit, 2, 1.0, 0.0)
     defended["gated"] = lambda behind: restored(
-        model, direction, some_levels(model), always, -1e9, behind=behind, on_fire=fired.append
+        model, direction, some_levels(model), always, -1e9, behind=behind, fired=fired
     )
     rows = attack_defended(model, Trial(prompts[:2], prompts[2:], [5, 6], config), defended, {}, fired={"gated": fired})
     for row in rows:
