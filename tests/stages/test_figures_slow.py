@@ -31,7 +31,7 @@ RATE = 2 * 2048 * 576 * 1536 / _fastest / torch.get_num_threads() / 1e12
 FAST = RATE >= 0.1
 QUICK = (
     "--steps 2 --prompts-per-split 16 --n-traced 4 --n-causal 2 --n-controls 1 --n-traced-controls 1 --layer-step 23 "
-    "--kl-threshold 1 --stop-below 0"
+    "--kl-threshold 1 --stop-below 0 --search-width 16 --n-instructions 2 --reply-tokens 8 --n-fit 16"
 )
 promised = pytest.mark.skipif(
     not FAST, reason=f"{RATE:.2f} TFLOP/s a thread: figures that take an hour are left out here"
