@@ -44,10 +44,27 @@ class DirectionConfig:
     rescore: int = 8
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("n_fit", "n_select", "layer_step", "rescore"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not math.isfinite(self.alpha):
+            raise UserError(f"alpha is {self.alpha}; it must be a finite number.")
+        _require_rules(**self.rules)
+
     @property
     def rules(self) -> dict[str, float]:
         """The keyword arguments of :func:`select`."""
         return {name: getattr(self, name) for name in ("kl_threshold", "induce_threshold", "layer_share")}
+
+
+def _require_rules(kl_threshold: float, induce_threshold: float, layer_share: float) -> None:
+    """Bounds may be infinite, which lets everything pass; a bound that is no number would let it pass unseen."""
+    for name, value in (("kl_threshold", kl_threshold), ("induce_threshold", induce_threshold)):
+        if math.isnan(value):
+            raise UserError(f"{name} is {value}; it must be a number.")
+    if not 0 < layer_share <= 1:
+        raise UserError(f"layer_share is {layer_share}; it is a share of the layers, above 0 and at most 1.")
 
 
 def first_late(n_layers: int, layer_share: float) -> int:
@@ -145,7 +162,8 @@ def select(
         (position, layer)
 
     Raises:
-        UserError: no candidate passes (the nearest and what it missed are named), or a column is missing.
+        UserError: no candidate passes (the nearest and what it missed are named), a column is missing, or a bound is no
+            number.
     """
     for row in rows:
         lacking = [name for name in COLUMNS if name not in row]
@@ -155,6 +173,7 @@ def select(
         if text:
             raise UserError(f"{text[0]} of the candidate table is text ({row[text[0]]!r}); it must be a number.")
     rules = {"kl_threshold": kl_threshold, "induce_threshold": induce_threshold, "layer_share": layer_share}
+    _require_rules(**rules)
     told = [(row, status(row, n_layers=n_layers, **rules)) for row in rows if row.get("status") != "zero"]
     kept = [row for row, why in told if why == "kept"]
     if not kept:

@@ -82,7 +82,7 @@ KIND: dict[Any, Any] = {int: st.integers(-2, 12), float: st.floats(-1, 2) | NUMB
 
 @FEW
 @given(
-    st.lists(WORDS, max_size=3), st.lists(WORDS, max_size=3), st.none() | st.lists(st.integers(-3, 900), max_size=2),
+    st.lists(WORDS, max_size=1), st.lists(WORDS, max_size=1), st.just([40]) | st.none() | st.lists(st.integers(-3, 900), max_size=2),
     st.fixed_dictionaries({}, optional={name: KIND[type(field.default)] for name, field in FIELDS.items()}),
 )  # fmt: skip
 def test_directions_of_anything(
@@ -93,7 +93,9 @@ def test_directions_of_anything(
     ]
     bad, good = ([*own, *(f"{verb} {text}" for text in more)] for own, verb in ((harmful, "Break"), (harmless, "Bake")))
     try:
-        found = find_direction(MODEL, bad, good, DirectionConfig(**chosen), refusal_tokens=tokens)
+        # few prompts of a random model are refused, and no direction of it passes by chance
+        loose = {"keep_by_score": False, "kl_threshold": math.inf, "induce_threshold": -math.inf} | chosen
+        found = find_direction(MODEL, bad, good, DirectionConfig(**loose), refusal_tokens=tokens)
     except UserError as error:
         sentence(error)
         return

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suffix_analysis.directions import select
+from suffix_analysis.directions import DirectionConfig, select
 from suffix_analysis.errors import UserError
 
 # The rows that decide (the best by bypass, some that a filter removes, all with NaN) of the tables published with
@@ -103,6 +103,18 @@ def test_a_candidate_without_numbers_is_not_the_nearest(kl: float | None) -> Non
     ]
     with pytest.raises(UserError, match="The nearest is position -1, layer 3: KL too high"):
         select(rows, 10)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("kl_threshold", math.nan), ("induce_threshold", math.nan), ("layer_share", math.nan), ("layer_share", 0.0)],
+)
+def test_bounds_that_are_none_are_refused(setting: str, value: float) -> None:
+    for call in (lambda **one: select([row(-1, 3, -5.0)], 10, **one), lambda **one: DirectionConfig(**one)):
+        with pytest.raises(UserError, match=f"{setting} is {value}"):
+            call(**{setting: value})
+    with pytest.raises(UserError, match="layer_step is 0; it must be at least 1"):
+        DirectionConfig(layer_step=0)
 
 
 def test_scores_that_are_text_are_named() -> None:
