@@ -82,7 +82,8 @@ KIND: dict[Any, Any] = {int: st.integers(-2, 12), float: st.floats(-1, 2) | NUMB
 
 @FEW
 @given(
-    st.lists(WORDS, max_size=1), st.lists(WORDS, max_size=1), st.just([40]) | st.none() | st.lists(st.integers(-3, 900), max_size=2),
+    st.lists(WORDS, max_size=1), st.lists(WORDS, max_size=1),
+    st.just([40]) | st.none() | st.lists(st.integers(-3, 900), max_size=2),
     st.fixed_dictionaries({}, optional={name: KIND[type(field.default)] for name, field in FIELDS.items()}),
 )  # fmt: skip
 def test_directions_of_anything(
