@@ -67,15 +67,11 @@ class Projection:
         unit = (self.direction.float() / length).to(model.device)
         seen: list[Tensor] = []
 
-        def catch(module: Any, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
+        def catch(x: Tensor) -> None:
             seen.append(x[:, -len(slot.target_ids)].float() @ unit.to(x.device))
 
-        handle = blocks[self.layer].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
+        with entering(model, self.layer, catch):
             yield lambda: seen[-1]
-        finally:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -134,6 +130,25 @@ def decoder_layers(model: Any) -> Any:
     if len(found) != 1:
         raise AttackError(f"{type(decoder).__name__} has {len(found)} lists of {n_layers} blocks; one is needed.")
     return found[0]
+
+
+@contextlib.contextmanager
+def entering(
+    model: Any, layer: int, read: Callable[[Float[Tensor, "row token d_model"]], None], *, first: bool = False
+) -> Iterator[None]:
+    """Hand what enters block ``layer`` to ``read`` in every forward; ``first``: before what is hooked there already.
+
+    The hook is on the block itself: a model that TransformerLens has not wrapped stays so.
+    """
+
+    def look(block: Any, args: Any, kwargs: Any) -> None:
+        read(args[0] if args else kwargs["hidden_states"])
+
+    handle = decoder_layers(model)[layer].register_forward_pre_hook(look, with_kwargs=True, prepend=first)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -71,10 +71,11 @@ def interventions(data: RunData) -> Figure | None:
         "set to the harmful mean": "set to harmful",
     }
     n_controls = len({row.get("control") for row in rows if row.get("control") is not None})
-    several = n_controls > 1
+    controls = {0: "", 1: "; and a random direction of the same length as a control"}
+    controlled = controls.get(n_controls, "; and random directions of the same length as controls")
 
     def what(row: Row) -> str:
-        number = f" ({row['control']})" if several and row.get("control") is not None else ""
+        number = f" ({row['control']})" if n_controls > 1 and row.get("control") is not None else ""
         return f"{row['kind']}: {words.get(row['intervention'], row['intervention'])}{number}"
 
     shown = [{**row, "what": what(row)} for row in rows]
@@ -106,11 +107,7 @@ def interventions(data: RunData) -> Figure | None:
     caption = (
         "No suffix: the refusal direction left alone, ablated at every layer, taken out of the weights "
         "(orthogonalised), added at its own layer, or with its projection set to the mean of the other kind of prompts "
-        "at every layer"
-        + ("; and random directions of the same length as controls" if several else "")
-        + ("; and a random direction of the same length as a control" if n_controls == 1 else "")
-        + ". "
-        + " ".join(filter(None, (compliance(data), not_available(data))))
+        f"at every layer{controlled}. " + " ".join(filter(None, (compliance(data), not_available(data))))
     )
     columns = (
         ("kind", "prompts"),

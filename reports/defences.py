@@ -21,7 +21,7 @@ def context(data: RunData) -> dict[str, Any]:
     first = next(iter(data.table("mitigations")), None)
     return {
         "counts": "" if first is None else _counts(first),
-        "timing": timing(first),
+        "timing": _timing(first),
         "detectors": [_detector_row(row) for row in data.table("detectors")],
         "mitigations": [_mitigation_row(row, tested) for row in data.table("mitigations")],
         "adaptive": "" if adaptive_curves(data) else adaptive(data),  # the figure's caption says it otherwise
@@ -149,7 +149,7 @@ def _fires(row: Row) -> str:
     return ", ".join(percent(row.get(f"fires_{kind}")) for kind in ("attacked", "lookalike", "harmless"))
 
 
-def timing(row: Row | None) -> str:
+def _timing(row: Row | None) -> str:
     """Return what times a token are measured beside, as a sentence with its blank."""
     if row is None:
         return ""

@@ -13,7 +13,7 @@ from torch import Tensor
 import attacks
 from attacks.config import ScoreDtype
 from attacks.scorer import Scorer
-from attacks.terms import Read, Term, decoder_layers
+from attacks.terms import Read, Term, entering
 from suffix_analysis.attacking import conversation, gcg_config
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import Firings
@@ -50,18 +50,15 @@ class Detected:
         unit, harm = (x.to(model.device) for x in (self.direction.unit, self.harmfulness.unit))
         behind = len(slot.target_ids) - 1  # tokens that stand behind chat[-1]
 
-        def catch(module: Any, args: Any, kwargs: Any) -> None:
-            x = (args[0] if args else kwargs["hidden_states"]).float()
+        def catch(x: Tensor) -> None:
+            x = x.float()
             stop = x.shape[1] - behind - len(slot.after_ids)
             most = (x[:, self.first : stop] @ harm.to(x.device)).max(dim=1).values
             along = x[:, x.shape[1] - 1 - behind] @ unit.to(x.device)
             seen.append((harm_without_refusal(self.direction, self.harmfulness, most, along) - self.cut).relu())
 
-        handle = decoder_layers(model)[layer].register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
-        try:
+        with entering(model, layer, catch, first=True):
             yield lambda: seen[-1]
-        finally:
-            handle.remove()
 
 
 @dataclass(frozen=True)

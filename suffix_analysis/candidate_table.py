@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from suffix_analysis.chat import Chat
+from suffix_analysis.config import require_layer_share
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import ablated_logits, added_logits, last_logits
 from suffix_analysis.models import Model
@@ -63,8 +64,7 @@ def _require_rules(kl_threshold: float, induce_threshold: float, layer_share: fl
     for name, value in (("kl_threshold", kl_threshold), ("induce_threshold", induce_threshold)):
         if math.isnan(value):
             raise UserError(f"{name} is {value}; it must be a number.")
-    if not 0 < layer_share <= 1:
-        raise UserError(f"layer_share is {layer_share}; it is a share of the layers, above 0 and at most 1.")
+    require_layer_share(layer_share)
 
 
 def first_late(n_layers: int, layer_share: float) -> int:

@@ -39,6 +39,16 @@ TEXTS = (
 )  # fmt: skip
 
 
+def require_layer_share(layer_share: float) -> None:
+    """Refuse what is no share of the layers.
+
+    Raises:
+        UsageError: names it.
+    """
+    if not 0 < layer_share <= 1:
+        raise UsageError(f"layer_share is {layer_share}; it is a share of the layers, above 0 and at most 1.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Settings of a study.
@@ -179,8 +189,7 @@ class StudyConfig:
                 raise UsageError(f"refusal_tokens is {list(self.refusal_tokens)}; give token ids, or leave it out.")
             # a list where it comes from a file
             object.__setattr__(self, "refusal_tokens", tuple(dict.fromkeys(self.refusal_tokens)))
-        if not 0 < self.layer_share <= 1:
-            raise UsageError(f"layer_share is {self.layer_share}; it is a share of the layers, above 0 and at most 1.")
+        require_layer_share(self.layer_share)
         for name in ("stop_below", "flip_below"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it is a share between 0 and 1.")

@@ -13,7 +13,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from attacks.precision import contiguous_head
-from attacks.terms import decoder_layers
+from attacks.terms import entering
 from suffix_analysis.arms import projection_measures
 from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.chat import REGIONS, Chat
@@ -60,7 +60,7 @@ class Readings:
 
     ``tokens`` of the user's text; ``perplexity``: the largest mean surprisal (nats per token) of any ``WINDOW`` of
     them; ``harmfulness``: the largest projection at any of them (0 mean harmless prompt, 1 mean harmful one);
-    ``refusal``: the normalised projection at chat[-1]; ``hijacking``: dominance of the last ``TAIL`` of them in every
+    ``refusal``: the normalised projection at chat[-1]; ``hijacking``: dominance of the last of them (``tail``) in every
     layer's attention output at chat[-1]; ``heads``: every head's contribution to the direction; ``attention``: what
     every head pays to those last tokens from chat[-1], ``before`` to the user's tokens before them; ``instructed``: the
     projection at the instruction's last token, which no detector can know that is not told where the suffix begins.
@@ -116,27 +116,15 @@ def by_user_token(
     model: Model, chats: Sequence[Chat], unit: Float[Tensor, " d_model"], layer: int
 ) -> list[tuple[Float[Tensor, " token"], Float[Tensor, " token"]]]:
     """Surprisal (nats) and projection on ``unit`` at the input of ``layer``, at every token of the user's texts."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     seen: list[Tensor] = []
 
-    def look(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
+    def look(x: Tensor) -> None:
         seen.append(x.float() @ unit.to(x.device))
 
-    # on the block itself: a model that is not wrapped stays so, because wrapping takes time in every later forward
-    handle = decoder_layers(model.hf)[layer].register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        return _by_user_token(model, chats, seen)
-    finally:
-        handle.remove()
-
-
-def _by_user_token(
-    model: Model, chats: Sequence[Chat], seen: list[Tensor]
-) -> list[tuple[Float[Tensor, " token"], Float[Tensor, " token"]]]:
-    found: dict[int, tuple[Tensor, Tensor]] = {}
     for group in batches([len(chat.ids) for chat in chats], BUDGET):
         padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
-        with contiguous_head(model.hf):
+        with contiguous_head(model.hf), entering(model.hf, layer, look):
             logits = model.hf(**padded).logits
         along = seen.pop()
         for row, i in enumerate(group):
@@ -244,9 +232,21 @@ def _mean_tokens(kinds: Sequence[Sequence[Readings]]) -> float:
     return float(torch.cat([readings.tokens for parts in kinds for readings in parts]).mean())
 
 
-def _rate_columns(key: str) -> list[str]:
-    both = [f"{name}_{key}{end}" for name in ("caught", "false_positives") for end in ("", "_lo", "_hi")]
-    return [f"threshold_{key}", *both]
+def _at_rate(
+    positive: Float[ndarray, "prompt suffix"], negatives: Sequence[Float[ndarray, "_ _"]], marks: ndarray, rate: float
+) -> dict[str, float | None]:
+    """What the threshold that ``marks`` set for a rate catches, and what the rate became; None where they set none."""
+    cut = threshold(marks, rate)
+    values: tuple[float | None, ...] = (None,) * 7
+    if cut is not None:
+        caught = interval((positive > cut).astype(float), rate=True)
+        wrong = [interval((part > cut).astype(float), rate=True) for part in negatives]
+        became = float(np.mean([x > cut for part in negatives for x in part.flat]))
+        bounds = (wrong[0].lo, wrong[0].hi) if len(wrong) == 1 else (None, None)
+        values = (cut, caught.estimate, caught.lo, caught.hi, became, *bounds)
+    at = f"{100 * rate:.0f}"
+    rates = [f"{name}_{at}{end}" for name in ("caught", "false_positives") for end in ("", "_lo", "_hi")]
+    return dict(zip([f"threshold_{at}", *rates], values, strict=True))
 
 
 def detector_rows(
@@ -301,19 +301,6 @@ def detector_rows(
                 "auroc": value, "lo": lo, "hi": hi,
             }  # fmt: skip
             for rate in RATES:
-                cut, key = threshold(marks, rate), f"{100 * rate:.0f}"
-                if cut is None:
-                    row |= dict.fromkeys(_rate_columns(key))
-                    continue
-                caught = interval((positive > cut).astype(float), rate=True)
-                wrong = [interval((part > cut).astype(float), rate=True) for part in negatives]
-                only = wrong[0] if len(wrong) == 1 else None
-                row |= {
-                    f"threshold_{key}": cut, f"caught_{key}": caught.estimate, f"caught_{key}_lo": caught.lo,
-                    f"caught_{key}_hi": caught.hi,
-                    f"false_positives_{key}": float(np.mean([x > cut for part in negatives for x in part.flat])),
-                    f"false_positives_{key}_lo": None if only is None else only.lo,
-                    f"false_positives_{key}_hi": None if only is None else only.hi,
-                }  # fmt: skip
+                row |= _at_rate(positive, negatives, marks, rate)
             rows.append(row)
     return rows

@@ -289,10 +289,10 @@ def source_of(name: str, weights: bool = True) -> tuple[str, dict[str, Any]]:
         raise UserError("The model's name is empty; give 'embedded', a folder, a GGUF file or a hub id.")
     local = Path(os.path.expanduser(name))  # noqa: PTH111
     try:
-        local.is_file()
+        is_file = local.is_file()
     except OSError as error:
         raise UserError(f"There is no model {name[:60]!r}…: {error.strerror}.") from error
-    if local.is_file():
+    if is_file:
         if local.suffix != ".gguf":
             raise UserError(f"{name!r} is a file but not a .gguf one; give a model folder, a GGUF file or a hub id.")
         return str(local.parent), {"gguf_file": local.name}

@@ -21,7 +21,7 @@ from suffix_analysis.chat import reply_encodings
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.forward import last_logits, run_batch
-from suffix_analysis.generate import generate
+from suffix_analysis.generate import answers, generate
 from suffix_analysis.interventions import ablate, add, random_directions, set_projection
 from suffix_analysis.judges import Judge, is_refusal
 from suffix_analysis.judges import judge as rules
@@ -210,10 +210,14 @@ def reply_pairs(
     """
     chats = [model.chat(p.text) for p in prompts]
     ids = [chat.ids for chat in chats]
-    replies = [plain[p.id] for p in prompts] if plain else generate(model.hf, model.tokenizer, ids, length)
-    first = last_logits(model.hf, model.tokenizer, ids).argmax(dim=-1).tolist() if ids else []
+    if not ids:
+        return []
+    if plain:
+        replies, logits = [plain[p.id] for p in prompts], last_logits(model.hf, model.tokenizer, ids)
+    else:
+        replies, logits = answers(model.hf, model.tokenizer, ids, length)
     pairs = []
-    for chat, reply, token in zip(chats, replies, first, strict=True):
+    for chat, reply, token in zip(chats, replies, logits.argmax(dim=-1).tolist(), strict=True):
         found = reply_encodings(model.tokenizer, chat, reply)
         own = next((some for some in found if some[:1].tolist() == [token]), found[0])
         if len(own):

@@ -206,6 +206,9 @@ def _complied(row: dict[str, Any]) -> float:
     return float(row["verdict"] == "complied")
 
 
+SUCCESS = "complied (verdict)"  # the measure of these contrasts
+
+
 def success_contrasts(
     rows: Sequence[dict[str, Any]], edits: Sequence[dict[str, Any]], suffixes: Sequence[Suffix] = ()
 ) -> list[dict[str, Any]]:
@@ -223,7 +226,7 @@ def success_contrasts(
             {**other[p], "arm": name, "suffix_id": None} for p in dict.fromkeys(row["prompt_id"] for row in mine)
         ]
         cells = crossed(mine, "adversarial", _complied, suffixes), crossed(against, name, _complied)
-        found.append(contrast_row("complied (verdict)", "adversarial", name, contrast(*cells, rate=True)))
+        found.append(contrast_row(SUCCESS, "adversarial", name, contrast(*cells, rate=True)))
     return found
 
 

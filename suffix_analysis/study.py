@@ -180,18 +180,16 @@ class Study:
             UserError: they are none, or not tokens of the model, or hardly a reply to harmful prompts opens with them.
         """
         path = self.folder / "refusal_tokens.json"
-        kept = path.exists()
-        if kept:
-            tokens = list(files.read_as(path, list[NonNegativeInt]))
-        elif self.config.refusal_tokens is not None:
+        if path.exists():
+            return known_tokens(self.model, files.read_as(path, list[NonNegativeInt]), str(path))
+        if self.config.refusal_tokens is not None:
             tokens = known_tokens(self.model, self.config.refusal_tokens)
             if self.config.keep_by_score:  # else no prompt has to be refused
                 require_refusals(self.fast, self._chats("harmful"), tokens)
         else:
             tokens = discover_refusal_tokens(self.fast, self._chats("harmful"), self._chats("harmless"))
-        if not kept:
-            files.write_json(path, tokens)
-        return known_tokens(self.model, tokens, str(path))
+        files.write_json(path, tokens)
+        return tokens
 
     def _chats(self, kind: str) -> list[Chat]:
         """The select split's prompts of a kind as conversations."""

@@ -90,11 +90,12 @@ EDITS = {"ablated": "ablated", "orthogonalised": "taken out of the weights"}
 def finish(study: Study, as_json: bool) -> None:
     """Build the report and print where it is, with the headline numbers."""
     from suffix_analysis.files import read_table
+    from suffix_analysis.replies import SUCCESS
 
     page = build(study.folder)
     rows = read_table(study.folder / "findings" / "refusal.parquet")
     contrasts = read_table(study.folder / "findings" / "contrasts.parquet")
-    success = [row for row in contrasts if row["measure"] == "complied (verdict)"]
+    success = [row for row in contrasts if row["measure"] == SUCCESS]
     result = {"report": str(page), "refusal": rows, "attack_success": success}
     lines = [
         f"{row['arm']:21} refusal phrases {row['refusal_rate']:6.1%} [{row['refusal_lo']:.1%}, {row['refusal_hi']:.1%}]"
