@@ -90,10 +90,9 @@ def test_shares_of_what_the_heads_lose_need_a_clear_total(data: RunData) -> None
     assert "bring less" not in said(changed(data, "factors", hi=None))
 
 
-@pytest.mark.long
 def test_only_report_prompts_are_counted_as_such() -> None:
     rows = [{"split": "report", "n_prompts": 48}, {"split": "select", "n_prompts": 72}]
-    assert over_prompts(rows) == over_prompts([{"n_prompts": 48}]) == "48 report prompts"
+    assert over_prompts(rows) == over_prompts([{"n_prompts": 48}]) == "48\u00a0report prompts"
 
 
 def test_a_dash_never_stands_before_a_minus() -> None:
@@ -101,6 +100,7 @@ def test_a_dash_never_stands_before_a_minus() -> None:
     assert told == ["40 % (CI 30–50 %)", "−4 % (CI −7 to −0.3 %)"]
 
 
+@pytest.mark.long
 def test_a_pool_is_told_as_a_pool(data: RunData, pool: RunData) -> None:
     text = said(pool)
     assert "on 12 unseen instructions, over 8 suffixes;" in text
