@@ -66,13 +66,16 @@ def arm_view(pattern: Pattern) -> dict[str, Any]:
     start = max(0, len(pattern.tokens) - MAX_TOKENS)
     tokens = [_clip(token_text(token), TOKEN_CHARS) for token in pattern.tokens[start:]]
     by_head = [[float(f"{value or 0.0:.3g}") for value in row[start:]] for row in pattern.contribution]
+    regions = runs(pattern.regions[start:])
     return {
         "arm": pattern.arm,
         "title": TITLES.get(pattern.arm) or visible(pattern.arm),
         "suffix": None if pattern.suffix_id is None else visible(str(pattern.suffix_id)),
         "cropped": start,
         "tokens": tokens,
-        "regions": runs(pattern.regions[start:]),
+        "regions": regions,
+        # counted from the end of their region: the same place in every arm, also where one is cropped
+        "places": [f"{name} −{length - i}" for name, length in regions for i in range(length)],
         "heads": [head_name(*head) for head in pattern.heads],
         "attention": [
             [[round(1000 * value) for value in row[start : dest + 1]] for dest, row in enumerate(head) if dest >= start]

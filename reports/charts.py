@@ -85,12 +85,22 @@ def differences(arms: Iterable[str]) -> list[tuple[str, str]]:
 
 
 PINNED = alt.param(name="pinned", value="")
-"""The pinned head's name; the page's script sets it in every chart that has this parameter."""
+"""The pinned head's name, or that of a layer; the page's script sets it in every chart that has this parameter."""
+
+
+def is_pinned(field: str) -> str:
+    """Return the Vega expression that the head named in ``field`` is pinned, alone or with its layer."""
+    return f"(datum.{field} == pinned || indexof(datum.{field} || '', pinned + '.') == 0)"
 
 
 def head_name(layer: int, head: int) -> str:
     """Return the usual name of a head, L16.H4."""
-    return f"L{layer}.H{head}"
+    return f"{layer_name(layer)}.H{head}"
+
+
+def layer_name(layer: int) -> str:
+    """Return how a layer is named beside its heads, L16."""
+    return f"L{layer}"
 
 
 def _arm_legend(arms: set[str]) -> alt.Legend:
@@ -231,7 +241,7 @@ def _uncertain(rows: Sequence[Row]) -> set[int]:
 
 
 def layer_lines(rows: list[Row], title: str, layer: int | None = None) -> Any:
-    """Return lines over the layers with their bands, one per arm; ``layer`` gets a rule."""
+    """Return lines over the layers with their bands, one per arm; ``layer`` gets a rule, a pinned layer a thin one."""
     arms = {row["arm"] for row in rows}
     domain = theme.arm_domain(arms)
     legend = alt.Legend(
@@ -254,19 +264,28 @@ def layer_lines(rows: list[Row], title: str, layer: int | None = None) -> Any:
             "arm:N", scale=alt.Scale(domain=domain, range=[theme.DASHES.get(a, [1, 1]) for a in domain]), legend=legend
         ),
     )
-    hover = base.mark_circle(size=60, opacity=0).encode(
-        y=alt.Y("mean:Q"),
-        tooltip=tips(
-            ("arm:N", "arm"), ("layer:Q", "layer"), ("mean:Q", "mean"), ("lo:Q", "CI from"), ("hi:Q", "CI to")
-        ),
+    hover = (
+        base.mark_circle(size=60, opacity=0, cursor="pointer")
+        .transform_calculate(name=_LAYER)
+        .encode(
+            y=alt.Y("mean:Q"),
+            tooltip=tips(
+                ("arm:N", "arm"), ("layer:Q", "layer"), ("mean:Q", "mean"), ("lo:Q", "CI from"), ("hi:Q", "CI to")
+            ),
+        )
     )
-    layers = [band, line, hover]
+    here = f"pinned == {_LAYER} || indexof(pinned, {_LAYER} + '.') == 0"
+    pin = alt.Chart(MAIN).mark_rule(strokeWidth=4, aria=False).transform_aggregate(groupby=["layer"])
+    layers = [pin.encode(x=alt.X("layer:Q"), opacity=opacity_where(here, 0.25, 0)), band, line, hover]
     if layer is not None:
         for row in [row for row in rows if row["layer"] == layer][:1]:
             row["marked"] = True
         rule = alt.Chart(MAIN).mark_rule(strokeDash=[4, 3]).encode(x=alt.X("layer:Q"))
         layers.insert(0, rule.transform_filter("datum.marked"))
-    return alt.layer(*layers)
+    return alt.layer(*layers).add_params(PINNED)
+
+
+_LAYER = "('L' + datum.layer)"  # layer_name, in a chart
 
 
 def dots(
@@ -290,7 +309,7 @@ def dots(
             (f"{value}_hi:Q", "CI to"),
         ),
     )
-    near = f"pinned == '' || datum.{field} == pinned"
+    near = f"pinned == '' || {is_pinned(field)}"
     bar = base.mark_rule(strokeWidth=2.5).encode(
         x=alt.X(f"{value}_lo:Q", title=title, axis=axis), x2=alt.X2(f"{value}_hi:Q"),
         opacity=opacity_where(near, 0.55, 0.12) if pin else alt.OpacityValue(0.55),

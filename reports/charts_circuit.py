@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from reports import theme
-from reports.charts import MAIN, PINNED, Figure, View, differences, filled, head_name, opacity_where, outline
+from reports.charts import MAIN, PINNED, Figure, View, differences, filled, head_name, is_pinned, opacity_where, outline
 from reports.data import Row, RunData
 from reports.escape import visible
 from reports.evidence import first_of
@@ -233,7 +233,7 @@ def _chart(top: int, tokens: int) -> Any:
     legend = alt.Legend(
         orient="bottom", title="towards (+) or away from (−) refusal", titleLimit=400
     )  # one for colour and dash
-    near = "pinned == '' || datum.name == pinned || datum.also == pinned"
+    near = f"pinned == '' || {is_pinned('name')} || {is_pinned('also')}"
     base = alt.Chart(MAIN)
     edges = (
         base.mark_rule(strokeCap="round")

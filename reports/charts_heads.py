@@ -20,6 +20,7 @@ from reports.charts import (
     filled,
     finish,
     head_name,
+    is_pinned,
     opacity_where,
     outline,
     tips,
@@ -41,7 +42,7 @@ GLYPH_FROM = 0.12
 """Heads below this share of the largest |contribution| carry no sign glyph."""
 
 
-PIN = "Click a head to pin it."
+PIN = "Click a head to pin it, a point of the projection profile for a whole layer."
 LEVEL = 0.05  # of family-wise tests
 
 
@@ -210,7 +211,7 @@ def _outline(measure: str, bound: float, fields: tuple[str, ...], height: int, s
         "datum.rank != null"
     )
     pin = base.mark_rect(style="marked", fillOpacity=0, strokeWidth=4, cornerRadius=1).encode(
-        opacity=opacity_where("datum.name == pinned", 1, 0)
+        opacity=opacity_where(is_pinned("name"), 1, 0)
     )
     glyph = base.mark_text(fontSize=10, fontWeight=600, baseline="middle").encode(text=alt.Text("sign:N"))
     return outline(alt.layer(cell_mark, ring, pin, glyph).add_params(PINNED), height, say)

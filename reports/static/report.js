@@ -155,7 +155,7 @@
   choose();
   followers.push((changed) => (changed.includes("measure") || changed.includes("arm")) && choose());
   const headSelect = byId("head");
-  if (headSelect) options(headSelect, [["", "all heads"], ...Object.entries(heads).map(([name, { rank }]) => [name, rank ? `${name} (top ${rank})` : name])]);
+  if (headSelect) options(headSelect, [["", "all heads"], ...Object.entries(heads).map(([name, { label }]) => [name, label])]);
   followers.push((changed) => {
     if (!changed.includes("head")) return;
     if (headSelect) headSelect.value = state.head;
@@ -167,26 +167,25 @@
     const place = byId("pinned");
     if (!place) return;
     const record = state.head && heads[state.head];
-    if (!record) { place.replaceChildren(el("p.quiet", "No head is pinned: click one in the grid or the circuit, or choose it above.")); return; }
+    if (!record) { place.replaceChildren(el("p.quiet", "No head is pinned: click one in the grid or the circuit, a point of the profile for a whole layer, or choose above.")); return; }
     const rows = Object.entries(record.arms).map(([arm, values]) => [arm, ...values.map((value, i) => bounded(value, i ? percent : nice))]);
-    place.replaceChildren(el("h3", state.head, el("span.quiet", record.rank ? ` · rank ${record.rank} on the select split` : " · not among the top heads")),
+    place.replaceChildren(el("h3", state.head, el("span.quiet", ` · ${record.about}`)),
       table(["arm", ...payload.pinned.columns], rows));
     if (record.factors.length) place.append(el("h4", "Why it brings less from the instruction"), table(["cause", "along r̂", "share"], record.factors.map(([words, value, share]) => [words, bounded(value, nice), bounded(share, percent)])));
-    for (const [run, [effect, lo, hi], p] of record.effects) place.append(el("p.quiet", `Ablated alone ${run === "none" ? "without a suffix" : "with the suffix"}: projection ${effect > 0 ? "+" : ""}${nice(effect)}${lo == null ? "" : ` (CI ${nice(lo)} to ${nice(hi)})`}${p == null ? "" : `, p ${p < 0.001 ? "< 0.001" : `= ${nice(p)}`} adjusted for all heads`}.`));
+    place.append(...record.notes.map((words) => el("p.quiet", words)));
   }
 
   // --- prompts: token strips and attention ------------------------------------------------------------------------
-  // What each token gives: of the pinned head where its pattern is stored, else of all top heads.
-  const given = (view) => view.by_head[view.heads.indexOf(state.head)] || view.contribution;
-
-  // Where each token stands, counted from its region's end: the same place in every arm, also where one is cropped.
-  const places = (view) => view.regions.flatMap(([name, length]) => Array.from({ length }, (_, i) => `${name} −${length - i}`));
+  // The heads with a stored pattern that are pinned, one or a layer's; and what each token gives: of these, else of all.
+  const own = (view) => view.heads.flatMap((name, h) => (name === state.head || name.startsWith(`${state.head}.`) ? [h] : []));
+  const sum = (values) => values.reduce((total, value) => total + value, 0);
+  const given = (view) => (own(view).length ? view.tokens.map((_, k) => sum(own(view).map((h) => view.by_head[h][k]))) : view.contribution);
 
   function strip(view, values, most) {
-    const where = places(view), made = view.tokens.map((words, k) => {
+    const made = view.tokens.map((words, k) => {
       const token = el("span.tok", words), value = values[k];
-      token.dataset.place = where[k];
-      if (value == null || !(most > 0)) return token;
+      token.dataset.place = view.places[k];
+      if (!(most > 0)) return token;
       const share = Math.min(1, Math.abs(value) / most), colour = value > 0 ? "var(--pos)" : "var(--neg)";
       token.style.background = `color-mix(in srgb, ${colour} ${Math.round(45 * share)}%, transparent)`;
       if (share > 0.1) token.style[value > 0 ? "borderTopColor" : "borderBottomColor"] = colour;
@@ -201,27 +200,27 @@
   function token() {
     const record = payload.prompts[state.prompt];
     if (!record || !byId("token")) return;
-    const spots = record.arms.map((view) => [view, places(view)]), words = new Map();
+    const words = new Map();
     for (const node of document.querySelectorAll("#strips .tok")) node.classList.toggle("chosen", node.dataset.place === state.token);
-    for (const [view, where] of spots) where.forEach((place, k) => words.set(place, [...new Set([...(words.get(place) || []), view.tokens[k]])]));
+    for (const view of record.arms) view.places.forEach((place, k) => words.set(place, [...new Set([...(words.get(place) || []), view.tokens[k]])]));
     options(byId("token"), [["", "none"], ...[...words].map(([place, found]) => [place, `${place}: ${found.join(" | ")}`])]);
     byId("token").value = words.has(state.token) ? state.token : "";
-    const rows = spots.filter(([, where]) => where.includes(state.token)).flatMap(([view, where]) => {
-      const k = where.indexOf(state.token), one = view.heads.indexOf(state.head);
-      return view.heads.map((name, h) => [name, view.title, view.tokens[k], nice(view.by_head[h]?.[k]), percent(view.attention[h].at(-1)[k] / 1000)]).filter((_, h) => one < 0 || h === one);
+    const rows = record.arms.filter((view) => view.places.includes(state.token)).flatMap((view) => {
+      const k = view.places.indexOf(state.token), mine = own(view);
+      return view.heads.map((name, h) => [name, view.title, view.tokens[k], nice(view.by_head[h][k]), percent(view.attention[h].at(-1)[k] / 1000)]).filter((_, h) => !mine.length || mine.includes(h));
     });
     byId("token-heads").replaceChildren(...(rows.length ? [table(["head", "arm", "token", "along r̂", "attention of chat[−1]"], rows.sort((a, b) => a[0].localeCompare(b[0], "en", { numeric: true })))] : []));
   }
 
   // The same as a table, with where chat[−1] looks in the pinned head: for those who cannot hover.
   function tokens(view, values) {
-    const looks = view.attention[view.heads.indexOf(state.head)]?.at(-1), where = places(view);
+    const looks = view.attention[view.heads.indexOf(state.head)]?.at(-1);
     return [table(["token", "region", "along r̂", ...(looks ? [`attention of chat[−1] in ${state.head}`] : [])],
-      view.tokens.map((token, k) => [token, where[k].replace(/ −\d+$/, ""), nice(values[k]), ...(looks ? [percent(looks[k] / 1000)] : [])]))];
+      view.tokens.map((token, k) => [token, view.places[k].replace(/ −\d+$/, ""), nice(values[k]), ...(looks ? [percent(looks[k] / 1000)] : [])]))];
   }
 
   // The pairs of tokens between which most attention passes, but for that to the first token, where idle heads look.
-  const pairs = (view, one) => view.attention.flatMap((head, h) => (one >= 0 && h !== one ? [] : head.flatMap((row, i) => row.map((share, k) => [view.heads[h], i, k, share]))))
+  const pairs = (view, which) => which.flatMap((h) => view.attention[h].flatMap((row, i) => row.map((share, k) => [view.heads[h], i, k, share])))
     .filter(([, , k]) => k > 0).sort((a, b) => b[3] - a[3]).slice(0, 12).map(([name, i, k, share]) => [name, `${i + 1}. ${view.tokens[i]}`, `${k + 1}. ${view.tokens[k]}`, percent(share / 1000)]);
   let serial = 0, inView = false;
   function patterns(record) {
@@ -229,30 +228,29 @@
     if (!window.CircuitsVis) document.head.append(Object.assign(el("script"), { textContent: document.querySelector("script[data-name=circuitsvis]").textContent }));  // a quarter of a second that can wait till here
     place.replaceChildren();
     for (const view of record.arms) {
-      const one = view.heads.indexOf(state.head), size = view.tokens.length, target = el("div.cv");
+      const which = own(view).length ? own(view) : view.heads.map((_, h) => h), size = view.tokens.length, target = el("div.cv");
       target.id = `cv-${serial++}`;
-      place.append(el("div.paper", el("h4", view.title), target, fold("details.data", "Largest token pairs", () => [table(["head", "looks", "at", "attention"], pairs(view, one))])));
+      place.append(el("div.paper", el("h4", view.title), target, fold("details.data", "Largest token pairs", () => [table(["head", "looks", "at", "attention"], pairs(view, which))])));
       const say = () => target.querySelectorAll("canvas:not([aria-label])").forEach((canvas, i) =>  // drawn later, by React
         canvas.setAttribute("aria-label", `attention pattern ${i + 1}, ${view.title}`));
       new MutationObserver(say).observe(target, { childList: true, subtree: true });
       const whole = view.attention.map((head) => head.map((row) => Array.from({ length: size }, (_, k) => (k < row.length ? row[k] / 1000 : 0))));
       CircuitsVis.render(target.id, CircuitsVis.AttentionHeads, {
-        attention: one < 0 ? whole : [whole[one]], attentionHeadNames: one < 0 ? view.heads : [view.heads[one]],
+        attention: which.map((h) => whole[h]), attentionHeadNames: which.map((h) => view.heads[h]),
         tokens: view.tokens.map((token) => (token.length > 12 ? token.slice(0, 11) + "…" : token)),
         maxValue: most, minValue: -most, positiveColor: "#17569b", negativeColor: "#c84e00", maskUpperTri: true,
       });
     }
-    byId("cv-note").textContent = `Full colour from ${most.toFixed(2)} up, the same on both sides.${!state.head || record.arms.some((view) => view.heads.includes(state.head)) ? "" : ` Patterns are stored for the top heads only, not for ${state.head}.`}`;
+    byId("cv-note").textContent = `Full colour from ${most.toFixed(2)} up, the same on both sides.${!state.head || record.arms.some((view) => own(view).length) ? "" : ` Patterns are stored for the top heads only, not for ${state.head}.`}`;
   }
   function prompt() {
     const record = payload.prompts[state.prompt];
     if (!record || !byId("prompt")) return;
     byId("prompt").value = String(state.prompt);
-    const most = Math.max(0, ...record.arms.flatMap((view) => given(view).filter((v) => v != null).map(Math.abs)));
+    const most = Math.max(0, ...record.arms.flatMap((view) => given(view).map(Math.abs)));
     byId("strips").replaceChildren(...record.arms.map((view) => {
-      const values = given(view), total = values.reduce((sum, v) => sum + (v || 0), 0);
-      const whose = view.heads.includes(state.head) ? state.head : "top heads";
-      return el("div.strip", el("h4", view.title, el("span", `${view.suffix ? ` · ${view.suffix}` : ""} · ${whose}, sum ${nice(total.toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most), fold("details.data", "Table of these tokens", () => tokens(view, values)));
+      const values = given(view), whose = own(view).length ? own(view).map((h) => view.heads[h]).join(" + ") : "top heads";
+      return el("div.strip", el("h4", view.title, el("span", `${view.suffix ? ` · ${view.suffix}` : ""} · ${whose}, sum ${nice(sum(values).toFixed(2))}${view.cropped ? `, first ${view.cropped} tokens left out` : ""}`)), strip(view, values, most), fold("details.data", "Table of these tokens", () => tokens(view, values)));
     }));
     const row = payload.replies.rows.find((other) => other.id === record.id);
     byId("prompt-replies").replaceChildren(...(row ? opened(row, new Map(record.arms.map((view) => [view.arm, view.suffix ?? null]))) : []));
@@ -274,7 +272,9 @@
 
   // --- replies -----------------------------------------------------------------------------------------------------
   function opened(row, only) {  // only: arm → the suffix whose reply is wanted
-    return Object.entries(row.cells).flatMap(([arm, cell]) => cell.map((reply) => [arm, ...reply])).filter(([arm, suffix]) => !only || (only.has(arm) && only.get(arm) === (suffix || null))).map(([arm, suffix, verdict, , score, text]) => {
+    const all = Object.entries(row.cells).flatMap(([arm, cell]) => cell.map((reply) => [arm, ...reply]));
+    const wanted = only ? all.filter(([arm, suffix]) => only.has(arm) && only.get(arm) === (suffix || null)) : all;
+    return wanted.map(([arm, suffix, verdict, , score, text]) => {
       const head = `${arm}${suffix ? ` · ${suffix}` : ""} · ${payload.replies.verdicts[verdict]} · refusal score ${nice(score)} · model reply, may be unpleasant`;
       const words = (payload.replies.texts[text] ?? "(only in the run folder)") || "(an empty reply)";
       return el("details.reply", el("summary", head), Object.assign(el("p", words), { dir: "auto" }));

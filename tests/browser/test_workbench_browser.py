@@ -281,3 +281,26 @@ def test_a_token_is_chosen_by_click_or_list_and_told_head_by_head_in_every_arm(
     page.locator("#strips .tok.chosen").first.click()
     assert page.input_value("#token") == "" and rows.count() == 0 and "token=" not in page.url
     seen.quiet()
+
+
+def test_a_layer_is_pinned_from_the_profile_with_all_its_heads(browser: sync_api.Browser, report: Path) -> None:
+    page, seen = open_page(browser, report)
+    points = page.locator("#fig-profile .plot .mark-symbol.role-mark path")
+    told = [points.nth(i).get_attribute("aria-label") or "" for i in range(points.count())]
+    points.nth(next(i for i, words in enumerate(told) if "layer: 16" in words)).click(force=True)
+    assert "head=L16" in page.url and page.input_value("#head") == "L16"
+    assert pinned_in(page).startswith("L16 · all 9\u00a0heads of this layer")
+    assert page.locator("#pinned p", has_text="Its MLP writes along r̂").count() == 2
+    shown = page.evaluate(
+        "[...document.querySelectorAll('#fig-heads .plot .mark-rect.role-mark')].at(-1)"
+        ".querySelectorAll(\"path[opacity='1']\").length"
+    )
+    assert shown == 9, "every head of the layer is outlined in the grid"
+    rule = 'document.querySelectorAll(\'#fig-profile .plot .mark-rule.role-mark line[stroke-width="4"][opacity="0.25"]\').length'
+    assert page.evaluate(rule) == 1
+    assert page.locator("#strips h4").first.inner_text().count("L16.H") >= 1
+    page.select_option("#head", "L14.H7")
+    assert page.evaluate(rule) == 1, "a head's layer is marked too"
+    page.select_option("#head", "")
+    assert page.evaluate(rule) == 0
+    seen.quiet()
