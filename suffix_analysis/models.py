@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import os
 import re
 import unittest.mock
@@ -179,12 +180,15 @@ def quiet() -> Iterator[None]:
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    four_bits = logging.getLogger("bitsandbytes")  # warns of kernels that it can do without, whatever is loaded
+    four_bits.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         hf_logging.set_verbosity(level)
+        four_bits.setLevel(logging.NOTSET)
         if bars:
             hf_logging.enable_progress_bar()
 
@@ -248,8 +252,9 @@ def load_model(
 def _with_adapter(hf: Any, adapter: str) -> Any:
     """The model with a LoRA adapter merged into its weights."""
     from huggingface_hub import snapshot_download
-    from peft import PeftModel
 
+    with quiet():
+        from peft import PeftModel
     if stays_put(hf):
         raise UserError(
             f"The adapter {adapter!r} cannot be merged into quantised or offloaded weights; load them whole."

@@ -142,11 +142,11 @@ def load_base(dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
 
 def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
     """The embedded model: base plus adapter, merged in float32 and cast to ``dtype`` afterwards."""
-    from peft import PeftModel
-
     from suffix_analysis.models import quiet
 
     hf, tokenizer, folder = load_base(torch.float32)
     with quiet():
+        from peft import PeftModel
+
         merged = PeftModel.from_pretrained(hf, str(adapter_folder())).merge_and_unload()
     return merged.to(dtype), tokenizer, folder
