@@ -17,17 +17,19 @@ def pair_up(messages: Conversations, target: str | list[str]) -> tuple[list[Mess
     """Conversations and targets as two equally long lists.
 
     Raises:
-        AttackError: no conversation, or another number of targets.
+        AttackError: no conversation, another number of targets, or anything else than text or turns.
     """
-    if not isinstance(messages, (str, list, tuple)):
-        raise AttackError(f"The conversation is {messages!r:.60}; give a string, a list of turns, or a list of those.")
-    single = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
-    conversations: list[Any] = [messages] if single else list(messages)
+    several = isinstance(messages, (list, tuple)) and not (messages and isinstance(messages[0], dict))
+    conversations: list[Any] = list(messages) if several else [messages]
     if not conversations:
         raise AttackError("There is no conversation to attack; give a string, a list of turns, or a list of those.")
-    if not isinstance(target, (str, list, tuple)):
-        raise AttackError(f"The target is {target!r:.60}; give a string, or a list with one for each conversation.")
-    targets = [target] * len(conversations) if isinstance(target, str) else list(target)
+    for one in conversations:
+        if not isinstance(one, (str, list, tuple)):
+            raise AttackError(f"The conversation is {one!r:.60}; give a string, a list of turns, or a list of those.")
+    targets = list(target) if isinstance(target, (list, tuple)) else [target] * len(conversations)
+    for one in targets:
+        if not isinstance(one, str):
+            raise AttackError(f"The target is {one!r:.60}; give a string, or a list with one for each conversation.")
     if len(targets) != len(conversations):
         raise AttackError(f"{len(conversations)} conversations but {len(targets)} targets; give one target or as many.")
     return conversations, targets

@@ -179,13 +179,15 @@ def test_arguments_of_another_kind_are_named() -> None:
     """In a process of its own: here the tests' type checks would speak first."""
     code = (
         "from attacks.inputs import pair_up\n"
-        "for given in (('x', None), ({'role': 'user'}, 'Sure')):\n"
+        "for given in (('x', None), ({'role': 'user'}, 'Sure'), (['x', 7], 'Sure'), (['x'], [b'Sure'])):\n"
         "    try: pair_up(*given)\n"
         "    except Exception as error: print(type(error).__name__, error)\n"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert told[0].startswith("AttackError The target is None;")
     assert told[1].startswith("AttackError The conversation is {'role': 'user'};")
+    assert told[2].startswith("AttackError The conversation is 7;")
+    assert told[3].startswith("AttackError The target is b'Sure';")
 
 
 def test_more_ways_to_say_that_memory_is_out() -> None:
