@@ -55,7 +55,7 @@ class Firings:
 
     def take(self) -> float | None:
         """The share of them in which it fired, None where it was not asked; they are forgotten."""
-        found = float(torch.cat(self.seen).float().mean()) if self.seen else None
+        found = float(torch.cat(self.seen).double().mean()) if self.seen else None
         self.seen.clear()
         return found
 

@@ -143,6 +143,23 @@ def perplexities(model: Model, chats: Sequence[Chat], harmfulness: Harmfulness) 
     return torch.tensor([windowed(surprisal) for surprisal, _ in tokens])
 
 
+@torch.no_grad()
+def gaps(model: Model, direction: Direction, harmfulness: Harmfulness, chats: Sequence[Chat]) -> Float[Tensor, " chat"]:
+    """Harmfulness − refusal of each conversation, for one forward: what a filter needs that waits for it."""
+    found = torch.empty(len(chats))
+    entered: list[Tensor] = []
+    for group in batches([len(chat.ids) for chat in chats], BUDGET):
+        padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
+        with entering(model.hf, direction.layer, entered.append):
+            model.hf(**padded, logits_to_keep=1)
+        x = entered.pop().float().cpu()
+        for row, i in enumerate(group):
+            user = x[row, -len(chats[i].ids) :][user_mask(chats[i])]
+            most, along = (user @ harmfulness.unit).max(), x[row, -1] @ direction.unit
+            found[i] = harm_without_refusal(direction, harmfulness, most[None], along[None])[0]
+    return found
+
+
 def harmfulness_of(
     model: Model, direction: Direction, harmful: Sequence[Chat], harmless: Sequence[Chat]
 ) -> Harmfulness:

@@ -22,10 +22,11 @@ from suffix_analysis.adaptive import Defended, Detected, Trial, attack_defended
 from suffix_analysis.attacking import split_for_attack
 from suffix_analysis.causal import Head
 from suffix_analysis.causal_tests import random_heads
+from suffix_analysis.chat import Chat
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import Firings, damped, restored
 from suffix_analysis.detection import Fitted, parts_of
-from suffix_analysis.detectors import perplexities
+from suffix_analysis.detectors import gaps, perplexities
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import endless, generate
 from suffix_analysis.interventions import random_directions
@@ -99,13 +100,25 @@ def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, l
     top = fitted.strongest(n_heads)
     (elsewhere,) = random_directions(direction.vector, 1, seed)
 
-    def filtered(model: Model, texts: Sequence[str]) -> list[str]:
-        chats = [model.chat(text) for text in texts]
-        flagged = (perplexities(model, chats, fitted.harmfulness) > fitted.perplexity).tolist()
-        replies = iter(
-            generate(model.hf, model.tokenizer, [c.ids for c, f in zip(chats, flagged, strict=True) if not f], length)
-        )
-        return [REFUSAL if flag else next(replies) for flag in flagged]
+    def filtering(name: str, score: Callable[[Model, Sequence[Chat]], Float[Tensor, " chat"]], cut: float) -> Defence:
+        """Prompts that score above ``cut`` get a fixed refusal."""
+        fired = Firings()
+
+        def reply(model: Model, texts: Sequence[str]) -> list[str]:
+            chats = [model.chat(text) for text in texts]
+            flagged = score(model, chats) > cut
+            fired(flagged)
+            left = [chat.ids for chat, flag in zip(chats, flagged.tolist(), strict=True) if not flag]
+            replies = iter(generate(model.hf, model.tokenizer, left, length))
+            return [REFUSAL if flag else next(replies) for flag in flagged.tolist()]
+
+        return Defence(name, reply=reply, fired=fired)
+
+    def told_apart(model: Model, chats: Sequence[Chat]) -> Float[Tensor, " chat"]:
+        return gaps(model, direction, fitted.harmfulness, chats)
+
+    def unlikely(model: Model, chats: Sequence[Chat]) -> Float[Tensor, " chat"]:
+        return perplexities(model, chats, fitted.harmfulness)
 
     def restore(name: str, gated: bool, along: Tensor | None = None) -> Defence:
         gate = (fitted.harmfulness, fitted.gap) if gated else (None, 0.0)
@@ -139,7 +152,8 @@ def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, l
         restore("the same steps along a random direction, where it fires", True, elsewhere),
         restore("projection restored always", gated=False),
         restore("the same steps along a random direction, always", False, elsewhere),
-        Defence("perplexity filter", reply=filtered),
+        filtering("refused where the detector fires", told_apart, fitted.gap),
+        filtering("perplexity filter", unlikely, fitted.perplexity),
         Defence(f"SmoothLLM, {COPIES} copies", reply=lambda m, texts: _smooth(m, texts, length, seed)),
     ]
 

@@ -11,6 +11,7 @@ import torch
 from suffix_analysis.defences import Firings, damped, harmful_levels, restored
 from suffix_analysis.detectors import (
     Harmfulness,
+    gaps,
     read,
     user_mask,
 )
@@ -154,6 +155,7 @@ def test_restoring_takes_the_projection_to_the_harmful_mean_where_the_detector_f
     harm = Harmfulness(torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0)
     wanted = read(model, chats, direction, harm)
     gap = wanted.harmfulness - wanted.refusal
+    assert torch.allclose(gaps(model, direction, harm, chats), gap, atol=1e-4), "a filter reads what is restored by"
     cut = float(gap.sort().values[1:3].mean())  # two fire, two do not
     levels, seen = some_levels(model), list[torch.Tensor]()
     n_chat = len(levels)

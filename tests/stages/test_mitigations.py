@@ -50,7 +50,7 @@ def test_the_tables_have_every_line_and_their_controls(monkeypatch: pytest.Monke
     monkeypatch.setattr(mitigations, "generate", spied)
     table = measure_mitigations(model, direction, fitted, prompts, suffixes(4), n_heads=2, length=3, most=3)
     names = [row["defence"] for row in table]
-    assert names[0] == "none" and len(set(names)) == len(names) == 14
+    assert names[0] == "none" and len(set(names)) == len(names) == 15
     assert sum(row["control"] for row in table) == 6
     assert table[0]["slower"] == 0 and all(row["seconds"] > 0 for row in table)
     held = {row["defence"]: row["mass"] for row in table if row["mass"] is not None}
@@ -64,12 +64,14 @@ def test_the_tables_have_every_line_and_their_controls(monkeypatch: pytest.Monke
     )
     assert top["taken"] == pytest.approx(0.9 * top["mass"]) and 0 < control["taken"] <= top["taken"] + 1e-6
     for row in table:
-        gated = "fires" in row["defence"]
+        gated = "fires" in row["defence"] or "filter" in row["defence"]
         assert all((row[f"fires_{kind}"] is not None) == gated for kind in ("attacked", "lookalike", "harmless"))
     assert {(row["n_timed"], row["wrapped"]) for row in table} == {(3, True)}, "some_direction has it wrapped"
     assert (table[0]["cost"], table[0]["success_change"], table[0]["lookalike_change"]) == (0, 0, 0)
-    assert {row["defence"] for row in table if row["cost"] is None} == {"perplexity filter", "SmoothLLM, 10 copies"}
-    assert all(row["refused"] == 0 for row in table if "filter" not in row["defence"]), "a random model refuses nothing"
+    filters = {"refused where the detector fires", "perplexity filter"}
+    assert {row["defence"] for row in table if row["cost"] is None} == filters | {"SmoothLLM, 10 copies"}
+    for row in table:  # a random model refuses nothing, and a filter what it fires at
+        assert row["refused"] == (row["fires_attacked"] if row["defence"] in filters else 0)
     edits = [row for row in table[1:] if row["cost"] is not None and "fires" not in row["defence"]]
     assert all(row["cost"] != 0 for row in edits), "an edit acts while the cost of replies is measured"
     report = [p for p in prompts if p.kind == "harmful" and p.split == "report"][:3]
@@ -115,8 +117,11 @@ def test_a_filter_answers_what_it_flags_and_votes_are_counted(monkeypatch: pytes
         voices = said_by_turns
         assert made["SmoothLLM, 10 copies"].reply(model, ["Sing"]) == [said[wanted]]  # type: ignore[misc]
     monkeypatch.setattr(mitigations, "perplexities", lambda *args: torch.tensor([fitted.perplexity + 1, 0.0]))
+    monkeypatch.setattr(mitigations, "gaps", lambda *args: torch.tensor([fitted.gap + 1, fitted.gap]))
     voices = ["no"]
-    assert made["perplexity filter"].reply(model, ["a", "b"]) == [mitigations.REFUSAL, said["no"]]  # type: ignore[misc]
+    for name in ("perplexity filter", "refused where the detector fires"):
+        assert made[name].reply(model, ["a", "b"]) == [mitigations.REFUSAL, said["no"]]  # type: ignore[misc]
+        assert made[name].fired.take() == 0.5
 
 
 def test_what_is_answered_succeeds_and_what_is_refused_does_not() -> None:
