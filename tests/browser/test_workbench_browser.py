@@ -296,7 +296,8 @@ def test_a_layer_is_pinned_from_the_profile_with_all_its_heads(browser: sync_api
         ".querySelectorAll(\"path[opacity='1']\").length"
     )
     assert shown == 9, "every head of the layer is outlined in the grid"
-    rule = 'document.querySelectorAll(\'#fig-profile .plot .mark-rule.role-mark line[stroke-width="4"][opacity="0.25"]\').length'
+    marked = '#fig-profile .plot .mark-rule.role-mark line[stroke-width="4"][opacity="0.25"]'
+    rule = f"document.querySelectorAll('{marked}').length"
     assert page.evaluate(rule) == 1
     assert page.locator("#strips h4").first.inner_text().count("L16.H") >= 1
     page.select_option("#head", "L14.H7")
