@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.embedded, pytest.mark.timeout(4000)]
 # run, with a fraction of its prompts and steps. The rate is that of one thread, in the faster of two precisions.
 _fastest = min(_matmul_seconds(dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16))
 RATE = 2 * 2048 * 576 * 1536 / _fastest / torch.get_num_threads() / 1e12
-FAST = RATE >= 0.1
+FAST = RATE >= 0.25  # only then does all of CI end in its 90 minutes, whatever the machine's float32
 QUICK = (
     "--steps 2 --prompts-per-split 16 --n-traced 4 --n-causal 2 --n-controls 1 --n-traced-controls 1 --layer-step 23 "
     "--kl-threshold 1 --stop-below 0 --search-width 16 --n-instructions 2 --reply-tokens 8 --n-fit 16"
