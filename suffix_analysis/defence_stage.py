@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from suffix_analysis.adaptive import budgets
-from suffix_analysis.detection import measure_detectors
-from suffix_analysis.files import read_table, write_table
+from suffix_analysis.detection import fit, measure_detectors
+from suffix_analysis.files import read_as, read_table, write_json, write_table
 from suffix_analysis.mitigations import adaptive_split, attack_defences, measure_mitigations
 from suffix_analysis.records import of_each_text
 from suffix_analysis.runs import read_suffixes
@@ -18,10 +22,26 @@ if TYPE_CHECKING:
     from suffix_analysis.study import Study
 
 Rows = list[dict[str, Any]]
+MEASURED = ("detectors", "mitigations")
+SETTINGS = (
+    "n_top_heads", "reply_tokens", "judge", "seed", "n_instructions", "n_traced", "search_width", "topk", "target",
+)  # fmt: skip
+READ = ("prompts.jsonl", "suffixes.jsonl", "direction.safetensors", "weights.json", "fast_dtype.json")
+
+
+class Record(TypedDict):
+    """What the tables of a run were measured with: a digest, the detector's threshold, steps of adaptive attacks."""
+
+    inputs: str
+    cut: float
+    adaptive_steps: int
 
 
 def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable[[], None]) -> dict[str, Rows]:
     """Measure and write the tables ``detectors``, ``mitigations``, ``adaptive`` and ``adaptive_budget``.
+
+    What an earlier call has measured with the same prompts, suffixes, direction, weights and settings is read; a table
+    that was deleted is measured again.
 
     Args:
         study: a run with a direction and with several suffixes of the arms adversarial, random and benign.
@@ -40,32 +60,57 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
     adaptive = replace(config, steps=adaptive_steps) if adaptive_steps else None
     # says now, and not at the end, what is too few
     split = None if adaptive is None else adaptive_split(study.fast, direction, prompts, adaptive)
-    narrator.say("Conversations with every suffix are read for the detectors …")
-    fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
-    write_table(findings / "detectors.parquet", detectors)
-    attacked = _kept(findings / "adaptive.parquet", fitted.gap)
+    inputs, tables = _inputs(study, most), [findings / f"{name}.parquet" for name in MEASURED]
+    told, fitted = study.folder / "defences.json", None
+    record: Record = read_as(told, Record) if told.exists() else {"inputs": "", "cut": 0.0, "adaptive_steps": 0}
+    if record["inputs"] == inputs and all(table.exists() for table in tables):
+        narrator.say("Detectors and mitigations were measured before and are read.")
+        detectors, mitigations = map(read_table, tables)
+    else:
+        narrator.say("Conversations with every suffix are read for the detectors …")
+        told.unlink(missing_ok=True)  # until both tables are of these inputs
+        fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
+        write_table(tables[0], detectors)
+        mitigations = measure_mitigations(
+            study.fast, direction, fitted, prompts, suffixes,
+            n_heads=config.n_top_heads, length=config.reply_tokens, most=most, judge=study.judge, seed=config.seed,
+            on_line=lambda done, total: narrator.progress(done, total, "defences"),
+        )  # fmt: skip
+        write_table(tables[1], mitigations)
+        attacked_for = record["adaptive_steps"] if record["inputs"] == inputs else 0
+        record = {"inputs": inputs, "cut": fitted.gap, "adaptive_steps": attacked_for}
+        write_json(told, record)
+    attacked = _kept(findings / "adaptive.parquet", record["cut"])
     if not attacked and (findings / "adaptive.parquet").exists():
         narrator.say("The adaptive attacks of an earlier call met another threshold and are left out.")
         for name in ("adaptive", "adaptive_budget"):
             (findings / f"{name}.parquet").unlink(missing_ok=True)
-    mitigations = measure_mitigations(
-        study.fast, direction, fitted, prompts, suffixes,
-        n_heads=config.n_top_heads, length=config.reply_tokens, most=most, judge=study.judge, seed=config.seed,
-        on_line=lambda done, total: narrator.progress(done, total, "defences"),
-    )  # fmt: skip
-    write_table(findings / "mitigations.parquet", mitigations)
-    if adaptive is not None and split is not None:
+    if adaptive is not None and split is not None and attacked and record["adaptive_steps"] == adaptive_steps:
+        narrator.say("The adaptive attacks were made before and are read.")
+    elif adaptive is not None and split is not None:
         renew()
+        fitted = fitted or fit(study.model, direction, prompts, suffixes, most)
         attacked = attack_defences(
             study.fast, direction, fitted, prompts, suffixes, adaptive, split,
             on_step=lambda done, total: narrator.progress(done, total, "steps of adaptive attacks"),
         )  # fmt: skip
         write_table(findings / "adaptive.parquet", attacked)
+        write_json(told, record | {"adaptive_steps": adaptive_steps})
     prices = budgets(attacked)
     if prices:
         write_table(findings / "adaptive_budget.parquet", prices)
     renew()
     return {"detectors": detectors, "mitigations": mitigations, "adaptive": attacked, "adaptive_budget": prices}
+
+
+def _inputs(study: Study, most: int) -> str:
+    """What the two tables depend on, as a digest: files of the run, and settings."""
+    settings = [getattr(study.config, name) for name in SETTINGS]
+    digest = hashlib.sha256(json.dumps([most, *settings]).encode())
+    for name in READ:
+        path = study.folder / name
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
 
 
 def _kept(path: Path, cut: float) -> Rows:

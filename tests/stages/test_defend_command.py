@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from suffix_analysis import cli, mitigations
+from suffix_analysis import cli, defence_stage, mitigations
 from suffix_analysis.errors import UserError
 from suffix_analysis.files import read_table, write_table
 from tests import tiny
@@ -75,9 +75,24 @@ def test_the_command_prints_its_tables_and_renews_the_report(
     assert 'id="defences"' in page and "What a defence costs an attacker who knows it" in page
     rows = read_table(findings / "adaptive.parquet")
     assert {row["step"] for row in rows} == {0, 1, 2}
+    # what the folder holds is read, and printed alike
+    with monkeypatch.context() as patch:
+        for name in ("measure_detectors", "measure_mitigations", "attack_defences"):
+            patch.setattr(defence_stage, name, None)
+        again, err, code = call(monkeypatch, capsys, "defend", str(run), "--most", "4", "--adaptive-steps", "2")
+        assert err.count("before and are read") == 2 and not code, err
+        assert again == out
+        patch.setattr(defence_stage, "attack_defences", lambda *_, **__: [row | {"loss": 7.0} for row in rows])
+        call(monkeypatch, capsys, "defend", str(run), "--most", "4", "--adaptive-steps", "3")
+        assert {row["loss"] for row in read_table(findings / "adaptive.parquet")} == {7.0}
+    # a table that is gone, or another number of prompts, is measured
+    (findings / "detectors.parquet").unlink()
+    for most in ("4", "3"):
+        out, err, _ = call(monkeypatch, capsys, "defend", str(run), "--most", most)
+        assert "read for the detectors" in err and "attack success" in out
     # an attack that met another threshold is not of this defence
     write_table(findings / "adaptive.parquet", [row | {"cut": 7.5} for row in rows])
-    out, err, _ = call(monkeypatch, capsys, "defend", str(run), "--most", "4")
+    out, err, _ = call(monkeypatch, capsys, "defend", str(run), "--most", "3")
     assert "met another threshold" in err and not (findings / "adaptive.parquet").exists()
     assert not (findings / "adaptive_budget.parquet").exists() and "attacked for" not in out
 
