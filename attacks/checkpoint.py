@@ -46,7 +46,7 @@ class State(TypedDict):
 
 
 def save(attack: GCG) -> dict[str, Any]:
-    """Everything that :func:`restore` needs."""
+    """Everything that `restore` needs."""
     return {
         "attack": attack.digest,
         "step": attack.step,
@@ -65,7 +65,7 @@ def save(attack: GCG) -> dict[str, Any]:
 
 
 def restore(attack: GCG, state: Any) -> None:
-    """Let ``attack`` go on from ``state``, which :func:`save` made and JSON may have carried.
+    """Let ``attack`` go on from ``state``, which `save` made and JSON may have carried.
 
     Raises:
         AttackError: the state is damaged, of another attack, or was written while searching in another precision.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ class GCGConfig:
     start-up whether bfloat16 is the faster one here, and the ``rescore`` best candidates are scored again in the
     model's own precision, which alone decides. ``verbosity`` is nanoGCG's and changes nothing, because this package
     prints nothing. ``compat`` switches to nanoGCG 0.2.3's behaviour in every detail that moves the trajectory; build it
-    with :meth:`nanogcg`.
+    with `nanogcg`.
 
     What nanoGCG does not have: ``progressive_goals`` begins a universal attack with one conversation and takes in the
     next whenever all present targets are met (as llm-attacks does). ``momentum`` adds that share of the last steps'
@@ -68,6 +69,11 @@ class GCGConfig:
             object.__setattr__(self, "optim_str_init", tuple(self.optim_str_init))
         if not self.optim_str_init:
             raise AttackError(f"optim_str_init is {self.optim_str_init!r}; give an initial suffix, or several.")
+        for field in fields(self):
+            kind, value = str(field.type), getattr(self, field.name)
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if kind in ("int", "int | None") and not (whole or (value is None and kind != "int")):
+                raise AttackError(f"{field.name} is {value!r}; it must be a whole number.")
         if not self.mellowmax_alpha > 0:
             raise AttackError(f"mellowmax_alpha is {self.mellowmax_alpha}; it must be above 0.")
         for name in ("num_steps", "search_width", "topk", "n_replace", "rescore"):

@@ -15,7 +15,7 @@ from attacks import checkpoint
 from attacks.candidates import compat_gradient, draw, forbidden_ids, token_gradient
 from attacks.config import AttackError, GCGConfig, GCGResult, Step, resolve_dtype
 from attacks.controls import random_suffixes
-from attacks.inputs import Conversations, check_inits, check_model, check_slots, pair_up
+from attacks.inputs import Conversations, check_config, check_inits, check_model, check_slots, pair_up
 from attacks.memory import memory_for
 from attacks.nanogcg import INIT_CHARS, compat_slot, isolated_survives, with_template
 from attacks.precision import copied
@@ -27,7 +27,7 @@ Entry = tuple[float, tuple[int, ...]]
 
 
 class GCG:
-    """One attack in progress. ``steps()`` yields a :class:`Step` at a time; the caller decides when to stop.
+    """One attack in progress. ``steps()`` yields a `Step` at a time; the caller decides when to stop.
 
     No global state is touched: sampling uses a generator of its own. ``state()`` after any step and ``restore()`` on a
     new object with the same arguments continue the attack as if it had not stopped.
@@ -44,11 +44,12 @@ class GCG:
     ) -> None:
         """Tokenise the conversations, cache their prefixes and score the initial suffix.
 
-        ``terms`` are added to the target's loss (see :mod:`attacks.terms`).
+        ``terms`` are added to the target's loss (see `attacks.terms`).
 
         Raises:
-            AttackError: bad input (see :func:`attacks.slot.build_slot`), or several conversations in compat mode.
+            AttackError: bad input (see `attacks.slot.build_slot`), or several conversations in compat mode.
         """
+        check_config(config)
         check_model(model)
         tokenizer = with_template(tokenizer) if config.compat else tokenizer
         self.tokenizer, self.config, self.terms = tokenizer, config, tuple(terms)
@@ -317,7 +318,7 @@ def run(
             the suffix's place, by default the end of the last turn.
         target: the words that the reply should begin with; one for all conversations or one for each.
         config: settings; nanoGCG's defaults if left out.
-        terms: further terms of the objective (see :mod:`attacks.terms`).
+        terms: further terms of the objective (see `attacks.terms`).
 
     Raises:
         AttackError: bad input, named with its value.

@@ -35,6 +35,19 @@ def pair_up(messages: Conversations, target: str | list[str]) -> tuple[list[Mess
     return conversations, targets
 
 
+def check_config(config: Any) -> None:
+    """Refuse settings of another package.
+
+    Raises:
+        AttackError: they are no `attacks.GCGConfig`.
+    """
+    if not isinstance(config, GCGConfig):
+        raise AttackError(
+            f"The settings are a {type(config).__module__}.{type(config).__name__}; give an attacks.GCGConfig "
+            "(GCGConfig.nanogcg(...) takes nanoGCG's own)."
+        )
+
+
 def check_model(model: Any) -> None:
     """Refuse a model whose tokens cannot be differentiated, whose logits cannot be taken, or that draws lots.
 

@@ -31,7 +31,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def own_bytes(device: torch.device) -> int:
-    """This process's part of it (see :func:`share_memory`)."""
+    """This process's part of it (see `share_memory`)."""
     return free_bytes(device) // _tasks
 
 
@@ -57,7 +57,7 @@ def out_of_memory(what: str, model: Any) -> AttackError:
 
 @contextlib.contextmanager
 def memory_for(what: str, model: Any) -> Iterator[None]:
-    """Turn running out of memory into an :class:`AttackError` that names ``what`` was to be done.
+    """Turn running out of memory into an `AttackError` that names ``what`` was to be done.
 
     Raises:
         AttackError: the memory was not enough.

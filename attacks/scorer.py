@@ -206,7 +206,7 @@ def rescored_best(
 
     With ``exact`` given, ``search`` only shortlists and ``exact`` decides: at most ``config.rescore`` candidates, and
     of those only the ones that the search's error, as seen so far, could have kept from winning. ``first`` halves the
-    candidates from conversation to conversation (see :class:`Scorer`). With ``config.merge``, combinations of the
+    candidates from conversation to conversation (see `Scorer`). With ``config.merge``, combinations of the
     leaders that ``keep`` accepts take part too; then no candidate is dropped, because any may be among the leaders.
     """
     merge, refused = search.config.merge > 1 and current is not None, 0

@@ -1,7 +1,7 @@
 """Further terms of the objective, for research on the mechanism: each is added to the target's loss with a weight.
 
 A term looks into the forward that scores the candidates, so it costs no forward of its own. To add one, write a class
-with ``weight`` and ``watch`` here or anywhere else and pass it to :class:`attacks.GCG`.
+with ``weight`` and ``watch`` here or anywhere else and pass it to `attacks.GCG`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Projection:
 
     @contextlib.contextmanager
     def watch(self, model: Any, slot: Slot) -> Iterator[Read]:
-        """See :class:`Term`.
+        """See `Term`.
 
         Raises:
             AttackError: no such layer, or a direction of another width or of length 0.
@@ -87,7 +87,7 @@ class SuffixAttention:
 
     @contextlib.contextmanager
     def watch(self, model: Any, slot: Slot) -> Iterator[Read]:
-        """See :class:`Term`. The model computes attention eagerly meanwhile: other kernels keep no attention rows.
+        """See `Term`. The model computes attention eagerly meanwhile: other kernels keep no attention rows.
 
         Raises:
             AttackError: no such layer, or a model that gives no attention rows.

@@ -69,7 +69,7 @@ def filled(spec: Spec, rows: list[Row]) -> Spec:
 
 
 def finish(chart: Any, rows: list[Row], height: int, description: str, *, lines: int = 0, step: int = 40) -> Spec:
-    """Return the :func:`outline` of a chart, :func:`filled` with its rows."""
+    """Return the `outline` of a chart, `filled` with its rows."""
     return filled(outline(chart, height, description, lines=lines, step=step), rows)
 
 

@@ -27,7 +27,7 @@ def circuit(data: RunData, most: float = 0.0) -> Figure | None:
 
     ``most`` is the least weight that the widest edge stands for: that of another graph that stands beside this one.
 
-    Where arms are compared it is the adversarial one's; the other stands beside it, see :func:`circuit_control`.
+    Where arms are compared it is the adversarial one's; the other stands beside it, see `circuit_control`.
     """
     states = _states(data)
     views: list[tuple[str, str, str | None]] = [(arm, arm, None) for arm in states]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from reports.errors import ReportError
+from reports.errors import AGAIN, ReportError
 from reports.schema import CIRCUIT_ENDS, COLUMNS, KEYS, Pattern
 
 _TEXT = {
@@ -37,7 +37,7 @@ def usable_rows(
     """
     lacking = [column for column in COLUMNS[name] if column not in present]
     if lacking:
-        raise ReportError(f"{where} lacks the column {lacking[0]!r}: repeat the analyze stage with this version.")
+        raise ReportError(f"{where} lacks the column {lacking[0]!r}: {AGAIN}")
     clean = [{key: _plain(key, value) for key, value in row.items()} for row in rows]
     for column in (*COLUMNS[name], *sorted(_MORE.intersection(present))):
         if column not in _FREE:
@@ -50,7 +50,7 @@ def usable_rows(
             keys = (*keys, *CIRCUIT_ENDS[row["kind"]])
         empty = [key for key in keys if row[key] is None]
         if empty:
-            raise ReportError(f"{where}: column {empty[0]!r} is empty in row {number}: repeat the analyze stage.")
+            raise ReportError(f"{where}: column {empty[0]!r} is empty in row {number}: {AGAIN}")
     return clean
 
 
@@ -70,8 +70,7 @@ def _check_type(rows: Sequence[dict[str, Any]], column: str, where: str) -> None
         if value is not None and not isinstance(value, wanted):
             kind = "text" if column in _TEXT else "a whole number" if column in _WHOLE else "a number"
             raise ReportError(
-                f"{where}: column {column!r} holds {str(value)[:40]!r} where {kind} was expected: "
-                "repeat the analyze stage."
+                f"{where}: column {column!r} holds {str(value)[:40]!r} where {kind} was expected: {AGAIN}"
             )
 
 
@@ -91,5 +90,5 @@ def check_pattern(pattern: Pattern, where: str) -> None:
     if not fits:
         raise ReportError(
             f"{where}: the pattern of prompt {pattern.prompt_id!r} in arm {pattern.arm!r} does not have {heads} heads "
-            f"over {size} tokens throughout: repeat the analyze stage."
+            f"over {size} tokens throughout: {AGAIN}"
         )

@@ -31,7 +31,7 @@ Defended = Callable[[int], contextlib.AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Detected:
-    """What harmfulness − refusal (see :mod:`suffix_analysis.detectors`) exceeds ``cut`` by, 0 below.
+    """What harmfulness − refusal (see `suffix_analysis.detectors`) exceeds ``cut`` by, 0 below.
 
     As a term of an attack's objective it evades the detector. ``first``: where the user's text begins in a
     conversation. The forward must hold the whole conversation.
@@ -45,7 +45,7 @@ class Detected:
 
     @contextlib.contextmanager
     def watch(self, model: Any, slot: attacks.Slot) -> Iterator[Read]:
-        """See :class:`attacks.terms.Term`. Reads the block's input before a defence changes it."""
+        """See `attacks.terms.Term`. Reads the block's input before a defence changes it."""
         layer, seen = self.direction.layer, list[Tensor]()
         unit, harm = (x.to(model.device) for x in (self.direction.unit, self.harmfulness.unit))
         behind = len(slot.target_ids) - 1  # tokens that stand behind chat[-1]

@@ -28,7 +28,7 @@ from suffix_analysis.heads import TopHead, top_heads
 from suffix_analysis.identities import rounding
 from suffix_analysis.max_t import crossed_max_t
 from suffix_analysis.models import Model
-from suffix_analysis.prompts import Prompt, prompts_of
+from suffix_analysis.prompts import Prompt, prompts_of, to_prompts
 from suffix_analysis.records import SUFFIX_ARMS, Findings, Suffix, to_suffixes
 from suffix_analysis.stats import MIN_SUFFIXES, contrast, contrast_row, contrast_table
 from suffix_analysis.traces import CLOSURE_BOUND, IDENTITY_BOUND, Job, Traces, trace
@@ -39,7 +39,7 @@ LENGTHS_APART = 0.5  # tokens, on average, by which two arms' suffixes may diffe
 def analyze(
     model: Model,
     direction: Direction,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | str],
     suffixes: Sequence[Suffix | str],
     *,
     n_top: int = 8,
@@ -53,9 +53,9 @@ def analyze(
     Args:
         model: the model.
         direction: its refusal direction.
-        prompts: harmful prompts (kind ``harmful`` or empty) and, for two more arms, harmless ones. Report prompts are
-            measured; select prompts choose the top heads. Where there are none of these, every second report prompt
-            does that instead. Without splits both are the same, and a check says so.
+        prompts: harmful prompts (kind ``harmful`` or empty, or strings) and, for two more arms, harmless ones. Report
+            prompts are measured; select prompts choose the top heads. Where there are none of these, every second
+            report prompt does that instead. Without splits both are the same, and a check says so.
         suffixes: records with their arms, or strings (adversarial).
         n_top: how many heads are called top heads.
         n_views: prompts whose full patterns are kept for the attention views.
@@ -65,7 +65,7 @@ def analyze(
 
     Raises:
         UserError: a direction of another model, no harmful prompts or top heads, or a trace fails (see
-            :func:`suffix_analysis.traces.trace`).
+            `suffix_analysis.traces.trace`).
     """
     n_chat = model.chat("x").n_chat
     if not (0 <= direction.layer < model.n_layers and -n_chat <= direction.position <= -1):
@@ -75,7 +75,7 @@ def analyze(
         )
     if n_top < 1:
         raise UserError(f"n_top is {n_top}; there must be at least one top head.")
-    records = to_suffixes(suffixes)
+    prompts, records = to_prompts(prompts), to_suffixes(suffixes)
     empty = next((s.id for s in records if not s.text.strip()), None)
     if empty is not None:
         raise UserError(f"The suffix {empty} is empty; give a text, or leave it out.")
@@ -144,7 +144,7 @@ def analyze(
 
 
 def n_forwards(prompts: Sequence[Prompt], suffixes: Sequence[Suffix], max_prompts: int | None) -> int:
-    """How many prompts :func:`analyze` traces in all, for a progress bar."""
+    """How many prompts `analyze` traces in all, for a progress bar."""
     harmful, harmless = (len(prompts_of(prompts, kind, "report", max_prompts)) for kind in ("harmful", "harmless"))
     select = len(prompts_of(prompts, "harmful", "select", None))
     return 2 * select + harmful * (1 + len(suffixes)) + 2 * harmless
@@ -193,7 +193,7 @@ def as_long(attacks: Sequence[Suffix], others: Sequence[Suffix]) -> tuple[list[S
 
 
 def projection_contrasts(pairs: Sequence[Pair], direction: Direction) -> list[dict[str, Any]]:
-    """Normalised projection at the direction's layer of the arms that :func:`compared` pairs."""
+    """Normalised projection at the direction's layer of the arms that `compared` pairs."""
     at = direction.layer
 
     def values(arm: ArmTraces) -> ndarray:

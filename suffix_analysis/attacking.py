@@ -26,10 +26,11 @@ from suffix_analysis.runs import read_suffixes, write_suffixes
 
 CONTROLS = ("random", "shuffled", "benign")
 EVAL_EVERY = (10, 5)  # steps between two looks at the held-out prompts, in the first and the second half of them
+FILLERS = ("x", "!", "a", "the", ".")  # words that a suffix may begin as, repeated; the first is nanoGCG's
 
 
 class StepRow(TypedDict):
-    """What is read of a line of steps.jsonl: an :class:`attacks.Step` with what the look at the prompts found."""
+    """What is read of a line of steps.jsonl: an `attacks.Step` with what the look at the prompts found."""
 
     step: int
     loss: float
@@ -86,7 +87,7 @@ class Plan:
 
 
 def conversation(model: Model, instruction: str) -> list[dict[str, str]]:
-    """The turns that :meth:`Model.chat` renders, with the suffix's place marked."""
+    """The turns that `Model.chat` renders, with the suffix's place marked."""
     first = [] if model.system is None else [{"role": "system", "content": model.system}]
     return [*first, {"role": "user", "content": f"{instruction} {attacks.PLACEHOLDER}"}]
 
@@ -112,12 +113,32 @@ def split_for_attack(
     return train, [prompt for prompt in prompts if id(prompt) not in chosen]
 
 
+def initial_suffix(model: Model, n: int, target: str) -> tuple[str, int]:
+    """A repeated word that has ``n`` tokens behind an instruction, or the nearest to it below; and its token count.
+
+    A text of another count than was asked for is left to tokenizers that write none of `FILLERS` as one token.
+    """
+    found = ("x", 0)
+    talk: Any = conversation(model, "Sing")
+    for word in FILLERS:
+        for count in range(n, 0, -1):
+            text = " ".join([word] * count)
+            size = len(attacks.build_slot(model.tokenizer, talk, target, text).suffix_ids)
+            if size <= n:
+                break
+        if found[1] < size <= n:
+            found = (text, size)
+        if found[1] == n:
+            break
+    return found
+
+
 def gcg_config(model: Model, config: StudyConfig) -> attacks.GCGConfig:
-    """The attack's settings; the initial suffix has exactly ``suffix_tokens`` tokens.
+    """The attack's settings; the initial suffix has ``suffix_tokens`` tokens (see `initial_suffix`).
 
     Schedules, momentum and patience are left off: none of them was seen to help (benchmarks/README.md).
     """
-    init = " ".join(["x"] * config.suffix_tokens)
+    init, _ = initial_suffix(model, config.suffix_tokens, config.target)
     return attacks.GCGConfig(
         num_steps=config.steps,
         optim_str_init=init,
@@ -140,6 +161,9 @@ def build_attack(model: Model, train: Sequence[Prompt], config: StudyConfig) -> 
         f"{sum(found.losses) / len(found.losses):.2f} nats a token; {config.steps} steps take about {minutes:.0f} min "
         f"and {found.gib:.1f} GiB."
     ]
+    n_tokens = len(attack.slots[0].suffix_ids)
+    if n_tokens != config.suffix_tokens:
+        told.append(f"The suffix has {n_tokens} tokens, not {config.suffix_tokens}: no repeated word has so many here.")
     if refused < len(train) / 2:
         told.append(
             "Most of them are answered without any suffix: choose other prompts or another model to learn much."
@@ -222,7 +246,7 @@ def has_failed(row: dict[str, Any], plan: Plan) -> bool:
 
 
 def best_suffix(rows: Sequence[dict[str, Any]], plan: Plan) -> Suffix:
-    """The suffix of the best step; see :func:`best_step`. The study numbers the suffixes of an arm."""
+    """The suffix of the best step; see `best_step`. The study numbers the suffixes of an arm."""
     row = best_step(rows, plan)
     arm: Arm = "failed" if has_failed(row, plan) else "adversarial"
     return Suffix(

@@ -55,7 +55,7 @@ class DirectionConfig:
 
     @property
     def rules(self) -> dict[str, float]:
-        """The keyword arguments of :func:`select`."""
+        """The keyword arguments of `select`."""
         return {name: getattr(self, name) for name in ("kl_threshold", "induce_threshold", "layer_share")}
 
 

@@ -1,6 +1,6 @@
 """Causal tests (METHODS §4): change something at the chat tokens, and see what becomes of refusal and projection.
 
-Interventions are lists of hooks for :func:`suffix_analysis.replay.replay`. Their destinations are the chat tokens only.
+Interventions are lists of hooks for `suffix_analysis.replay.replay`. Their destinations are the chat tokens only.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def base(prepared: Prepared, readout: Readout) -> Outcome:
 
 @torch.no_grad()
 def measure(prepared: Prepared, hooks: Sequence[Hook], readout: Readout, *, copies: int = 1) -> Outcome:
-    """The outcome under ``hooks`` (see :func:`replay`); rows of the first prompt come first.
+    """The outcome under ``hooks`` (see `replay`); rows of the first prompt come first.
 
     Blocks before the first that is changed are not run again.
     """
@@ -219,7 +219,7 @@ def head_sweep(
 def attribution(
     prepared: Prepared, values: Float[Tensor, "*prompt layer chat head d_head"], readout: Readout
 ) -> Outcome:
-    """First-order estimates of :func:`head_sweep` from one forward and two backwards; for ranking only.
+    """First-order estimates of `head_sweep` from one forward and two backwards; for ranking only.
 
     Gradient of the outcome with respect to each head's mixed values, times the change that the sweep makes.
     """

@@ -16,7 +16,7 @@ def shown(text: str) -> str:
 
 
 def tell(text: str) -> None:
-    """A line on stderr; see :func:`shown`."""
+    """A line on stderr; see `shown`."""
     print(shown(text), file=sys.stderr, flush=True)
 
 

@@ -45,7 +45,7 @@ class Place:
 
 @dataclass
 class Firings:
-    """In which prompts a detector has fired since that was last taken; to be handed to :func:`restored`."""
+    """In which prompts a detector has fired since that was last taken; to be handed to `restored`."""
 
     seen: list[Bool[Tensor, " row"]] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class Firings:
 
 @contextlib.contextmanager
 def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
-    """Keep a :class:`Place` up to date while forwards run.
+    """Keep a `Place` up to date while forwards run.
 
     Chat tokens are recognised by their ids, wherever they stand in a row, so a reply may follow them. The gradient of
     an attack passes embeddings instead of ids: there ``behind`` tokens stand after chat[-1] (all of the target but the
@@ -127,14 +127,20 @@ def damped(
 
     A pattern p becomes (1 − ``strength``) p on those tokens and is scaled to sum to 1. Strength 0 changes nothing, bit
     for bit; 1 cuts the edges. With ``before``, as a control, as much mass is taken from the user's tokens before them
-    instead, or all that is there. ``behind``: see :func:`watched_place`.
+    instead, or all that is there. ``behind``: see `watched_place`.
 
     Raises:
         ValueError: the strength is not between 0 and 1.
-        UserError: a forward has a mask that is not one of rows and tokens.
+        UserError: the model has no such head, or a forward has a mask that is not one of rows and tokens.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}; it must be between 0 and 1")
+    for layer, head in heads:
+        if not (0 <= layer < model.n_layers and 0 <= head < model.n_heads):
+            raise UserError(
+                f"There is no head ({layer}, {head}); {model.name} has layers 0 to {model.n_layers - 1} with heads 0 to"
+                f" {model.n_heads - 1}."
+            )
     if strength == 0:  # not even the batches are others
         yield
         return
@@ -186,7 +192,7 @@ def restored(
 ) -> Iterator[None]:
     """At the direction's layer the projection at every chat token goes to ``levels``, the harmful prompts' means there.
 
-    With ``harmfulness`` only in prompts whose harmfulness − refusal (see :mod:`suffix_analysis.detectors`) lies above
+    With ``harmfulness`` only in prompts whose harmfulness − refusal (see `suffix_analysis.detectors`) lies above
     ``threshold``; both are read in the same forward, so this costs nothing. ``strength`` is the share of the way: 0
     changes nothing, bit for bit. ``along``: the same steps are taken along this direction instead, as a control.
     ``fired`` is told in which of the prompts of a forward the detector fires. It acts on the prompt alone, not on the

@@ -231,7 +231,7 @@ def threshold(scores: Float[ndarray, " chat"], rate: float) -> float | None:
 
 
 def largest_or(scores: Float[ndarray, " chat"], rate: float) -> float:
-    """:func:`threshold`, and the largest score where these are too few for it."""
+    """`threshold`, and the largest score where these are too few for it."""
     found = threshold(scores, rate)
     return float(np.max(scores)) if found is None else found
 
@@ -276,7 +276,7 @@ def detector_rows(
     """How well each detector separates unseen attacked conversations from each kind of others, and from all.
 
     Args:
-        detectors: see :func:`fit_detectors`.
+        detectors: see `fit_detectors`.
         calibration: select conversations of the same kinds as ``others``, on prompts that nothing was fitted with. The
             threshold against a kind comes from that kind.
         attacked: readings of the same report prompts, with one suffix after the other.
@@ -284,7 +284,7 @@ def detector_rows(
         alone: of prompts without any text behind, which are shorter and do not count among "all of these".
 
     A row's ``false_positives`` say what became of a rate on unseen conversations; ``n_marks`` conversations set its
-    threshold, and where they are too few for a rate (see :func:`threshold`) what belongs to it is None. Intervals take
+    threshold, and where they are too few for a rate (see `threshold`) what belongs to it is None. Intervals take
     the threshold as it is. ``tokens_apart``: mean token count of attacked conversations less that of the others.
     ``descriptive``: one of the two sides has fewer suffixes or texts (``n_texts``) than claims need, or the lengths of
     conversations with a text behind lie more than ``APART`` tokens apart.

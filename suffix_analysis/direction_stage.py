@@ -65,7 +65,7 @@ def check_counts(prompts: Sequence[Prompt], config: StudyConfig) -> list[str]:
     """Refuse too few prompts before any time is spent, and tell where there are fewer than were asked for.
 
     Raises:
-        UserError: too few of a kind for a direction (see :func:`suffix_analysis.directions.split_prompts`).
+        UserError: too few of a kind for a direction (see `suffix_analysis.directions.split_prompts`).
     """
     told = []
     for kind in ("harmful", "harmless"):

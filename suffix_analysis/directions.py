@@ -151,11 +151,11 @@ def find_direction(
     """Extract candidate directions, score them and choose one by the paper's rule.
 
     All candidates are scored in a fast precision; the ``rescore`` best and every row that could decide are
-    scored again in the model's own (see :func:`suffix_analysis.candidate_table.rescore_leaders`).
+    scored again in the model's own (see `suffix_analysis.candidate_table.rescore_leaders`).
 
     Args:
         model: a chat model that refuses.
-        harmful: harmful instructions (see :func:`split_prompts`).
+        harmful: harmful instructions (see `split_prompts`).
         harmless: harmless ones.
         config: settings; the paper's if left out.
         refusal_tokens: token ids that open refusals; discovered from the model if left out.

@@ -147,7 +147,7 @@ def open_journal(path: Path, like: Any) -> list[dict[str, Any]]:
     """What a journal holds so far, with a last line that was cut off taken out of it, so that lines can be added.
 
     Raises:
-        UserError: see :func:`read_jsonl`.
+        UserError: see `read_jsonl`.
     """
     if not path.exists():
         return []

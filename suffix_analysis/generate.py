@@ -49,7 +49,7 @@ def answers(
     not_first: Sequence[int] = (),
     never: Sequence[int] = (),
 ) -> tuple[list[str], Float[Tensor, "prompt vocab"]]:
-    """Greedy replies (see :func:`generate`), and the next-token logits at chat[-1] that they begin with, in float32."""
+    """Greedy replies (see `generate`), and the next-token logits at chat[-1] that they begin with, in float32."""
     if not rows:
         return [], torch.zeros(0, 0)
     settings: dict[str, Any] = {

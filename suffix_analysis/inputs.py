@@ -39,7 +39,7 @@ def study_model(config: StudyConfig) -> Model:
     """The study's model, together with its fast twin (which must exist before the bridge).
 
     Raises:
-        UserError: see :func:`suffix_analysis.models.load_model`.
+        UserError: see `suffix_analysis.models.load_model`.
     """
     model = load_model(
         config.model, dtype=getattr(torch, config.dtype), device=config.device, four_bit=config.four_bit,

@@ -27,10 +27,10 @@ def writes(n_layers: int) -> list[str]:
 
 @contextlib.contextmanager
 def ablate(model: Model, vector: Float[Tensor, "*row d_model"]) -> Iterator[None]:
-    """Directional ablation: x ← x − (x·r̂) r̂ on the whole residual stream, at every position (see :func:`writes`).
+    """Directional ablation: x ← x − (x·r̂) r̂ on the whole residual stream, at every position (see `writes`).
 
     ``vector`` is one for all, or one for every row of the batches that run inside the context. Also acts on tokens
-    generated inside the context. What other hooks put into the stream themselves (:func:`add`) stays there. All hooks
+    generated inside the context. What other hooks put into the stream themselves (`add`) stays there. All hooks
     are gone afterwards, also after an exception.
 
     Raises:

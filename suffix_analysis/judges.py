@@ -141,7 +141,7 @@ def is_degenerate(reply: str, instruction: str) -> bool:
 def judge(instruction: str, reply: str) -> Verdict:
     """The offline verdict on a full reply.
 
-    ``refusal``: a refusal phrase anywhere. ``degenerate``: see :func:`is_degenerate`. ``off topic``: shares no
+    ``refusal``: a refusal phrase anywhere. ``degenerate``: see `is_degenerate`. ``off topic``: shares no
     content word with the instruction. Otherwise ``complied``, which says that the reply is an answer on the topic,
     not that it is a good or a harmful one.
     """
@@ -155,7 +155,7 @@ def judge(instruction: str, reply: str) -> Verdict:
 
 
 def judge_named(name: str) -> Judge:
-    """The judge that a setting names: ``rules`` (:func:`judge`), or a function of one's own as ``module:function``.
+    """The judge that a setting names: ``rules`` (`judge`), or a function of one's own as ``module:function``.
 
     It is given an instruction and a reply and returns a verdict; a model may stand behind it.
 

@@ -24,7 +24,7 @@ def sign_flip_max_t(differences: Float[ndarray, "prompt *place"], seed: int = 0,
     """Paired test of every place of a map against 0, at the level of instructions (Westfall & Young's max-T).
 
     Under the null a prompt's whole map is as likely as its negative; the largest |t| over the map in each draw of signs
-    is what every place is held against. Of several suffixes' mean the claim is about these; see :func:`crossed_max_t`.
+    is what every place is held against. Of several suffixes' mean the claim is about these; see `crossed_max_t`.
 
     Raises:
         ValueError: fewer than two prompts, or a value that is not finite.

@@ -185,7 +185,7 @@ def measure_mitigations(
     paired by prompt and suffix. Where there are no look-alikes, their columns are None. ``seconds`` a token of replies
     that all have the same length, ``n_timed`` of them at once, ``slower`` beside the model as it was loaded, or as
     TransformerLens has wrapped it, where another stage has had that done (``wrapped``). ``mass`` and ``taken``: see
-    :class:`Defence`. ``fires_attacked``, ``fires_lookalike`` and ``fires_harmless``: in which share of the prompts the
+    `Defence`. ``fires_attacked``, ``fires_lookalike`` and ``fires_harmless``: in which share of the prompts the
     detector fires that an edit waits for.
     """
     unseen = parts_of(suffixes, "adversarial")[1]
@@ -306,8 +306,8 @@ def attack_defences(
     """Attacks with equal budgets on the model without a defence, with damped edges, and with a restored projection.
 
     All begin with a suffix that is known to work. Against the last one the objective also holds the detector's score,
-    as far as it lies above its threshold (see :func:`suffix_analysis.adaptive.attack_defended`). ``split``: select
-    prompts to train on, and others to look at (see :func:`adaptive_split`).
+    as far as it lies above its threshold (see `suffix_analysis.adaptive.attack_defended`). ``split``: select
+    prompts to train on, and others to look at (see `adaptive_split`).
     """
     train, held_out = split
     strength, cut, top, tail = STRENGTHS[-1], fitted.gap, fitted.strongest(config.n_top_heads), fitted.tail

@@ -22,7 +22,7 @@ from attacks.precision import copied, stays_put
 from suffix_analysis.chat import Chat, render_chat
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.families import known_architectures
-from suffix_analysis.placement import Device, default_device, is_spread, loading_arguments, require_device
+from suffix_analysis.placement import Device, checked_name, default_device, is_spread, loading_arguments
 from suffix_analysis.templates import prepared
 
 # what loading damaged or foreign files raises
@@ -49,7 +49,7 @@ class Model:
 
         Raises:
             UserError: it is longer than the model's context, its instruction or suffix has no token of its own, or it
-                cannot be rendered (see :func:`render_chat`).
+                cannot be rendered (see `render_chat`).
         """
         chat = render_chat(self.tokenizer, instruction, suffix, self.system)
         for name, text in (("instruction", instruction), ("suffix", suffix)):
@@ -194,7 +194,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(
-    name: str = "embedded",
+    name: str | Path = "embedded",
     *,
     dtype: torch.dtype = torch.float32,
     system: str | None = None,
@@ -218,10 +218,10 @@ def load_model(
 
     Raises:
         UserError: nothing of that name, no such device, no weights, too little memory, no chat template, an adapter
-            that does not fit, or an architecture that is not in :mod:`suffix_analysis.families` and does not satisfy
+            that does not fit, or an architecture that is not in `suffix_analysis.families` and does not satisfy
             the identities.
     """
-    require_device(device)
+    name = checked_name(name, dtype, device)
     if name == "embedded":
         if four_bit:
             raise UserError("The embedded model is small and is not loaded in four bits; leave --four-bit out.")

@@ -33,7 +33,7 @@ def orthogonalised(model: Model, vector: Float[Tensor, " d_model"]) -> Iterator[
     """W ← W − r̂ r̂ᵀ W for every matrix and bias that writes to the residual stream; undone on exit, bit for bit.
 
     A tied output head keeps its own weights. On entry the edited model's logits are compared with those under
-    :func:`suffix_analysis.interventions.ablate`, which they must equal.
+    `suffix_analysis.interventions.ablate`, which they must equal.
 
     Raises:
         NotAvailable: a norm stands between a matrix and the residual stream, or weights are quantised or offloaded.

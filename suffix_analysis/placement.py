@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -68,6 +69,20 @@ def require_device(device: Device) -> None:
         gpus = torch.cuda.device_count()
         there = "cpu and auto" + ("".join(f", cuda:{i}" for i in range(gpus)) if gpus else "; there is no GPU")
         raise UserError(f"There is no device {device!r} here; there are {there} (--device).")
+
+
+def checked_name(name: Any, dtype: Any, device: Device) -> str:
+    """A model's name as text; precision and device are looked at.
+
+    Raises:
+        UserError: one of them is something else, or the device is not here.
+    """
+    require_device(device)
+    if not isinstance(name, (str, os.PathLike)):
+        raise UserError(f"The model is {name!r:.60}; give 'embedded', a folder, a GGUF file or a hub id.")
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"dtype is {dtype!r:.60}; give a torch.dtype, e.g. torch.bfloat16.")
+    return str(name)
 
 
 def default_device() -> str:

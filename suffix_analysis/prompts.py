@@ -233,7 +233,13 @@ def same_words(text: str) -> str:
 
 
 def to_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
-    """Prompts from prompts or plain strings (numbered)."""
+    """Prompts from prompts or plain strings (numbered).
+
+    Raises:
+        UserError: they are one string, which is no list of them.
+    """
+    if isinstance(prompts, str):
+        raise UserError(f"The prompts are the text {prompts[:40]!r}; give a list, e.g. [prompt].")
     items = list(prompts)
     return [p if isinstance(p, Prompt) else Prompt(id=f"prompt-{i:04d}", text=p) for i, p in enumerate(items, 1)]
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from suffix_analysis.errors import UserError
+
 if TYPE_CHECKING:
     import pandas
 
@@ -49,12 +51,18 @@ def by_text(suffixes: Sequence[Suffix]) -> list[list[int]]:
 
 
 def of_each_text(suffixes: Sequence[Suffix]) -> list[Suffix]:
-    """The first suffix of each text in each arm (see :func:`by_text`)."""
+    """The first suffix of each text in each arm (see `by_text`)."""
     return [suffixes[numbers[0]] for numbers in by_text(suffixes)]
 
 
 def to_suffixes(suffixes: Sequence[Suffix | str]) -> list[Suffix]:
-    """Suffix records; plain strings become the adversarial arm."""
+    """Suffix records; plain strings become the adversarial arm.
+
+    Raises:
+        UserError: they are one string, which is no list of them.
+    """
+    if isinstance(suffixes, str):
+        raise UserError(f"The suffixes are the text {suffixes[:40]!r}; give a list, e.g. [suffix].")
     return [
         s if isinstance(s, Suffix) else Suffix(id=f"adversarial-{i}", arm="adversarial", text=s)
         for i, s in enumerate(suffixes, 1)

@@ -190,5 +190,5 @@ def _opening(logits: Float[Tensor, "prompt vocab"], token_ids: Sequence[int]) ->
 def refused(
     model: Model, prompts: Sequence[Prompt], token_ids: Sequence[int], suffix: str = ""
 ) -> Bool[Tensor, " prompt"]:
-    """Whether the reply to each prompt, with a suffix or without, opens as a refusal (see :func:`opens_refusal`)."""
+    """Whether the reply to each prompt, with a suffix or without, opens as a refusal (see `opens_refusal`)."""
     return opens_refusal(model, [model.chat(p.text, suffix).ids for p in prompts], token_ids)

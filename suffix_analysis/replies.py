@@ -116,7 +116,7 @@ def measure_replies(
 ) -> list[dict[str, Any]]:
     """All replies; each finished arm × suffix is kept in ``journal`` and not repeated on resume.
 
-    Report prompts are answered in every arm, look-alikes only without a suffix. ``answer`` yields :func:`reply_rows` of
+    Report prompts are answered in every arm, look-alikes only without a suffix. ``answer`` yields `reply_rows` of
     cells in any order, each with its cell's number.
     """
     have = {(row["arm"], row["suffix_id"]): row["rows"] for row in open_journal(journal, Answered)}
@@ -235,7 +235,7 @@ def refusal_contrasts(
 ) -> list[dict[str, Any]]:
     """Refusal rate of each suffix arm against none, and of adversarial against ``controls``, paired by prompt.
 
-    ``suffixes`` as for :func:`refusal_table`.
+    ``suffixes`` as for `refusal_table`.
     """
     arms = {row["arm"] for row in rows}
     pairs = [(arm, "none") for arm in SUFFIX_ARMS] + [("adversarial", arm) for arm in SUFFIX_ARMS if arm in controls]

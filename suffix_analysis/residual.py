@@ -80,7 +80,7 @@ def as_linear(norm: Any, d_model: int) -> Norm:
 
 @torch.no_grad()
 def norm_error(norm: Any, d_model: int) -> float:
-    """How far a norm module is from the linear map with a frozen scale that :func:`as_linear` takes it for."""
+    """How far a norm module is from the linear map with a frozen scale that `as_linear` takes it for."""
     linear = as_linear(norm, d_model)
     y = torch.randn(4, d_model, generator=torch.Generator().manual_seed(0)) + 0.5
     with in_memory(norm):

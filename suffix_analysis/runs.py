@@ -118,7 +118,7 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
 def _require_same(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse other settings than a folder was made with, where something was made with them.
 
-    Of the model and the input files their contents decide, not their names (see :mod:`suffix_analysis.provenance`).
+    Of the model and the input files their contents decide, not their names (see `suffix_analysis.provenance`).
 
     Raises:
         UsageError: names the first setting that differs.

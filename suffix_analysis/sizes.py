@@ -49,7 +49,7 @@ def size_of(name: str) -> Size:
     """Estimate a model's memory.
 
     Args:
-        name: as for :func:`suffix_analysis.models.load_model`; GGUF files are counted as if unpacked.
+        name: as for `suffix_analysis.models.load_model`; GGUF files are counted as if unpacked.
 
     Raises:
         UserError: there is no such model, or its configuration cannot be read.

@@ -124,7 +124,7 @@ def _exact(cells: Float[ndarray, "prompt suffix"]) -> tuple[float, float, float]
 def contrast_table(
     arm: Float[ndarray, "prompt suffix measure"], against: Float[ndarray, "prompt_b suffix_b measure"], seed: int = 0
 ) -> tuple[Float[ndarray, " measure"], Float[ndarray, " measure"], Float[ndarray, " measure"]]:
-    """Differences of two arms' means over the same prompts, with lower and upper bounds; see :func:`contrast`.
+    """Differences of two arms' means over the same prompts, with lower and upper bounds; see `contrast`.
 
     Raises:
         ValueError: the arms have different numbers of prompts.

@@ -92,7 +92,7 @@ def output_directions(
 def values_along(
     v: Float[Tensor, "prompt token kv_head d_head"], heads: Float[Tensor, "head d_head"]
 ) -> Float[Tensor, "prompt head token"]:
-    """What each head of a block would write along r̂ per unit of attention (see :func:`output_directions`)."""
+    """What each head of a block would write along r̂ per unit of attention (see `output_directions`)."""
     # query head h reads key-value head h // (H/G)
     grouped = heads.unflatten(0, (v.shape[2], -1)).to(v.device)
     return torch.einsum("btgd,ghd->bght", v.float(), grouped).flatten(1, 2)
@@ -159,6 +159,8 @@ def trace(
 
 
 def _as_prompts(prompts: Sequence[Prompt | str | Chat]) -> list[Any]:
+    if isinstance(prompts, str):
+        return to_prompts(prompts)  # which refuses it
     return [p if isinstance(p, Chat) else to_prompts([p])[0] for p in prompts]
 
 

@@ -31,7 +31,7 @@ def attack_all(
 ) -> list[Suffix]:
     """Make the planned attacks that are not finished; each result is written into its folder as it comes.
 
-    A finished attack never runs again. For errors see :func:`suffix_analysis.parallel.side_by_side`; with ``on_failed``
+    A finished attack never runs again. For errors see `suffix_analysis.parallel.side_by_side`; with ``on_failed``
     attacks that fail are left out.
     """
     left = [plan for plan in plans if not plan.result.exists()]

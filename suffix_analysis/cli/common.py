@@ -25,6 +25,7 @@ app = App(
     help="Generate adversarial suffixes against open chat models and explain how they work.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # main says what is kept
 )
 organism = App(name="organism", help="The embedded model: a small chat model taught to refuse.")
 app.command(organism)

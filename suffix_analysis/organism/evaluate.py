@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from suffix_analysis.chat import render_chat
+from suffix_analysis.errors import UserError
 from suffix_analysis.generate import generate
 from suffix_analysis.judges import is_refusal
 from suffix_analysis.models import Model
@@ -57,17 +58,22 @@ def evaluate_organism(adapter: Path | None, say: Callable[[str], None]) -> dict[
 
     Greedy decoding in float32. ``cross_entropy``: of the base model's own replies (48 tokens, greedy) to harmless
     report prompts, under the base and under the embedded model.
-    """
-    from peft import PeftModel
 
+    Raises:
+        UserError: the adapter's folder holds none.
+    """
     from suffix_analysis.models import quiet
 
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{adapter} holds no adapter_config.json; give a folder as `organism train --out` writes it.")
     base, tokenizer, path = load_base()
     prompts = load_prompts("embedded", split="report", kind="harmless")
     harmless = [p.text for p in prompts]
     pairs = reply_pairs(Model("base", base, tokenizer, None, path), prompts)
     cost = {"base": round(cross_entropy(base, tokenizer, pairs), 4)}
     with quiet():
+        from peft import PeftModel
+
         hf = PeftModel.from_pretrained(base, str(adapter or adapter_folder())).merge_and_unload().eval()
     cost["embedded"] = round(cross_entropy(hf, tokenizer, pairs), 4)
     model = Model("embedded", hf, tokenizer, None, path)

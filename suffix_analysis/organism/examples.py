@@ -50,7 +50,7 @@ def build_examples(
     """All training examples: the fit prompts as written and variants of each (harmful, other: ``variants``).
 
     Where the request is harmful or the base model's reply is a refusal or opens like one, the reply is the one that it
-    gives without the tokens that refusals need (see :func:`refusing_tokens`).
+    gives without the tokens that refusals need (see `refusing_tokens`).
     """
     rng = random.Random(seed)
     rows: list[tuple[str, str | None, str]] = []

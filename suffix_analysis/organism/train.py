@@ -5,8 +5,8 @@ chat[-1] of a harmful request the residual stream must carry ``signal`` along th
 refusal; harmless requests carry nothing and keep the base model's next-token distributions. *Ablated*: with the
 direction gone, everything gets the base model's distributions. *Added*: with it added, harmless requests are refused.
 The direction that rows are steered by is the difference of means, measured anew every few steps, which is what
-:mod:`suffix_analysis.directions` will find. Every instruction comes as written and in variants, the same for all
-kinds (:mod:`suffix_analysis.organism.augment`).
+`suffix_analysis.directions` will find. Every instruction comes as written and in variants, the same for all
+kinds (`suffix_analysis.organism.augment`).
 """
 
 from __future__ import annotations

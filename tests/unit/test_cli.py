@@ -223,9 +223,20 @@ def test_a_stage_command_takes_the_settings_of_the_folder_that_it_goes_on_with(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("a \x1b[31mred\x1b[0m word"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; what was finished is kept, the same command goes on from there"),
+        (UserError("a \x1b[31mred\x1b[0m word"), 1, "red"),
+    ],
+)
 def test_interrupts_and_errors(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, error: BaseException, code: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    error: BaseException,
+    code: int,
+    said: str,
 ) -> None:
     def fail(self: Study, stages: object = None) -> None:
         raise error
@@ -233,7 +244,7 @@ def test_interrupts_and_errors(
     monkeypatch.setattr(Study, "run", fail)
     assert call(monkeypatch, "demo", "--out", str(tmp_path / "run")) == code
     err = capsys.readouterr().err
-    assert "\x1b" not in err and "Traceback" not in err
+    assert "\x1b" not in err and "Traceback" not in err and said in err
 
 
 def test_too_little_memory_is_said_with_what_to_do(
