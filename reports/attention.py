@@ -65,7 +65,8 @@ def arm_view(pattern: Pattern) -> dict[str, Any]:
     """Return one prompt in one arm as page data, cropped to the last MAX_TOKENS tokens."""
     start = max(0, len(pattern.tokens) - MAX_TOKENS)
     tokens = [_clip(token_text(token), TOKEN_CHARS) for token in pattern.tokens[start:]]
-    by_head = [[float(f"{value or 0.0:.3g}") for value in row[start:]] for row in pattern.contribution]
+    unknown = [[0.0] * len(pattern.tokens)] * len(pattern.heads)
+    by_head = [[float(f"{value or 0.0:.3g}") for value in row[start:]] for row in pattern.contribution or unknown]
     regions = runs(pattern.regions[start:])
     return {
         "arm": pattern.arm,

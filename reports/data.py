@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
-from reports.errors import AGAIN, ReportError
+from reports.errors import ReportError, again
 from reports.schema import COLUMNS, SCHEMA_VERSION, Check, Pattern, Prompt, Status, Step, Suffix, Summary
 from reports.tables import check_pattern, usable_rows
 
@@ -168,7 +168,7 @@ def _read_text(path: Path, *, required: bool = False) -> str | None:
             raise ReportError(f"{path} is missing: is this a run folder, and did its first stage finish?") from None
         return None
     except UnicodeDecodeError as error:
-        raise ReportError(f"{path} is not UTF-8 text (byte {error.start}): {AGAIN}") from None
+        raise ReportError(f"{path} is not UTF-8 text (byte {error.start}): {again(path)}") from None
     except OSError as error:
         raise ReportError(f"{path} cannot be read ({error.strerror}): check the folder's permissions.") from None
 
@@ -179,7 +179,7 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text, parse_constant=lambda _: None)  # NaN and Infinity are missing values here
     except (ValueError, RecursionError) as error:
         position = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ReportError(f"{where} is not complete JSON{position}: {AGAIN}") from None
+        raise ReportError(f"{where} is not complete JSON{position}: {again(where)}") from None
 
 
 def _read_json(path: Path) -> Any:
@@ -206,13 +206,13 @@ def _read_summary(path: Path) -> Summary:
         raise ReportError(f"{path} is missing: run `suffix-analysis direction` or `analyze` on this folder first.")
     data = _parse(text, str(path))
     if not isinstance(data, dict):
-        raise ReportError(f"{path} holds no JSON object: {AGAIN}")
+        raise ReportError(f"{path} holds no JSON object: {again(path)}")
     _check_version(data.get("schema_version"), path)
     summary = _validated(Summary, data, str(path))
     if summary.direction and not 0 <= summary.direction.layer <= summary.n_layers:
         raise ReportError(
             f"{path}: direction.layer is {summary.direction.layer}, the model has layers 0 to {summary.n_layers - 1}: "
-            f"{AGAIN}"
+            f"{again(path)}"
         )
     return summary
 
@@ -225,7 +225,7 @@ def _validated(model: type[RecordT], data: Any, where: str) -> RecordT:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the whole record"
         shown = repr(first.get("input"))[:60]
-        raise ReportError(f"{where}: {key} is wrong ({first['msg'].lower()}, found {shown}): {AGAIN}") from None
+        raise ReportError(f"{where}: {key} is wrong ({first['msg'].lower()}, found {shown}): {again(where)}") from None
 
 
 def _read_record(path: Path, model: type[RecordT]) -> RecordT | None:
@@ -252,7 +252,7 @@ def _read_list(path: Path, model: type[RecordT]) -> tuple[RecordT, ...] | None:
     if data is None:
         return None
     if not isinstance(data, list):
-        raise ReportError(f"{path} holds no JSON list: {AGAIN}")
+        raise ReportError(f"{path} holds no JSON list: {again(path)}")
     return tuple(_validated(model, item, f"{path}, record {number}") for number, item in enumerate(data))
 
 
@@ -289,5 +289,5 @@ def _read_table(path: Path, name: str) -> list[Row] | None:
         rows: list[Row] = table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0].split(f"'{path}': ")[-1][:120] if str(error) else type(error).__name__
-        raise ReportError(f"{path} is not a readable parquet file ({reason}): {AGAIN}") from None
+        raise ReportError(f"{path} is not a readable parquet file ({reason}): {again(path)}") from None
     return usable_rows(name, rows, table.column_names, str(path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 NARROW = "\u202f"
 """Narrow no-break space, between a number and its unit."""
 NBSP = "\u00a0"
@@ -34,6 +36,12 @@ def percent_ci(share: float | None, lo: float | None, hi: float | None) -> str:
         return percent(share)
     dash = f"{NBSP}to{NBSP}" if lo < 0 else "–"
     return f"{percent(share)} (CI{NBSP}{_percent_number(lo)}{dash}{percent(hi)})"
+
+
+def digits_of(*values: float | None) -> int:
+    """Return how many decimals show two significant digits of the smallest of these, from 2 on."""
+    sizes = [abs(value) for value in values if value]
+    return max(2, 1 - math.floor(math.log10(min(sizes)))) if sizes else 2
 
 
 def plain_ci(value: float | None, lo: float | None, hi: float | None, digits: int = 2) -> str:

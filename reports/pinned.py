@@ -8,7 +8,7 @@ from reports.charts import head_name, layer_name
 from reports.data import Row, RunData
 from reports.escape import visible
 from reports.mechanism import FACTOR_WORDS
-from reports.numbers import count, plain_ci
+from reports.numbers import count, digits_of, plain_ci
 from reports.theme import arm_order
 
 REGIONS = ("instruction", "suffix", "chat", "system", "bos")
@@ -93,7 +93,7 @@ def _layers(data: RunData, heads: dict[str, dict[str, Any]]) -> dict[str, dict[s
         told = [(arm, row) for (arm, at, term), row in terms.items() if (at, term) == (layer, "MLP")]
         order = arm_order({arm for arm, _ in told})
         entry["notes"] = [
-            f"Its MLP writes along r̂ ({arm}): {plain_ci(row['mean'], row['lo'], row['hi'])}."
+            f"Its MLP writes along r̂ ({arm}): {plain_ci(row['mean'], row['lo'], row['hi'], digits_of(row['mean']))}."
             for arm, row in sorted(told, key=lambda pair: order.index(pair[0]))
         ]
         found[name] = entry
@@ -106,7 +106,8 @@ def _ablated(row: Row) -> str:
     run = "without a suffix" if row["run"] == "none" else "with the suffix"
     p = row["projection_p"]
     level = "" if p is None else f", p {'< 0.001' if p < 0.001 else f'= {p:.2g}'} adjusted for all heads"
-    return f"Ablated alone {run}: projection {'+' if (value or 0) > 0 else ''}{plain_ci(value, lo, hi)}{level}."
+    change = ("+" if (value or 0) > 0 else "") + plain_ci(value, lo, hi, digits_of(value))
+    return f"Ablated alone {run}: projection {change}{level}."
 
 
 def _number(value: Any) -> float | None:

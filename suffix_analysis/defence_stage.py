@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
+from suffix_analysis import __version__
 from suffix_analysis.adaptive import budgets
 from suffix_analysis.detection import fit, measure_detectors
 from suffix_analysis.files import read_as, read_table, write_json, write_table
@@ -25,15 +27,17 @@ Rows = list[dict[str, Any]]
 MEASURED = ("detectors", "mitigations")
 SETTINGS = (
     "n_top_heads", "reply_tokens", "judge", "seed", "n_instructions", "n_traced", "search_width", "topk", "target",
+    "device",
 )  # fmt: skip
 READ = ("prompts.jsonl", "suffixes.jsonl", "direction.safetensors", "weights.json", "fast_dtype.json")
 
 
 class Record(TypedDict):
-    """What the tables of a run were measured with: a digest, the detector's threshold, steps of adaptive attacks."""
+    """Digests of what the tables and the adaptive attacks were measured with ("": not wholly), and their settings."""
 
     inputs: str
     cut: float
+    attacked: str
     adaptive_steps: int
 
 
@@ -62,13 +66,15 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
     split = None if adaptive is None else adaptive_split(study.fast, direction, prompts, adaptive)
     inputs, tables = _inputs(study, most), [findings / f"{name}.parquet" for name in MEASURED]
     told, fitted = study.folder / "defences.json", None
-    record: Record = read_as(told, Record) if told.exists() else {"inputs": "", "cut": 0.0, "adaptive_steps": 0}
+    nothing: Record = {"inputs": "", "cut": 0.0, "attacked": "", "adaptive_steps": 0}
+    record: Record = read_as(told, Record) if told.exists() else nothing
     if record["inputs"] == inputs and all(table.exists() for table in tables):
         narrator.say("Detectors and mitigations were measured before and are read.")
         detectors, mitigations = map(read_table, tables)
     else:
         narrator.say("Conversations with every suffix are read for the detectors …")
-        told.unlink(missing_ok=True)  # until both tables are of these inputs
+        record["inputs"] = ""  # until both tables are of these
+        write_json(told, record)
         fitted, detectors = measure_detectors(study.model, direction, prompts, suffixes, most)
         write_table(tables[0], detectors)
         mitigations = measure_mitigations(
@@ -77,15 +83,15 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
             on_line=lambda done, total: narrator.progress(done, total, "defences"),
         )  # fmt: skip
         write_table(tables[1], mitigations)
-        attacked_for = record["adaptive_steps"] if record["inputs"] == inputs else 0
-        record = {"inputs": inputs, "cut": fitted.gap, "adaptive_steps": attacked_for}
+        record |= {"inputs": inputs, "cut": fitted.gap}
         write_json(told, record)
     attacked = _kept(findings / "adaptive.parquet", record["cut"])
     if not attacked and (findings / "adaptive.parquet").exists():
         narrator.say("The adaptive attacks of an earlier call met another threshold and are left out.")
         for name in ("adaptive", "adaptive_budget"):
             (findings / f"{name}.parquet").unlink(missing_ok=True)
-    if adaptive is not None and split is not None and attacked and record["adaptive_steps"] == adaptive_steps:
+    made = attacked and (record["attacked"], record["adaptive_steps"]) == (inputs, adaptive_steps)
+    if adaptive is not None and split is not None and made:
         narrator.say("The adaptive attacks were made before and are read.")
     elif adaptive is not None and split is not None:
         renew()
@@ -95,7 +101,7 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
             on_step=lambda done, total: narrator.progress(done, total, "steps of adaptive attacks"),
         )  # fmt: skip
         write_table(findings / "adaptive.parquet", attacked)
-        write_json(told, record | {"adaptive_steps": adaptive_steps})
+        write_json(told, record | {"cut": fitted.gap, "attacked": inputs, "adaptive_steps": adaptive_steps})
     prices = budgets(attacked)
     if prices:
         write_table(findings / "adaptive_budget.parquet", prices)
@@ -104,9 +110,9 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
 
 
 def _inputs(study: Study, most: int) -> str:
-    """What the two tables depend on, as a digest: files of the run, and settings."""
+    """What the tables depend on, as a digest: files of the run, settings, where it runs (times), this version."""
     settings = [getattr(study.config, name) for name in SETTINGS]
-    digest = hashlib.sha256(json.dumps([most, *settings]).encode())
+    digest = hashlib.sha256(json.dumps([__version__, most, *settings], default=str).encode())
     for name in READ:
         path = study.folder / name
         digest.update(path.read_bytes() if path.exists() else b"")
@@ -116,4 +122,5 @@ def _inputs(study: Study, most: int) -> str:
 def _kept(path: Path, cut: float) -> Rows:
     """The adaptive attacks of an earlier call, if they met the threshold that this one has; none else."""
     rows = read_table(path) if path.exists() else []
-    return rows if all(row.get("cut") == cut for row in rows) else []
+    same = all(math.isclose(row.get("cut") or math.nan, cut, rel_tol=1e-4) for row in rows)
+    return rows if same else []

@@ -56,7 +56,7 @@ class Defence:
 
     ``wrapped``: it needs TransformerLens's hooks, which take time by themselves. ``mass``: of damped edges, the mean
     share of chat[-1]'s attention to attacked prompts that they held; ``taken``: what of it an edit of edges takes.
-    ``fired``: is told of every prompt whether the detector fires that the edit waits for, if it does.
+    ``fired``: is told of every prompt whether the detector fires that an edit waits for, or the filter, if it is one.
     """
 
     name: str
@@ -186,7 +186,7 @@ def measure_mitigations(
     that all have the same length, ``n_timed`` of them at once, ``slower`` beside the model as it was loaded, or as
     TransformerLens has wrapped it, where another stage has had that done (``wrapped``). ``mass`` and ``taken``: see
     `Defence`. ``fires_attacked``, ``fires_lookalike`` and ``fires_harmless``: in which share of the prompts the
-    detector fires that an edit waits for.
+    detector fires that an edit waits for, or the filter.
     """
     unseen = parts_of(suffixes, "adversarial")[1]
     kinds = {k: prompts_of(prompts, k, "report", None if k == "lookalike" else most) for k in (*KINDS, "lookalike")}

@@ -176,11 +176,11 @@ def quiet() -> Iterator[None]:
     """Silence the loading bars and deprecation chatter of libraries; errors still come through."""
     from transformers.utils import logging as hf_logging
 
-    level = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     four_bits = logging.getLogger("bitsandbytes")  # warns of kernels that it can do without, whatever is loaded
+    before = four_bits.level
     four_bits.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -188,7 +188,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         hf_logging.set_verbosity(level)
-        four_bits.setLevel(logging.NOTSET)
+        four_bits.setLevel(before)
         if bars:
             hf_logging.enable_progress_bar()
 

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from reports.attention import arm_view
 from reports.charts_heads import grid_bounds, head_grid
 from reports.charts_more import candidates
 from reports.compare import render
 from reports.data import RunData, read_run
+from reports.errors import AGAIN, again
+from reports.numbers import digits_of
 from reports.page import BUDGETS, facts, repeat_command, replies
+from reports.pinned import pinned_heads
+from reports.schema import Pattern
 from tests.fake_run import make_fake_run
 
 
@@ -81,3 +86,36 @@ def test_two_runs_share_their_colours_and_tell_what_they_lack(data: RunData) -> 
     assert "Click a head to pin it" not in page
     assert "steps.jsonl – the loss curve of the attack" in page and "stopped before its end" in page
     assert page.count("Ablating a random direction of the same norm leaves refusals as they are.") == 2
+
+
+def test_a_pattern_without_contributions_is_shown_all_the_same() -> None:
+    pattern = Pattern(
+        prompt_id="a", arm="none", tokens=["x", "y"], regions=["instruction", "chat"], heads=[(1, 0), (1, 2)],
+        attention=[[[1.0, 0.0], [0.5, 0.5]]] * 2,
+    )  # fmt: skip
+    view = arm_view(pattern)
+    assert view["by_head"] == [[0, 0], [0, 0]] and view["contribution"] == [0, 0]
+    assert view["places"] == ["instruction −1", "chat −1"]
+
+
+def test_what_to_do_about_a_damaged_file_keeps_what_no_stage_writes_again() -> None:
+    assert "restore it" in again("runs/a/config.toml") and "restore it" in again("runs/a/steps.jsonl, line 3")
+    assert again("runs/a/findings/heads.parquet") == AGAIN
+
+
+def test_a_layers_record_sums_its_heads(data: RunData) -> None:
+    records = pinned_heads(data)["heads"]
+    heads = [records[f"L3.H{head}"]["arms"]["random"] for head in range(9)]
+    layer = records["L3"]["arms"]["random"]
+
+    def number(value: object) -> float:
+        return value[0] if isinstance(value, list) else value  # type: ignore[return-value]
+
+    assert layer[0] == pytest.approx(sum(number(row[0]) for row in heads)), "no row of the terms is known of this arm"
+    assert layer[1] == pytest.approx(sum(number(row[1]) for row in heads) / 9)
+    assert records["L3"]["about"].startswith("all 9") and records["L16.H4"]["label"] == "L16.H4 (top 1)"
+    assert [*records][:8] == [name for name in records if "(top" in records[name]["label"]], "top heads come first"
+
+
+def test_small_effects_keep_two_digits() -> None:
+    assert [digits_of(value) for value in (3.2, 0.31, 0.0031, None, 0.0)] == [2, 2, 4, 2, 2]

@@ -85,16 +85,28 @@ def test_the_command_prints_its_tables_and_renews_the_report(
         patch.setattr(defence_stage, "attack_defences", lambda *_, **__: [row | {"loss": 7.0} for row in rows])
         call(monkeypatch, capsys, "defend", str(run), "--most", "4", "--adaptive-steps", "3")
         assert {row["loss"] for row in read_table(findings / "adaptive.parquet")} == {7.0}
-    # a table that is gone, or another number of prompts, is measured
-    (findings / "detectors.parquet").unlink()
-    for most in ("4", "3"):
-        out, err, _ = call(monkeypatch, capsys, "defend", str(run), "--most", most)
-        assert "read for the detectors" in err and "attack success" in out
+    # a table that is gone is measured; an interruption there forgets no finished attack
+    (findings / "mitigations.parquet").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(defence_stage, "measure_mitigations", interrupted)
+        assert call(monkeypatch, capsys, "defend", str(run), "--most", "4")[2] == 130
+        patch.undo()
+        patch.setattr(defence_stage, "attack_defences", None)
+        words = ("defend", str(run), "--most", "4", "--adaptive-steps", "3")
+        out, err, code = call(patch, capsys, *words)
+        assert "read for the detectors" in err and "attacks were made before" in err and not code, err
+    # so is another number of prompts
+    out, err, _ = call(monkeypatch, capsys, "defend", str(run), "--most", "3")
+    assert "read for the detectors" in err and "attack success" in out
     # an attack that met another threshold is not of this defence
     write_table(findings / "adaptive.parquet", [row | {"cut": 7.5} for row in rows])
     out, err, _ = call(monkeypatch, capsys, "defend", str(run), "--most", "3")
     assert "met another threshold" in err and not (findings / "adaptive.parquet").exists()
     assert not (findings / "adaptive_budget.parquet").exists() and "attacked for" not in out
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_adaptive_attack_that_cannot_be_made_is_told_before_anything_is_measured(

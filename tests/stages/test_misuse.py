@@ -20,7 +20,7 @@ MISTAKES = {
     "attacks.GCGConfig(num_steps=2.5)": "AttackError num_steps is 2.5; it must be a whole number.",
     "attacks.GCGConfig(search_width='8')": "AttackError search_width is '8'; it must be a whole number.",
     "attacks.GCGConfig(topk=True)": "AttackError topk is True; it must be a whole number.",
-    "attacks.run(m.hf, m.tokenizer, 'x', 'Sure', nanogcg.GCGConfig())": "AttackError The settings are a nanogcg.gcg.GCGC",
+    "attacks.run(m.hf, m.tokenizer, 'x', 'Sure', nanogcg.GCGConfig())": "AttackError The settings are a nanogcg",
     "trace(m, 'Sing', torch.ones(m.d_model))": "UserError The prompts are the text 'Sing'; give a list",
     "analyze(m, found, ['a cake', 'a song'], 'one two')": "UserError The suffixes are the text 'one two'; give a list",
     "analyze(m, found, 'a cake', ['one two'])": "UserError The prompts are the text 'a cake'; give a list",
