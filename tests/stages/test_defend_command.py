@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ TEXTS = {"adversarial": "red green blue", "random": "pick lock bake", "benign": 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str, Any]:
     monkeypatch.setattr("sys.argv", ["suffix-analysis", *words])
     code: Any = 0
-    with contextlib.suppress(SystemExit):
-        code = 0
+    try:
         cli.main()
+    except SystemExit as left:
+        code = left.code
     told = capsys.readouterr()
     return told.out, told.err, code
 
