@@ -142,7 +142,8 @@ def _as_much_elsewhere(data: RunData, parts: list[tuple[str, Row]]) -> str:
     if not by_control:
         return ""
     control, names = max(by_control.items(), key=lambda item: len(item[1]))
-    return f" ({control}, as long, has no clearly smaller part from {' and '.join(names)})"
+    verb = "has" if control.endswith(" text") else "have"
+    return f" ({control}, as long, {verb} no clearly smaller part from {' and '.join(names)})"
 
 
 def _told(row: Row) -> bool:

@@ -246,8 +246,8 @@ def identity_checks(
     identity, closure = (
         torch.tensor([[t.identity, t.closure] for t in traces], dtype=torch.float64).amax(dim=0).tolist()
     )
-    several = {arm.arm: arm.n_texts for arm in arms if arm.suffixes}
-    few = ", ".join(name for name, n in several.items() if n < MIN_SUFFIXES and not name.startswith("harmless"))
+    several = {arm.arm: arm.n_texts for arm in arms if arm.suffixes and not arm.arm.startswith("harmless")}
+    few = ", ".join(name for name, n in several.items() if n < MIN_SUFFIXES)
     return [
         {
             "name": "head contributions add up",

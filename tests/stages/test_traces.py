@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -250,8 +251,10 @@ def test_permutations_of_one_text_count_as_one_suffix() -> None:
     rows = head_differences([(arms[1], shuffled), (arms[1], arms[0])])
     p = {against: {row["p"] for row in rows if row["against"] == against} for against in ("none", "shuffled")}
     assert p["shuffled"] == {None} and None not in p["none"]
-    checks = identity_checks([t for arm in arms for t in arm.traces], arms, separate=True)
-    assert "descriptive: shuffled" in next(c["sentence"] for c in checks if c["name"] == "several suffixes per arm")
+    other = replace(arms[1], arm="harmless+adversarial", suffixes=arms[1].suffixes[:1], traces=arms[1].traces[:1])
+    checks = identity_checks([t for arm in arms for t in arm.traces], [*arms, other], separate=True)
+    several = next(c for c in checks if c["name"] == "several suffixes per arm")
+    assert "descriptive: shuffled)" in several["sentence"] and several["value"] == 2, "of the arms that are named"
 
 
 @pytest.mark.parametrize("gone", ["hook_v", "hook_pattern"])
