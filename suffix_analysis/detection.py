@@ -77,8 +77,13 @@ class Fitted:
 
     @property
     def gap(self) -> float:
-        """What harmfulness − refusal must exceed for the projection to be restored; rare in each plain kind too."""
-        kinds = (Readings.joined([*self.calibration.values()]), *self.plain.values())
+        """What harmfulness − refusal must exceed for the projection to be restored: rare in harmless conversations.
+
+        With a text behind them, without one, and in look-alikes. Harmful ones do not count: to refuse them is no
+        mistake, whatever stands behind them.
+        """
+        behind = [readings for kind, readings in self.calibration.items() if kind.startswith("harmless")]
+        kinds = (Readings.joined(behind), *self.plain.values())
         return max(largest_or(self.of(GAP).score(kind), GAP_RATE) for kind in kinds)
 
     @property
