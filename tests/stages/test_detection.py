@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,10 @@ def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypa
         "those that fitted are left out"
     )
     assert all(fitted.gap >= own.max() for own in plain.values()), "harmless prompts are left alone"
+    for kind, higher in (("harmful + benign text", False), ("harmless + random text", True)):
+        far = replace(fitted.calibration[kind], harmfulness=fitted.calibration[kind].harmfulness + 1e3)
+        moved = replace(fitted, calibration=fitted.calibration | {kind: far})
+        assert (moved.gap > fitted.gap) == higher, "to refuse harmful ones is no mistake"
     kinds = [fitted.calibration["harmless + benign text"], *fitted.plain.values()]
     assert fitted.perplexity == pytest.approx(max(float(kind.perplexity.max()) for kind in kinds))
 
