@@ -150,7 +150,7 @@ def gaps(model: Model, direction: Direction, harmfulness: Harmfulness, chats: Se
     entered: list[Tensor] = []
     for group in batches([len(chat.ids) for chat in chats], BUDGET):
         padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
-        with entering(model.hf, direction.layer, entered.append):
+        with contiguous_head(model.hf), entering(model.hf, direction.layer, entered.append):
             model.hf(**padded, logits_to_keep=1)
         x = entered.pop().float().cpu()
         for row, i in enumerate(group):
