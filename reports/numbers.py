@@ -38,10 +38,9 @@ def percent_ci(share: float | None, lo: float | None, hi: float | None) -> str:
     return f"{percent(share)} (CI{NBSP}{_percent_number(lo)}{dash}{percent(hi)})"
 
 
-def digits_of(*values: float | None) -> int:
-    """Return how many decimals show two significant digits of the smallest of these, from 2 on."""
-    sizes = [abs(value) for value in values if value]
-    return max(2, 1 - math.floor(math.log10(min(sizes)))) if sizes else 2
+def digits_of(value: float | None) -> int:
+    """Return how many decimals show two significant digits, from 2 on."""
+    return max(2, 1 - math.floor(math.log10(abs(value)))) if value else 2
 
 
 def plain_ci(value: float | None, lo: float | None, hi: float | None, digits: int = 2) -> str:

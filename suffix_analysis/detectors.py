@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -111,29 +111,32 @@ def windowed(surprisal: Float[Tensor, " token"], window: int = WINDOW) -> float:
     return float(surprisal.unfold(0, min(window, len(surprisal)), 1).mean(dim=1).max())
 
 
+def _each(
+    model: Model, chats: Sequence[Chat], layer: int, **forward: Any
+) -> Iterator[tuple[int, Float[Tensor, "token d_model"], Float[Tensor, "row vocab"]]]:
+    """Every conversation's number, what enters ``layer`` at its tokens, and its logits, those of padding among them."""
+    entered: list[Tensor] = []
+    for group in batches([len(chat.ids) for chat in chats], BUDGET):
+        padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
+        with contiguous_head(model.hf), entering(model.hf, layer, entered.append):
+            logits = model.hf(**padded, **forward).logits
+        x = entered.pop()
+        for row, i in enumerate(group):
+            yield i, x[row, -len(chats[i].ids) :].float(), logits[row]
+
+
 @torch.no_grad()
 def by_user_token(
     model: Model, chats: Sequence[Chat], unit: Float[Tensor, " d_model"], layer: int
 ) -> list[tuple[Float[Tensor, " token"], Float[Tensor, " token"]]]:
     """Surprisal (nats) and projection on ``unit`` at the input of ``layer``, at every token of the user's texts."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    seen: list[Tensor] = []
-
-    def look(x: Tensor) -> None:
-        seen.append(x.float() @ unit.to(x.device))
-
-    for group in batches([len(chat.ids) for chat in chats], BUDGET):
-        padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
-        with contiguous_head(model.hf), entering(model.hf, layer, look):
-            logits = model.hf(**padded).logits
-        along = seen.pop()
-        for row, i in enumerate(group):
-            ids, n = chats[i].ids.to(logits.device), len(chats[i].ids)
-            scores = logits[row, -n:-1].float()
-            surprisal = torch.nn.functional.cross_entropy(scores, ids[1:], reduction="none")
-            at = user_mask(chats[i]).nonzero().flatten()
-            # the very first token of a prompt has nothing before it
-            found[i] = (surprisal[(at[at > 0] - 1).to(logits.device)].cpu(), along[row, -n:][at.to(along.device)].cpu())
+    for i, x, logits in _each(model, chats, layer):
+        ids, along = chats[i].ids.to(logits.device), x @ unit.to(x.device)
+        surprisal = torch.nn.functional.cross_entropy(logits[-len(ids) : -1].float(), ids[1:], reduction="none")
+        at = user_mask(chats[i]).nonzero().flatten()
+        # the very first token of a prompt has nothing before it
+        found[i] = (surprisal[(at[at > 0] - 1).to(logits.device)].cpu(), along[at.to(along.device)].cpu())
     return [found[i] for i in range(len(chats))]
 
 
@@ -146,18 +149,11 @@ def perplexities(model: Model, chats: Sequence[Chat], harmfulness: Harmfulness) 
 @torch.no_grad()
 def gaps(model: Model, direction: Direction, harmfulness: Harmfulness, chats: Sequence[Chat]) -> Float[Tensor, " chat"]:
     """Harmfulness − refusal of each conversation, for one forward: what a filter needs that waits for it."""
-    found = torch.empty(len(chats))
-    entered: list[Tensor] = []
-    for group in batches([len(chat.ids) for chat in chats], BUDGET):
-        padded = left_pad([chats[i].ids for i in group], pad_token(model.tokenizer), model.hf.device)
-        with contiguous_head(model.hf), entering(model.hf, direction.layer, entered.append):
-            model.hf(**padded, logits_to_keep=1)
-        x = entered.pop().float().cpu()
-        for row, i in enumerate(group):
-            user = x[row, -len(chats[i].ids) :][user_mask(chats[i])]
-            most, along = (user @ harmfulness.unit).max(), x[row, -1] @ direction.unit
-            found[i] = harm_without_refusal(direction, harmfulness, most[None], along[None])[0]
-    return found
+    most, along = torch.empty(len(chats)), torch.empty(len(chats))
+    for i, x, _ in _each(model, chats, direction.layer, logits_to_keep=1):
+        most[i] = (x[user_mask(chats[i]).to(x.device)] @ harmfulness.unit.to(x.device)).max()
+        along[i] = x[-1] @ direction.unit.to(x.device)
+    return harm_without_refusal(direction, harmfulness, most, along)
 
 
 def harmfulness_of(

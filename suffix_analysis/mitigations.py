@@ -106,11 +106,12 @@ def defences(model: Model, direction: Direction, fitted: Fitted, n_heads: int, l
 
         def reply(model: Model, texts: Sequence[str]) -> list[str]:
             chats = [model.chat(text) for text in texts]
-            flagged = score(model, chats) > cut
-            fired(flagged)
-            left = [chat.ids for chat, flag in zip(chats, flagged.tolist(), strict=True) if not flag]
+            above = score(model, chats) > cut
+            fired(above)
+            flags = above.tolist()
+            left = [chat.ids for chat, flag in zip(chats, flags, strict=True) if not flag]
             replies = iter(generate(model.hf, model.tokenizer, left, length))
-            return [REFUSAL if flag else next(replies) for flag in flagged.tolist()]
+            return [REFUSAL if flag else next(replies) for flag in flags]
 
         return Defence(name, reply=reply, fired=fired)
 

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 from attacks import AttackError
 from suffix_analysis.attacking import (
-    CONTROLS,
     Plan,
     Progress,
     make_attack,
-    make_controls,
     numbered,
     split_for_attack,
 )
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.controls import CONTROLS, make_controls
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.inputs import given_suffixes
 from suffix_analysis.prompts import Prompt, prompts_of

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from suffix_analysis.attacking import make_controls
 from suffix_analysis.config import StudyConfig
+from suffix_analysis.controls import make_controls
 from suffix_analysis.errors import UserError
 from suffix_analysis.inputs import given_suffixes
 from suffix_analysis.prompts import Prompt
