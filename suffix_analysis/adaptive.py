@@ -17,7 +17,7 @@ from attacks.terms import Read, Term, entering
 from suffix_analysis.attacking import conversation, gcg_config
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.defences import Firings
-from suffix_analysis.detectors import Harmfulness, harm_without_refusal
+from suffix_analysis.detectors import Harmfulness, harm_without_refusal, peak
 from suffix_analysis.directions import Direction
 from suffix_analysis.generate import generate
 from suffix_analysis.judges import judge_named
@@ -53,7 +53,7 @@ class Detected:
         def catch(x: Tensor) -> None:
             x = x.float()
             stop = x.shape[1] - behind - len(slot.after_ids)
-            most = (x[:, self.first : stop] @ harm.to(x.device)).max(dim=1).values
+            most = peak(x[:, self.first : stop] @ harm.to(x.device))
             along = x[:, x.shape[1] - 1 - behind] @ unit.to(x.device)
             seen.append((harm_without_refusal(self.direction, self.harmfulness, most, along) - self.cut).relu())
 

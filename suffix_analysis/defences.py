@@ -17,7 +17,7 @@ from attacks.terms import decoder_layers
 from suffix_analysis.batching import sharing_at_most
 from suffix_analysis.causal import Head
 from suffix_analysis.chat import Chat
-from suffix_analysis.detectors import TAIL, Harmfulness, harm_without_refusal
+from suffix_analysis.detectors import TAIL, Harmfulness, harm_without_refusal, peak
 from suffix_analysis.directions import Direction, chat_means
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
@@ -230,7 +230,7 @@ def restored(
             assert harmfulness is not None and place.user is not None and place.last is not None
             along_harm = x.float() @ harmfulness.unit.to(x.device)
             user = place.user[:, -x.shape[1] :].to(x.device)
-            most = along_harm.masked_fill(~user, float("-inf")).max(dim=1).values
+            most = peak(along_harm, user)
             here = x[torch.arange(len(x), device=x.device), place.last.to(x.device)].float()
             return harm_without_refusal(direction, harmfulness, most, here @ unit.to(x.device)) > threshold
 

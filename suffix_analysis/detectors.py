@@ -25,6 +25,7 @@ from suffix_analysis.traces import trace
 
 TAIL = 20  # last tokens of the user's text, whose hold on chat[-1] is the hijacking strength, if nothing else is said
 WINDOW = 10  # tokens over which surprisal is averaged
+PEAK = 3  # tokens whose mean projection is how harmful a text is: one alone is often an outlier
 BUDGET = 1024  # tokens of a batch, because logits are needed at every one
 RATES = (0.01, 0.05)  # false positives that thresholds are set for
 APART = 2.0  # tokens, on average, by which conversations may be longer than those they are told from
@@ -32,9 +33,10 @@ APART = 2.0  # tokens, on average, by which conversations may be longer than tho
 
 @dataclass(frozen=True)
 class Harmfulness:
-    """The difference of means at the last instruction token, and what its largest value over a prompt's tokens is.
+    """The difference of means at the last instruction token, and what `peak` makes of projections on it, on average.
 
-    A suffix cannot change any state before it, so it can raise that largest value but never lower it.
+    A suffix cannot change any state before it, so it can raise the peak of a prompt of three tokens or more but never
+    lower it.
     """
 
     unit: Float[Tensor, " d_model"]
@@ -46,8 +48,8 @@ class Harmfulness:
 def harm_without_refusal(
     direction: Direction, harmfulness: Harmfulness, most: Float[Tensor, " row"], along: Float[Tensor, " row"]
 ) -> Float[Tensor, " row"]:
-    """Harmfulness − refusal, of the largest projection on the harmfulness direction at any of the user's tokens and the
-    projection on the refusal direction at chat[-1]; each is 0 for the mean harmless prompt and 1 for the harmful one.
+    """Harmfulness − refusal, of the peak of the user's tokens along the harmfulness direction (``most``, see `peak`) and
+    the projection on the refusal direction at chat[-1]; each is 0 for the mean harmless prompt, 1 for the harmful one.
     """
     at = direction.layer
     low, high = (float(means[at] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
@@ -59,7 +61,7 @@ class Readings:
     """What detectors read, one row for each conversation.
 
     ``tokens`` of the user's text; ``perplexity``: the largest mean surprisal (nats per token) of any ``WINDOW`` of
-    them; ``harmfulness``: the largest projection at any of them (0 mean harmless prompt, 1 mean harmful one);
+    them; ``harmfulness``: the peak of their projections (see `peak`; 0 mean harmless prompt, 1 mean harmful one);
     ``refusal``: the normalised projection at chat[-1]; ``hijacking``: dominance of the last of them (``tail``) in every
     layer's attention output at chat[-1]; ``heads``: every head's contribution to the direction; ``attention``: what
     every head pays to those last tokens from chat[-1], ``before`` to the user's tokens before them; ``instructed``: the
@@ -111,6 +113,18 @@ def windowed(surprisal: Float[Tensor, " token"], window: int = WINDOW) -> float:
     return float(surprisal.unfold(0, min(window, len(surprisal)), 1).mean(dim=1).max())
 
 
+def peak(along: Float[Tensor, "row token"], user: Bool[Tensor, "row token"] | None = None) -> Float[Tensor, " row"]:
+    """The mean of each row's ``PEAK`` largest values, or of all where it has fewer; at ``user`` alone, if that is given.
+
+    Tokens added to at least ``PEAK`` others can raise it but never lower it. NaN where a row has no token.
+    """
+    if user is not None:
+        along = along.masked_fill(~user, float("-inf"))
+    top = along.topk(min(PEAK, along.shape[1]), dim=1).values
+    there = top.isfinite()
+    return top.masked_fill(~there, 0.0).sum(dim=1) / there.sum(dim=1)
+
+
 def _each(
     model: Model, chats: Sequence[Chat], layer: int, **forward: Any
 ) -> Iterator[tuple[int, Float[Tensor, "token d_model"], Float[Tensor, "row vocab"]]]:
@@ -151,7 +165,7 @@ def gaps(model: Model, direction: Direction, harmfulness: Harmfulness, chats: Se
     """Harmfulness − refusal of each conversation, for one forward: what a filter needs that waits for it."""
     most, along = torch.empty(len(chats)), torch.empty(len(chats))
     for i, x, _ in _each(model, chats, direction.layer, logits_to_keep=1):
-        most[i] = (x[user_mask(chats[i]).to(x.device)] @ harmfulness.unit.to(x.device)).max()
+        most[i] = peak((x[user_mask(chats[i]).to(x.device)] @ harmfulness.unit.to(x.device))[None])
         along[i] = x[-1] @ direction.unit.to(x.device)
     return harm_without_refusal(direction, harmfulness, most, along)
 
@@ -165,7 +179,7 @@ def harmfulness_of(
     vector = means[0] - means[1]
     unit = vector / vector.norm()
     most = [
-        float(np.mean([float(along.max()) for _, along in by_user_token(model, chats, unit, direction.layer)]))
+        float(np.mean([float(peak(along[None])) for _, along in by_user_token(model, chats, unit, direction.layer)]))
         for chats in (harmful, harmless)
     ]
     return Harmfulness(unit, direction.layer, most[0], most[1])
@@ -177,7 +191,7 @@ def read(
     """Read conversations: one trace, and one forward for what is needed at every token of the user's text."""
     traces = trace(model, [blind(chat, tail) for chat in chats], direction)
     tokens = by_user_token(model, chats, harmfulness.unit, harmfulness.layer)
-    most = torch.tensor([float(along.max()) for _, along in tokens])
+    most = torch.tensor([float(peak(along[None])) for _, along in tokens])
     ends = [int(chat.regions["instruction"][user_mask(chat)].sum()) - 1 for chat in chats]
     instructed = torch.tensor([float(along[end]) for (_, along), end in zip(tokens, ends, strict=True)])
     span = harmfulness.harmful - harmfulness.harmless

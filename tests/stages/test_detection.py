@@ -22,6 +22,7 @@ from suffix_analysis.detectors import (
     fit_detectors,
     harmfulness_of,
     largest_or,
+    peak,
     read,
     threshold,
     user_mask,
@@ -60,6 +61,28 @@ def test_a_later_token_cannot_lower_harmfulness() -> None:
     plain = read(model, [model.chat(text) for text in TEXTS], direction, harm).harmfulness
     attacked = read(model, [model.chat(text, SUFFIX) for text in TEXTS], direction, harm).harmfulness
     assert bool((attacked >= plain - 1e-4).all())
+
+
+def test_the_peak_is_the_mean_of_the_three_largest_and_one_outlier_moves_it_little() -> None:
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 9, generator=rng)
+    wanted = rows.sort(dim=1, descending=True).values[:, :3].mean(dim=1)
+    assert torch.allclose(peak(rows), wanted)
+    more = torch.cat([rows, torch.randn(50, 4, generator=rng)], dim=1)
+    assert bool((peak(more) >= peak(rows)).all()), "further tokens only raise it"
+    outlier = torch.zeros(1, 9)
+    outlier[0, 4] = 3.0
+    assert float(peak(outlier)) == pytest.approx(1.0), "a third of what the largest alone would say"
+    assert torch.equal(peak(rows[:, :2]), rows[:, :2].mean(dim=1)), "fewer tokens: all of them"
+    user = torch.rand(50, 9, generator=rng) < 0.4
+    for row, mask, found in zip(rows, user, peak(rows, user), strict=True):
+        assert float(found) == pytest.approx(float(peak(row[mask][None]))) if mask.any() else bool(found.isnan())
+
+
+def test_the_peak_has_a_gradient_at_its_three_tokens_alone() -> None:
+    rows = torch.tensor([[0.0, 5.0, 1.0, 4.0, 3.0]], requires_grad=True)
+    peak(rows, torch.tensor([[True, True, True, True, True]])).sum().backward()
+    assert rows.grad is not None and torch.allclose(rows.grad, torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0]]) / 3)
 
 
 def test_the_tail_is_the_users_last_tokens() -> None:
