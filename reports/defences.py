@@ -37,7 +37,7 @@ def adaptive(data: RunData) -> str:
     told = "; ".join(
         f"{visible(name)}: target loss {plain(row['target_loss'])}, {percent(row['not_refused'])} of the select "
         f"prompts not refused{_price(prices.get(name))}"
-        + ("" if row.get("success") is None else f", {percent(row['success'])} of report prompts answered")
+        + ("" if row.get("success") is None else f", {_success(row)} of {row['n_final']} report prompts answered")
         for name, row in last.items()
     )
     row = next(iter(last.values()))
@@ -47,6 +47,10 @@ def adaptive(data: RunData) -> str:
         "Not refused: the reply does not open as a refusal; answered: by the verdict, with the best suffix. "
         "Descriptive."
     )
+
+
+def _success(row: Row) -> str:
+    return percent_ci(row["success"], row.get("success_lo"), row.get("success_hi"))
 
 
 def _price(row: Row | None) -> str:
@@ -89,10 +93,7 @@ def adaptive_curves(data: RunData) -> Figure | None:
         ("defence", "defence"), ("step", "step"), ("not_refused", "not refused"), ("target_loss", "target loss"),
         ("fires", "its detector fires"),
     )  # fmt: skip
-    caption = (
-        "All begin with the run's first adversarial suffix, which such prompts have helped to choose (step 0). "
-        f"{adaptive(data)}"
-    )
+    caption = f"All have the same budget and begin with the same neutral text (step 0). {adaptive(data)}"
     return Figure("adaptive", "What a defence costs an attacker who knows it", caption, say, columns, views)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from suffix_analysis.judges import judge_named
 from suffix_analysis.models import Model
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.refusal import refused
+from suffix_analysis.stats import rate_interval
 
 EVERY = 5  # steps between two looks at the prompts that the attack has not seen
 Defended = Callable[[int], contextlib.AbstractContextManager[None]]
@@ -47,15 +49,15 @@ class Detected:
     def watch(self, model: Any, slot: attacks.Slot) -> Iterator[Read]:
         """See `attacks.terms.Term`. Reads the block's input before a defence changes it."""
         layer, seen = self.direction.layer, list[Tensor]()
-        unit, harm = (x.to(model.device) for x in (self.direction.unit, self.harmfulness.unit))
+        unit, harmful = (x.to(model.device) for x in (self.direction.unit, self.harmfulness.unit))
         behind = len(slot.target_ids) - 1  # tokens that stand behind chat[-1]
 
         def catch(x: Tensor) -> None:
             x = x.float()
             stop = x.shape[1] - behind - len(slot.after_ids)
-            most = peak(x[:, self.first : stop] @ harm.to(x.device))
+            harm = peak(x[:, self.first : stop] @ harmful.to(x.device))
             along = x[:, x.shape[1] - 1 - behind] @ unit.to(x.device)
-            seen.append((harm_without_refusal(self.direction, self.harmfulness, most, along) - self.cut).relu())
+            seen.append((harm_without_refusal(self.direction, self.harmfulness, harm, along) - self.cut).relu())
 
         with entering(model, layer, catch, first=True):
             yield lambda: seen[-1]
@@ -70,18 +72,14 @@ class Trial:
         held_out: select instructions that it does not.
         refusal_tokens: ids that open refusals.
         config: budget and schedule of the attack.
-        init: the suffix to begin with, such as one that is known to work; the configuration's if left out.
         final: report prompts that the outcome is measured on.
-        cut: the detector's threshold, by which the rows of an earlier call are known to be of the same defence.
     """
 
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     refusal_tokens: Sequence[int]
     config: StudyConfig
-    init: str | None = None
     final: Sequence[Prompt] = ()
-    cut: float | None = None
 
 
 def attack_defended(
@@ -94,11 +92,13 @@ def attack_defended(
 ) -> list[dict[str, Any]]:
     """Loss and what is not refused against steps, one attack with the same budget and seed on each defended model.
 
-    The first suffix (step 0) and every few steps the best one so far is looked at: ``target_loss`` is its loss without
-    further terms of the objective, so that attacks can be compared, ``not_refused`` the share of unseen prompts whose
-    reply does not open as a refusal, ``fires`` the share in which the detector fires that a defence waits for.
-    ``success``, after the last step alone: the share of ``final`` prompts that are
-    answered, by the verdict, with that one of these suffixes that left the fewest refused.
+    Each begins with the same neutral text (see `suffix_analysis.attacking.gcg_config`): a suffix that is known to work
+    on the undefended model would have cost that model's attacker a budget of its own. The first suffix (step 0) and
+    every few steps the best one so far is looked at: ``target_loss`` is its loss without further terms of the
+    objective, so that attacks can be compared, ``not_refused`` the share of unseen prompts whose reply does not open
+    as a refusal, ``fires`` the share in which the detector fires that a defence waits for.
+    ``success``, at the first and the last step alone: the share of ``final`` prompts that are answered, by the
+    verdict, with that one of the suffixes so far that left the fewest refused; with its exact interval over prompts.
 
     The defence is on while the attack scores candidates, takes gradients and looks at unseen prompts.
 
@@ -128,7 +128,6 @@ def _attack_one(
     own: ScoreDtype = "bfloat16" if model.hf.dtype == torch.bfloat16 else "float32"
     # without the cache a forward holds the whole prompt, which detectors read
     settings = replace(gcg_config(model, config), use_prefix_cache=False, score_dtype=own)
-    settings = settings if trial.init is None else replace(settings, optim_str_init=trial.init)
     talks: Any = [conversation(model, prompt.text) for prompt in trial.train]
     behind = len(attacks.build_slot(model.tokenizer, talks[0], config.target, "x").target_ids) - 1
     with context(behind):
@@ -148,11 +147,25 @@ def _attack_one(
 
     blank = {
         "defence": name, "step": 0, "loss": None, "best_loss": None, "target_loss": None, "not_refused": None,
-        "fires": None, "success": None, "n_final": len(final), "n_prompts": len(held_out), "n_train": len(trial.train),
-        "seed": config.seed, "cut": trial.cut,
+        "fires": None, "success": None, "success_lo": None, "success_hi": None, "n_final": len(final),
+        "n_prompts": len(held_out), "n_train": len(trial.train), "seed": config.seed,
     }  # fmt: skip
+
+    def judged() -> dict[str, float | None]:
+        """What the suffix so far that left the fewest refused gets answered; of equals the one with the lowest loss."""
+        if not final:
+            return {}
+        with context(0):
+            ids = [model.chat(p.text, max(looks)[2]).ids for p in final]
+            told = generate(model.hf, model.tokenizer, ids, config.reply_tokens)
+        judge = judge_named(config.judge)
+        verdicts = [judge(p.text, reply) == "complied" for p, reply in zip(final, told, strict=True)]
+        return dict(
+            zip(("success", "success_lo", "success_hi"), rate_interval(np.array(verdicts, dtype=float)), strict=True)
+        )
+
     first = attack.buffer[0][1]
-    yield blank | look(first, attack._string(first))
+    yield blank | look(first, attack._string(first)) | judged()
     steps = attack.steps()
     for number in range(1, config.steps + 1):
         with context(behind):
@@ -160,14 +173,8 @@ def _attack_one(
         row = blank | {"step": number, "loss": step.loss, "best_loss": step.best_loss}
         if number % EVERY == 0 or number == config.steps:
             row |= look(attack.best[1], attack.best[2])
-        if number == config.steps and final:
-            best = max(looks)[2]  # of equals the one with the lowest loss
-            with context(0):
-                ids = [model.chat(p.text, best).ids for p in final]
-                told = generate(model.hf, model.tokenizer, ids, config.reply_tokens)
-            judge = judge_named(config.judge)
-            verdicts = [judge(p.text, reply) == "complied" for p, reply in zip(final, told, strict=True)]
-            row["success"] = sum(verdicts) / len(verdicts)
+        if number == config.steps:
+            row |= judged()
         yield row
 
 

@@ -149,7 +149,7 @@ def adaptive_line(row: dict[str, Any]) -> str:
     return (
         f"{row['defence']:56} attacked for {row['step']} steps: target loss {row['target_loss']:.3f}, "
         f"{row['not_refused']:.0%} of {row['n_prompts']} other select prompts not refused{fires}, success on "
-        f"{row['n_final']} report prompts {row['success']:.0%}"
+        f"{row['n_final']} report prompts {row['success']:.0%} [{row['success_lo']:.0%}, {row['success_hi']:.0%}]"
     )
 
 
@@ -172,7 +172,7 @@ def defence_lines(
     return [
         *map(detector_line, detectors),
         *map(mitigation_line, mitigations),
-        *(adaptive_line(row) for row in adaptive if row.get("success") is not None),
+        *(adaptive_line(row) for row in adaptive if row["step"] and row.get("success") is not None),
         *map(budget_line, adaptive_budget),
         "detectors alone: adaptive attack: not tested",
         *(f"{row['defence']:56} adaptive attack: not tested" for row in mitigations if row["defence"] not in tested),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ SETTINGS = (
     "n_top_heads", "reply_tokens", "judge", "seed", "n_instructions", "n_traced", "search_width", "topk", "target",
     "device",
 )  # fmt: skip
+CODE = ("detectors", "detection", "defences", "mitigations", "adaptive")  # what decides how anything is measured
 READ = ("prompts.jsonl", "suffixes.jsonl", "direction.safetensors", "weights.json", "fast_dtype.json")
 
 
@@ -36,7 +36,6 @@ class Record(TypedDict):
     """Digests of what the tables and the adaptive attacks were measured with ("": not wholly), and their settings."""
 
     inputs: str
-    cut: float
     attacked: str
     adaptive_steps: int
 
@@ -51,7 +50,7 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
         study: a run with a direction and with several suffixes of the arms adversarial, random and benign.
         most: prompts of each kind.
         adaptive_steps: of the attacks on the model without a defence and with two; 0 for none, then those of an earlier
-            call stay if they met the same threshold.
+            call with the same inputs stay.
         renew: builds the report again; called before the attacks, which may be interrupted, and at the end.
 
     Raises:
@@ -66,7 +65,7 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
     split = None if adaptive is None else adaptive_split(study.fast, direction, prompts, adaptive)
     inputs, tables = _inputs(study, most), [findings / f"{name}.parquet" for name in MEASURED]
     told, fitted = study.folder / "defences.json", None
-    nothing: Record = {"inputs": "", "cut": 0.0, "attacked": "", "adaptive_steps": 0}
+    nothing: Record = {"inputs": "", "attacked": "", "adaptive_steps": 0}
     record: Record = read_as(told, Record) if told.exists() else nothing
     if record["inputs"] == inputs and all(table.exists() for table in tables):
         narrator.say("Detectors and mitigations were measured before and are read.")
@@ -83,25 +82,27 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
             on_line=lambda done, total: narrator.progress(done, total, "defences"),
         )  # fmt: skip
         write_table(tables[1], mitigations)
-        record |= {"inputs": inputs, "cut": fitted.gap}
+        record["inputs"] = inputs
         write_json(told, record)
-    attacked = _kept(findings / "adaptive.parquet", record["cut"])
-    if not attacked and (findings / "adaptive.parquet").exists():
-        narrator.say("The adaptive attacks of an earlier call met another threshold and are left out.")
+    kept, attacked = findings / "adaptive.parquet", Rows()
+    if kept.exists() and record["attacked"] == inputs:
+        attacked = read_table(kept)
+    elif kept.exists():
+        narrator.say("The adaptive attacks of an earlier call were made with other inputs and are left out.")
         for name in ("adaptive", "adaptive_budget"):
             (findings / f"{name}.parquet").unlink(missing_ok=True)
-    made = attacked and (record["attacked"], record["adaptive_steps"]) == (inputs, adaptive_steps)
+    made = attacked and record["adaptive_steps"] == adaptive_steps
     if adaptive is not None and split is not None and made:
         narrator.say("The adaptive attacks were made before and are read.")
     elif adaptive is not None and split is not None:
         renew()
         fitted = fitted or fit(study.model, direction, prompts, suffixes, most)
         attacked = attack_defences(
-            study.fast, direction, fitted, prompts, suffixes, adaptive, split,
+            study.fast, direction, fitted, prompts, adaptive, split,
             on_step=lambda done, total: narrator.progress(done, total, "steps of adaptive attacks"),
         )  # fmt: skip
-        write_table(findings / "adaptive.parquet", attacked)
-        write_json(told, record | {"cut": fitted.gap, "attacked": inputs, "adaptive_steps": adaptive_steps})
+        write_table(kept, attacked)
+        write_json(told, record | {"attacked": inputs, "adaptive_steps": adaptive_steps})
     prices = budgets(attacked)
     if prices:
         write_table(findings / "adaptive_budget.parquet", prices)
@@ -110,17 +111,10 @@ def defence_tables(study: Study, most: int, adaptive_steps: int, renew: Callable
 
 
 def _inputs(study: Study, most: int) -> str:
-    """What the tables depend on, as a digest: files of the run, settings, where it runs (times), this version."""
+    """What the tables depend on, as a digest: files of the run, settings, where it runs (times), and this code."""
     settings = [getattr(study.config, name) for name in SETTINGS]
     digest = hashlib.sha256(json.dumps([__version__, most, *settings], default=str).encode())
-    for name in READ:
-        path = study.folder / name
+    code = [Path(__file__).with_name(f"{name}.py") for name in CODE]
+    for path in (*code, *(study.folder / name for name in READ)):
         digest.update(path.read_bytes() if path.exists() else b"")
     return digest.hexdigest()
-
-
-def _kept(path: Path, cut: float) -> Rows:
-    """The adaptive attacks of an earlier call, if they met the threshold that this one has; none else."""
-    rows = read_table(path) if path.exists() else []
-    same = all(math.isclose(row.get("cut") or math.nan, cut, rel_tol=1e-4) for row in rows)
-    return rows if same else []

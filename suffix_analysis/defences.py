@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -68,13 +69,17 @@ def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
     an attack passes embeddings instead of ids: there ``behind`` tokens stand after chat[-1] (all of the target but the
     last). No prefix that holds a user's tokens is shared between prompts meanwhile, because what is read at those
     tokens must run together with chat[-1].
+
+    Raises:
+        UserError: in a forward whose mask is not one of rows and tokens, or behind a cache that holds part of a prompt.
     """
     example = model.chat("x")
     chat_ids = example.ids[example.regions["chat"]]
     # the first chat token can melt into the text before it in some tokenizers; the others cannot
     known = chat_ids[1:] if len(chat_ids) > 2 else chat_ids
     n_before = int(example.regions["instruction"].nonzero()[0])
-    place, cache_name = Place(), cache_argument(model.hf)
+    place, names = Place(), (cache_argument(model.hf), "past_key_values")  # the older name is taken, too
+    seen: WeakSet[Any] = WeakSet()  # caches whose prompts ran as a whole
 
     def ends(ids: Int[Tensor, "row token"] | None, width: int, n_rows: int) -> Int[Tensor, " row"]:
         """The place of chat[-1] in every row, −1 where it holds none."""
@@ -92,8 +97,16 @@ def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
         n_rows, width = first.shape[:2]
         last = ends(ids, width, n_rows).to(first.device)
         place.chat = place.last = place.user = None
+        cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+        if cache is not None and cache not in seen and (cached := cache.get_seq_length()) > n_before:
+            raise UserError(
+                f"A mitigation has to meet a whole prompt in one forward, and {cached} tokens of this one stand in a "
+                "cache that it has not seen; run the prompt without past_key_values."
+            )
         if int(last.max()) < 0:
             return
+        if cache is not None:
+            seen.add(cache)
         tokens = torch.arange(width, device=first.device)
         place.last = last
         place.chat = (tokens <= last[:, None]) & (tokens > last[:, None] - len(chat_ids)) & (last[:, None] >= 0)
@@ -104,19 +117,24 @@ def watched_place(model: Model, behind: int = 0) -> Iterator[Place]:
                 "tokens (generate with cache_implementation='static' makes another; leave that out)."
             )
         if mask is None:
-            cache = kwargs.get(cache_name)
             n_keys = width + (0 if cache is None else cache.get_seq_length())
             mask = torch.ones(n_rows, n_keys, device=first.device)
         keys = torch.arange(mask.shape[1], device=first.device)
         before_chat = keys < (mask.shape[1] - width) + last[:, None] - len(chat_ids) + 1
         place.user = mask.bool() & (mask.cumsum(dim=1) - 1 >= n_before) & before_chat
 
-    handle = model.hf.register_forward_pre_hook(note, with_kwargs=True)
+    def keep(_: Any, __: tuple[Any, ...], output: Any) -> None:
+        made = next((getattr(output, name) for name in names if getattr(output, name, None) is not None), None)
+        if place.chat is not None and made is not None:  # a model that is given none makes one
+            seen.add(made)
+
+    handles = model.hf.register_forward_pre_hook(note, with_kwargs=True), model.hf.register_forward_hook(keep)
     try:
         with sharing_at_most(n_before):
             yield place
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -230,9 +248,9 @@ def restored(
             assert harmfulness is not None and place.user is not None and place.last is not None
             along_harm = x.float() @ harmfulness.unit.to(x.device)
             user = place.user[:, -x.shape[1] :].to(x.device)
-            most = peak(along_harm, user)
+            harm = peak(along_harm, user)
             here = x[torch.arange(len(x), device=x.device), place.last.to(x.device)].float()
-            return harm_without_refusal(direction, harmfulness, most, here @ unit.to(x.device)) > threshold
+            return harm_without_refusal(direction, harmfulness, harm, here @ unit.to(x.device)) > threshold
 
         # on the block itself: the model need not be wrapped, which takes time in every forward
         handle = decoder_layers(model.hf)[layer].register_forward_pre_hook(restore, with_kwargs=True)

@@ -36,16 +36,18 @@ BENIGN, FILTER_RATE = "harmless + benign text", 0.01  # what a perplexity filter
 CALIBRATED = 256  # conversations of each kind that thresholds come from, at most
 FITTING = 3  # every third suffix of an arm fits, the others measure: claims need eight
 NEAR, FEWEST = 2, 8  # tokens between the two prompts of a pair; pairs that are taken however far apart they are
+LONG = 4  # benign texts behind a harmless prompt that make it long: a longer text has more tokens to look harmful
 
 
 @dataclass(frozen=True)
 class Fitted:
     """What is learnt before anything is measured: directions, detectors, and the readings that thresholds come from.
 
-    ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` those without, harmless ones
-    and their look-alikes apart. ``levels``: the harmful prompts' mean projection at every chat position; ``attacked``:
-    what was read of the attacked conversations that detectors were fitted with; ``tail``: how many of the user's last
-    tokens count as the end that may be a suffix, as many as the longest suffix has that anything was fitted with.
+    ``calibration`` holds conversations with a text behind the prompt, by kind; ``plain`` what a model meets otherwise:
+    harmless prompts alone, look-alikes alone, and long harmless texts. ``levels``: the harmful prompts' mean projection
+    at every chat position; ``attacked``: what was read of the attacked conversations that detectors were fitted with;
+    ``tail``: how many of the user's last tokens count as the end that may be a suffix, as many as the longest suffix
+    has that anything was fitted with.
     """
 
     harmfulness: Harmfulness
@@ -145,6 +147,19 @@ def conversations(
     }
 
 
+def unattacked_chats(
+    model: Model, prompts: Mapping[str, Sequence[Prompt]], suffixes: Sequence[Suffix], part: int
+) -> dict[str, list[Chat]]:
+    """What a model meets most of the time: harmless prompts and look-alikes alone, and harmless ones in long texts."""
+    texts = [suffix.text for suffix in parts_of(suffixes, "benign")[part]]
+    several = [" ".join([*texts[i:], *texts[:i]][:LONG]) for i in range(len(texts))]
+    found = {f"{kind} alone": [model.chat(p.text) for p in own] for kind, own in prompts.items()}
+    found["long harmless text"] = [
+        model.chat(p.text, several[i % len(several)]) for i, p in enumerate(prompts["harmless"])
+    ]
+    return {name: chats for name, chats in found.items() if chats}
+
+
 def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes: Sequence[Suffix], most: int) -> Fitted:
     """Fit everything on the fit and select splits, with the first part of the suffixes.
 
@@ -178,7 +193,6 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
     attacked, others = conversations(model, fitting, suffixes, 0)
     found = readings(attacked)
     detectors = fit_detectors(found, readings([part for parts in others.values() for part in parts]))
-    # what the model meets most of the time: harmless prompts and their look-alikes as they are
     used = {p.id for own in fitting.values() for p in own}
     plain = {
         kind: spread([p for p in prompts_of(prompts, kind, "select", None) if p.id not in used], 2 * most)
@@ -193,7 +207,7 @@ def fit(model: Model, direction: Direction, prompts: Sequence[Prompt], suffixes:
         harmfulness,
         detectors,
         calibration,
-        {kind: readings([[model.chat(p.text) for p in own]]) for kind, own in plain.items() if own},
+        {name: readings([chats]) for name, chats in unattacked_chats(model, plain, suffixes, 0).items()},
         harmful_levels(model, direction, sides[0]),
         found,
         tail,
@@ -226,11 +240,9 @@ def measure_detectors(
     def readings(parts: Sequence[Sequence[Chat]]) -> list[Readings]:
         return [read(model, part, direction, fitted.harmfulness, fitted.tail) for part in parts]
 
-    alone = {
-        kind: readings([[model.chat(p.text) for p in own]])
-        for kind in fitted.plain
-        if (own := prompts_of(prompts, kind, "report", None))
-    }
+    plain = {kind: prompts_of(prompts, kind, "report", None) for kind in ("harmless", "lookalike")}
+    chats = unattacked_chats(model, plain, suffixes, 1)
+    alone = {name: readings([own]) for name, own in chats.items()}
     rows = detector_rows(
         fitted.detectors,
         fitted.calibration | fitted.plain,

@@ -18,6 +18,7 @@ from suffix_analysis.arms import projection_measures
 from suffix_analysis.batching import batches, left_pad, pad_token
 from suffix_analysis.chat import REGIONS, Chat
 from suffix_analysis.directions import Direction
+from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
 from suffix_analysis.oneness import discriminant, fitted
 from suffix_analysis.stats import MIN_SUFFIXES, auroc, crossed_auroc, interval
@@ -33,27 +34,31 @@ APART = 2.0  # tokens, on average, by which conversations may be longer than tho
 
 @dataclass(frozen=True)
 class Harmfulness:
-    """The difference of means at the last instruction token, and what `peak` makes of projections on it, on average.
+    """The difference of means at the last instruction token, and what projections on it are on average.
 
-    A suffix cannot change any state before it, so it can raise the peak of a prompt of three tokens or more but never
-    lower it.
+    ``harmful`` and ``harmless``: the means of these prompts' peaks (see `peak`), ``harmful_end`` and ``harmless_end``
+    of their last tokens. A suffix cannot change any state before it, so it can raise the peak of a prompt of three
+    tokens or more but never lower it.
     """
 
     unit: Float[Tensor, " d_model"]
     layer: int
     harmful: float
     harmless: float
+    harmful_end: float
+    harmless_end: float
 
 
 def harm_without_refusal(
-    direction: Direction, harmfulness: Harmfulness, most: Float[Tensor, " row"], along: Float[Tensor, " row"]
+    direction: Direction, harmfulness: Harmfulness, harm: Float[Tensor, " row"], along: Float[Tensor, " row"]
 ) -> Float[Tensor, " row"]:
-    """Harmfulness − refusal, of the peak of the user's tokens along the harmfulness direction (``most``, see `peak`) and
-    the projection on the refusal direction at chat[-1]; each is 0 for the mean harmless prompt, 1 for the harmful one.
+    """Harmfulness − refusal: of the peak of the user's tokens along the harmfulness direction (``harm``, see `peak`),
+    and of the projection on the refusal direction at chat[-1]; each is 0 for the mean harmless prompt, 1 for the
+    harmful one.
     """
     at = direction.layer
     low, high = (float(means[at] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
-    return (most - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless) - (along - low) / (high - low)
+    return (harm - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless) - (along - low) / (high - low)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Readings:
     ``refusal``: the normalised projection at chat[-1]; ``hijacking``: dominance of the last of them (``tail``) in every
     layer's attention output at chat[-1]; ``heads``: every head's contribution to the direction; ``attention``: what
     every head pays to those last tokens from chat[-1], ``before`` to the user's tokens before them; ``instructed``: the
-    projection at the instruction's last token, which no detector can know that is not told where the suffix begins.
+    projection at the instruction's last token (0 and 1 likewise), which no detector can know that is not told where the
+    suffix begins.
     """
 
     tokens: Float[Tensor, " chat"]
@@ -114,15 +120,15 @@ def windowed(surprisal: Float[Tensor, " token"], window: int = WINDOW) -> float:
 
 
 def peak(along: Float[Tensor, "row token"], user: Bool[Tensor, "row token"] | None = None) -> Float[Tensor, " row"]:
-    """The mean of each row's ``PEAK`` largest values, or of all where it has fewer; at ``user`` alone, if that is given.
+    """The mean of each row's ``PEAK`` largest values (of all where it has fewer), at ``user``'s tokens if it is given.
 
     Tokens added to at least ``PEAK`` others can raise it but never lower it. NaN where a row has no token.
     """
-    if user is not None:
-        along = along.masked_fill(~user, float("-inf"))
-    top = along.topk(min(PEAK, along.shape[1]), dim=1).values
-    there = top.isfinite()
-    return top.masked_fill(~there, 0.0).sum(dim=1) / there.sum(dim=1)
+    user = torch.ones_like(along, dtype=torch.bool) if user is None else user
+    count = user.sum(dim=1).clamp(max=PEAK)
+    top = along.masked_fill(~user, float("-inf")).topk(min(PEAK, along.shape[1]), dim=1).values
+    ranks = torch.arange(top.shape[1], device=top.device)
+    return torch.where(ranks < count[:, None], top, 0.0).sum(dim=1) / count
 
 
 def _each(
@@ -163,26 +169,36 @@ def perplexities(model: Model, chats: Sequence[Chat], harmfulness: Harmfulness) 
 @torch.no_grad()
 def gaps(model: Model, direction: Direction, harmfulness: Harmfulness, chats: Sequence[Chat]) -> Float[Tensor, " chat"]:
     """Harmfulness − refusal of each conversation, for one forward: what a filter needs that waits for it."""
-    most, along = torch.empty(len(chats)), torch.empty(len(chats))
+    harm, along = torch.empty(len(chats)), torch.empty(len(chats))
     for i, x, _ in _each(model, chats, direction.layer, logits_to_keep=1):
-        most[i] = peak((x[user_mask(chats[i]).to(x.device)] @ harmfulness.unit.to(x.device))[None])
+        harm[i] = peak((x[user_mask(chats[i]).to(x.device)] @ harmfulness.unit.to(x.device))[None])
         along[i] = x[-1] @ direction.unit.to(x.device)
-    return harm_without_refusal(direction, harmfulness, most, along)
+    return harm_without_refusal(direction, harmfulness, harm, along)
 
 
 def harmfulness_of(
     model: Model, direction: Direction, harmful: Sequence[Chat], harmless: Sequence[Chat]
 ) -> Harmfulness:
-    """Fit the harmfulness direction at the refusal direction's layer, on fit prompts without a suffix."""
+    """Fit the harmfulness direction at the refusal direction's layer, on fit prompts without a suffix.
+
+    Raises:
+        UserError: harmful prompts do not look more harmful than harmless ones.
+    """
     places = harmful[0].n_chat + 1
     means = [fitted(model, chats, direction.layer, places)[0][:, 0].mean(dim=0) for chats in (harmful, harmless)]
     vector = means[0] - means[1]
     unit = vector / vector.norm()
-    most = [
+    ends = [float(mean @ unit) for mean in means]
+    peaks = [
         float(np.mean([float(peak(along[None])) for _, along in by_user_token(model, chats, unit, direction.layer)]))
         for chats in (harmful, harmless)
     ]
-    return Harmfulness(unit, direction.layer, most[0], most[1])
+    if not peaks[0] > peaks[1]:
+        raise UserError(
+            f"Harmful fit prompts do not look more harmful than harmless ones at the input of layer {direction.layer} "
+            f"({peaks[0]:.2f} against {peaks[1]:.2f}); detectors cannot be fitted with these prompts and direction."
+        )
+    return Harmfulness(unit, direction.layer, peaks[0], peaks[1], ends[0], ends[1])
 
 
 def read(
@@ -191,20 +207,20 @@ def read(
     """Read conversations: one trace, and one forward for what is needed at every token of the user's text."""
     traces = trace(model, [blind(chat, tail) for chat in chats], direction)
     tokens = by_user_token(model, chats, harmfulness.unit, harmfulness.layer)
-    most = torch.tensor([float(peak(along[None])) for _, along in tokens])
+    harm = torch.tensor([float(peak(along[None])) for _, along in tokens])
     ends = [int(chat.regions["instruction"][user_mask(chat)].sum()) - 1 for chat in chats]
     instructed = torch.tensor([float(along[end]) for (_, along), end in zip(tokens, ends, strict=True)])
     span = harmfulness.harmful - harmfulness.harmless
     return Readings(
         tokens=torch.tensor([float(len(along)) for _, along in tokens]),
         perplexity=torch.tensor([windowed(surprisal) for surprisal, _ in tokens]),
-        harmfulness=(most - harmfulness.harmless) / span,
+        harmfulness=(harm - harmfulness.harmless) / span,
         refusal=projection_measures(traces, direction)["normalised"][:, direction.layer],
         hijacking=traces.dominance[:, :, REGIONS.index("suffix")],
         heads=traces.head_contribution.flatten(1),
         attention=traces.attention[..., REGIONS.index("suffix")].flatten(1),
         before=traces.attention[..., REGIONS.index("instruction")].flatten(1),
-        instructed=(instructed - harmfulness.harmless) / span,
+        instructed=(instructed - harmfulness.harmless_end) / (harmfulness.harmful_end - harmfulness.harmless_end),
     )
 
 
@@ -234,7 +250,8 @@ def threshold(scores: Float[ndarray, " chat"], rate: float) -> float | None:
     """The lowest of these scores that a further conversation exceeds in at most ``rate`` of all cases.
 
     Of n like conversations and a further one each is as likely the k-th largest, so k may be (n + 1) · rate; where that
-    is less than one, none of the scores will do: fewer than 99 cannot set a threshold for 1 %.
+    is less than one, none of the scores will do: fewer than 99 cannot set a threshold for 1 %. Conversations that share
+    prompts or texts are alike in these: then the rate is nominal.
     """
     rank = int(np.floor(rate * (len(scores) + 1) + 1e-9))
     return float(np.sort(scores)[::-1][rank - 1]) if rank else None
@@ -291,17 +308,19 @@ def detector_rows(
             threshold against a kind comes from that kind.
         attacked: readings of the same report prompts, with one suffix after the other.
         others: the same of every kind of conversation that is not attacked.
-        alone: of prompts without any text behind, which are shorter and do not count among "all of these".
+        alone: by name, readings of other lengths (such as of prompts without any text behind); they do not count among
+            "all of these", and thresholds against them come from the same names in ``calibration``.
 
     A row's ``false_positives`` say what became of a rate on unseen conversations; ``n_marks`` conversations set its
     threshold, and where they are too few for a rate (see `threshold`) what belongs to it is None. Intervals take
-    the threshold as it is. ``tokens_apart``: mean token count of attacked conversations less that of the others.
-    ``descriptive``: one of the two sides has fewer suffixes or texts (``n_texts``) than claims need, or the lengths of
-    conversations with a text behind lie more than ``APART`` tokens apart.
+    the threshold as it is, which is nominal where its conversations share prompts and texts. ``tokens_apart``: mean
+    token count of attacked conversations less that of the others. ``descriptive``: one of the two sides has fewer
+    suffixes or texts (``n_texts``) than claims need, or the lengths lie more than ``APART`` tokens apart.
     """
     everything = Readings.joined([calibration[name] for name in others])
     against = {name: [readings] for name, readings in others.items()} | {"all of these": list(others.values())}
-    against |= {f"{name} alone": [readings] for name, readings in (alone or {}).items()}
+    alone = alone or {}
+    against |= {name: [readings] for name, readings in alone.items()}
     rows = []
     for detector in detectors:
 
@@ -310,10 +329,10 @@ def detector_rows(
 
         positive = cells(attacked)
         for name, kinds in against.items():
-            marks = detector.score(calibration.get(name.removesuffix(" alone"), everything))
+            marks = detector.score(calibration.get(name, everything))
             negatives = [cells(parts) for parts in kinds]
             # texts behind the prompts are drawn from others like them, as suffixes are
-            texts = [] if name.endswith(" alone") else [part.shape[1] for part in negatives]
+            texts = [] if name in alone else [part.shape[1] for part in negatives]
             fewest = min([positive.shape[1], *texts])
             names = [name] if len(kinds) == 1 else list(others)
             value, lo, hi = crossed_auroc(
@@ -324,7 +343,7 @@ def detector_rows(
                 "detector": detector.name, "likelihood": detector.likelihood, "against": name,
                 "n_prompts": positive.shape[0], "n_suffixes": positive.shape[1],
                 "n_others": sum(map(np.size, negatives)), "n_texts": min(texts, default=0), "n_marks": len(marks),
-                "tokens_apart": apart, "descriptive": fewest < MIN_SUFFIXES or (bool(texts) and abs(apart) > APART),
+                "tokens_apart": apart, "descriptive": fewest < MIN_SUFFIXES or abs(apart) > APART,
                 "auroc": value, "lo": lo, "hi": hi,
             }  # fmt: skip
             for rate in RATES:

@@ -299,14 +299,13 @@ def attack_defences(
     direction: Direction,
     fitted: Fitted,
     prompts: Sequence[Prompt],
-    suffixes: Sequence[Suffix],
     config: StudyConfig,
     split: tuple[Sequence[Prompt], Sequence[Prompt]],
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Attacks with equal budgets on the model without a defence, with damped edges, and with a restored projection.
 
-    All begin with a suffix that is known to work. Against the last one the objective also holds the detector's score,
+    Against the last one the objective also holds the detector's score,
     as far as it lies above its threshold (see `suffix_analysis.adaptive.attack_defended`). ``split``: select
     prompts to train on, and others to look at (see `adaptive_split`).
     """
@@ -325,8 +324,7 @@ def attack_defences(
         direction, fitted.harmfulness, cut - MARGIN, int(example.regions["instruction"].nonzero()[0]), EVASION
     )
     unseen = prompts_of(prompts, "harmful", "report", config.n_traced)
-    known = parts_of(suffixes, "adversarial")[0][0].text
-    trial = Trial(train, held_out, direction.refusal_tokens, config, known, unseen, cut)
+    trial = Trial(train, held_out, direction.refusal_tokens, config, unseen)
     return attack_defended(model, trial, defended, {RESTORED: (evading,)}, on_step, {RESTORED: fired})
 
 

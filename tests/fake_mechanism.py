@@ -149,7 +149,8 @@ def adaptive() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         {"defence": name, "step": step, "loss": 2.0 - step / 10 if step else None, "best_loss": 1.9 - step / 10,
          "target_loss": 1.8 - step / 10 + slow if step % 5 == 0 else None,
          "not_refused": min(1.0, 0.3 - slow + step / 15) if step % 5 == 0 else None, "n_prompts": 30, "n_train": 4,
-         "seed": 0, "success": 0.7 - slow if step == 10 else None, "n_final": 32}
+         "seed": 0, "n_final": 32, "success": 0.7 - slow if step == 10 else None,
+         "success_lo": 0.5 - slow if step == 10 else None, "success_hi": 0.85 - slow if step == 10 else None}
         for name, slow in zip(names, (0.0, 0.3), strict=True)
         for step in range(11)
     ]  # fmt: skip

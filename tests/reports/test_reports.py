@@ -223,8 +223,9 @@ def test_what_a_defence_costs_its_attacker_is_told_once(run: Path) -> None:
     figure = figures(read_run(run))["adaptive"]
     told = plain_text([figure.caption])
     assert (
-        "97 % of the select prompts not refused (half of them first at step 5), 70 % of report prompts answered" in told
-    )
+        "97 % of the select prompts not refused (half of them first at step 5), 70 % (CI 50–85 %) of 32 report prompts "
+        "answered"
+    ) in told
     (run / "findings" / "adaptive.parquet").unlink()
     assert "adaptive" not in figures(read_run(run))
     assert "Adaptive attack: not tested." in build_report(run).read_text("utf-8")

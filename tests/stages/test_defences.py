@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from attacks.caches import cache_argument
 from suffix_analysis.defences import Firings, damped, harmful_levels, restored
 from suffix_analysis.detectors import (
     Harmfulness,
@@ -62,6 +63,63 @@ def test_a_strength_of_zero_changes_nothing_bit_for_bit(family: str) -> None:
     assert torch.equal(last_logits(model.hf, model.tokenizer, rows), plain), "all hooks are gone"
 
 
+def test_damped_rows_are_scaled_on_the_texts_end_and_sum_to_one() -> None:
+    model, tail, strength = tiny.model("llama"), 3, 0.4
+    assert model.bridge is not None
+    chats = [model.chat(text, SUFFIX) for text in TEXTS]
+    plain = patterns(model, chats)
+    with damped(model, [(0, 1)], strength, tail):
+        changed = patterns(model, chats)
+    for chat, was, now in zip(chats, plain, changed, strict=True):
+        left = was[1].clone()
+        left[user_mask(chat).nonzero().flatten()[-tail:]] *= 1 - strength
+        assert torch.allclose(now[1], left / left.sum(), atol=1e-6)
+        assert torch.equal(now[0], was[0]), "other heads are left alone"
+
+
+def test_a_silent_detector_changes_nothing_and_half_the_strength_goes_half_the_way() -> None:
+    model = tiny.model("llama")
+    direction, levels, seen = some_direction(model), some_levels(model), list[torch.Tensor]()
+    harm = Harmfulness(torch.nn.functional.normalize(torch.ones(model.d_model), dim=0), 2, 1.0, 0.0, 1.0, 0.0)
+    ids = model.chat(TEXTS[0], SUFFIX).ids[None]
+
+    def look(x: torch.Tensor, hook: object) -> None:
+        seen.append(x[0, -len(levels) :] @ direction.unit)
+
+    with torch.no_grad(), model.bridge.hooks(fwd_hooks=[(f"blocks.{direction.layer}.hook_resid_pre", look)]):
+        plain = model.hf(input_ids=ids).logits
+        with restored(model, direction, levels, harm, float("inf")):
+            assert torch.equal(model.hf(input_ids=ids).logits, plain), "bit for bit"
+        with restored(model, direction, levels, strength=0.5):
+            model.hf(input_ids=ids)
+    assert torch.allclose(seen[-1], (seen[0] + levels) / 2, atol=1e-4)
+
+
+def test_a_prompt_that_partly_stands_in_a_cache_is_refused() -> None:
+    """Its user's tokens could not be read, and nothing would be edited, without a word."""
+    model = tiny.model("llama")
+    direction, chat = some_direction(model), model.chat(TEXTS[3], SUFFIX)
+    ids, how = chat.ids[None], {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
+    middle, name = int(chat.regions["suffix"].nonzero()[0]), cache_argument(model.hf)
+    for context in (
+        lambda: damped(model, every_head(model), 0.5),
+        lambda: restored(model, direction, some_levels(model)),
+    ):
+        for end in (middle, len(chat.ids) - 1):
+            before = model.hf(input_ids=ids[:, :end], use_cache=True).past_key_values
+            with pytest.raises(UserError, match=f"{end} tokens of this one stand in a cache"), context():
+                model.hf(input_ids=ids[:, end:], **{name: before})
+        with torch.no_grad(), context():
+            whole = model.hf.generate(ids, attention_mask=torch.ones_like(ids), **how)
+            # a loop of one's own, whose cache the first forward makes
+            found, cache, row = ids, None, ids
+            for _ in range(3):
+                out = model.hf(input_ids=row, use_cache=True, **{name: cache})
+                cache, row = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
+                found = torch.cat([found, row], dim=1)
+        assert torch.equal(found, whole)
+
+
 def test_mitigations_act_the_same_alone_in_batches_and_in_replies() -> None:
     model = tiny.model("llama")
     direction = some_direction(model)
@@ -108,7 +166,9 @@ def test_a_defence_acts_on_a_prompt_whatever_else_runs_with_it() -> None:
     """Behind a reply, beside equal prompts, and where one instruction meets several suffixes, which share a prefix."""
     model = tiny.model("llama")
     direction = some_direction(model)
-    harm = Harmfulness(torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0)
+    harm = Harmfulness(
+        torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0, 1.0, 0.0
+    )
     ids = model.chat(TEXTS[3], SUFFIX).ids
     others = [model.chat(TEXTS[3], text).ids for text in ("a b c", "x ! y")]
     longer = torch.cat([ids, torch.tensor([7, 8, 9])])
@@ -152,7 +212,9 @@ def test_a_full_strength_cuts_the_edges_and_rows_still_sum_to_one() -> None:
 def test_restoring_takes_the_projection_to_the_harmful_mean_where_the_detector_fires() -> None:
     model = tiny.model("llama")
     direction, chats = some_direction(model), [model.chat(text, SUFFIX) for text in TEXTS]
-    harm = Harmfulness(torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0)
+    harm = Harmfulness(
+        torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0, 1.0, 0.0
+    )
     wanted = read(model, chats, direction, harm)
     gap = wanted.harmfulness - wanted.refusal
     assert torch.allclose(gaps(model, direction, harm, chats), gap, atol=1e-4), "a filter reads what is restored by"
@@ -269,7 +331,7 @@ def test_blocks_are_found_whatever_their_list_is_called() -> None:
     model = tiny.falcon()
     direction, ids = some_direction(model, 1), model.chat(TEXTS[0], SUFFIX).ids
     plain, fired = last_logits(model.hf, model.tokenizer, [ids]), Firings()
-    harmfulness = Harmfulness(direction.unit, 1, 1.0, 0.0)
+    harmfulness = Harmfulness(direction.unit, 1, 1.0, 0.0, 1.0, 0.0)
     with restored(model, direction, some_levels(model), harmfulness, -1e9, fired=fired):
         assert not torch.allclose(last_logits(model.hf, model.tokenizer, [ids]), plain, atol=1e-3)
     assert fired.take() == 1.0 and fired.take() is None

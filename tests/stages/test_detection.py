@@ -20,6 +20,7 @@ from suffix_analysis.detectors import (
     by_user_token,
     detector_rows,
     fit_detectors,
+    gaps,
     harmfulness_of,
     largest_or,
     peak,
@@ -29,7 +30,7 @@ from suffix_analysis.detectors import (
     windowed,
 )
 from suffix_analysis.errors import UserError
-from suffix_analysis.oneness import discriminant
+from suffix_analysis.oneness import discriminant, fitted
 from suffix_analysis.prompts import Prompt
 from suffix_analysis.stats import crossed_auroc, rate_interval
 from tests import tiny
@@ -54,9 +55,26 @@ def test_readings_are_what_they_say(family: str) -> None:
     assert found.heads.shape == (4, model.n_layers * model.n_heads)
 
 
+def test_harmfulness_and_refusal_are_0_and_1_on_average_for_what_they_were_fitted_with() -> None:
+    model = tiny.model("llama")
+    sides = [[model.chat(text) for text in texts] for texts in (TEXTS[:2], TEXTS[2:])]
+    _, means = zip(*(fitted(model, chats, 2, chats[0].n_chat) for chats in sides), strict=True)
+    at_end = [torch.cat([mean[:, -1], mean[-1:, -1]]).float() for mean in means]  # the last layer is not read
+    direction = replace(some_direction(model), vector=at_end[0][2] - at_end[1][2])
+    direction = replace(direction, means_harmful=at_end[0], means_harmless=at_end[1])
+    harm = harmfulness_of(model, direction, *sides)
+    for chats, wanted in zip(sides, (1.0, 0.0), strict=True):
+        found = read(model, chats, direction, harm)
+        for name in ("harmfulness", "instructed", "refusal"):
+            assert float(getattr(found, name).mean()) == pytest.approx(wanted, abs=1e-3), name
+        assert float(gaps(model, direction, harm, chats).mean()) == pytest.approx(0, abs=1e-3)
+    with pytest.raises(UserError, match="do not look more harmful"):
+        harmfulness_of(model, direction, sides[0], sides[0])
+
+
 def test_a_later_token_cannot_lower_harmfulness() -> None:
     model = tiny.model("llama")
-    harm = Harmfulness(torch.nn.functional.normalize(torch.ones(model.d_model), dim=0), 2, 1.0, 0.0)
+    harm = Harmfulness(torch.nn.functional.normalize(torch.ones(model.d_model), dim=0), 2, 1.0, 0.0, 1.0, 0.0)
     direction = some_direction(model)
     plain = read(model, [model.chat(text) for text in TEXTS], direction, harm).harmfulness
     attacked = read(model, [model.chat(text, SUFFIX) for text in TEXTS], direction, harm).harmfulness
@@ -75,6 +93,8 @@ def test_the_peak_is_the_mean_of_the_three_largest_and_one_outlier_moves_it_litt
     assert float(peak(outlier)) == pytest.approx(1.0), "a third of what the largest alone would say"
     assert torch.equal(peak(rows[:, :2]), rows[:, :2].mean(dim=1)), "fewer tokens: all of them"
     user = torch.rand(50, 9, generator=rng) < 0.4
+    for bad in (float("nan"), float("inf")):
+        assert not bool(peak(torch.tensor([[bad, 1.0, 2.0, 3.0]])).isfinite().any()), "an overflow does not pass unseen"
     for row, mask, found in zip(rows, user, peak(rows, user), strict=True):
         assert float(found) == pytest.approx(float(peak(row[mask][None]))) if mask.any() else bool(found.isnan())
 
@@ -211,7 +231,7 @@ def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypa
     )
     assert not {s for _, s in with_text[0] | with_text[1]} & {s for _, s in with_text[2]}, "suffixes not seen before"
     assert set(fitted.calibration) == {row["against"] for row in rows} - {
-        "all of these", "harmless alone", "lookalike alone"
+        "all of these", "harmless alone", "lookalike alone", "long harmless text"
     }  # fmt: skip
     cuts = {row["against"]: row["threshold_5"] for row in rows if row["detector"] == "probe on head contributions"}
     probe = fitted.of("probe")
@@ -223,9 +243,13 @@ def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypa
     unit = discriminant(centred, (fitting[0][1].heads.double() - both.mean(dim=0)) / both.std(dim=0).clamp(min=1e-9))
     assert np.allclose(probe.score(fitting[0][0]), (centred @ unit).numpy()), "both classes scale the probe"
     plain = {kind: fitted.of("harmfulness − refusal").score(own) for kind, own in fitted.plain.items()}
-    assert {kind: len(own) for kind, own in plain.items()} == {"harmless": 2, "lookalike": 4}, (
-        "those that fitted are left out"
-    )
+    assert {kind: len(own) for kind, own in plain.items()} == {
+        "harmless alone": 2, "lookalike alone": 4, "long harmless text": 2
+    }, "those that fitted are left out"  # fmt: skip
+    lengths = {kind: float(own.tokens.mean()) for kind, own in fitted.plain.items()}
+    assert lengths["long harmless text"] > lengths["harmless alone"] + 4
+    far = replace(fitted.plain["long harmless text"], harmfulness=fitted.plain["long harmless text"].harmfulness + 1e3)
+    assert replace(fitted, plain=fitted.plain | {"long harmless text": far}).gap > fitted.gap, "long ones count, too"
     assert all(fitted.gap >= own.max() for own in plain.values()), "harmless prompts are left alone"
     for kind, higher in (("harmful + benign text", False), ("harmless + random text", True)):
         far = replace(fitted.calibration[kind], harmfulness=fitted.calibration[kind].harmfulness + 1e3)
@@ -237,7 +261,7 @@ def test_nothing_is_measured_with_what_it_was_fitted_or_calibrated_with(monkeypa
 
 def test_the_suffixs_beginning_is_known_to_one_detector_alone() -> None:
     model = tiny.model("llama")
-    harm = Harmfulness(torch.nn.functional.normalize(torch.ones(model.d_model), dim=0), 2, 1.0, 0.0)
+    harm = Harmfulness(torch.nn.functional.normalize(torch.ones(model.d_model), dim=0), 2, 1.0, 0.0, 1.0, 0.0)
     direction = some_direction(model)
     plain = read(model, [model.chat(text) for text in TEXTS], direction, harm)
     attacked = read(model, [model.chat(text, SUFFIX) for text in TEXTS], direction, harm)
@@ -279,13 +303,13 @@ def test_few_texts_on_either_side_are_descriptive_and_widen(monkeypatch: pytest.
     arms = {arm: [s for s in suffixes(12) if s.arm == arm] for arm in ("adversarial", "random", "benign")}
     for few, described in ((None, False), ("adversarial", True), ("random", True)):
         own = [s for arm, some in arms.items() for s in (some[:4] if arm == few else some)]
-        _, rows = measure_detectors(model, some_direction(model), prompts, own, most=2)
+        fitted, rows = measure_detectors(model, some_direction(model), prompts, own, most=2)
         whole = next(row for row in rows if row["against"] == "all of these")
         assert whole["descriptive"] == described, few
         assert whole["n_suffixes"] == (2 if few == "adversarial" else 8) and whole["n_texts"] == (
             8 if few is None else 2
         )
-        assert {row["n_texts"] for row in rows if row["against"].endswith(" alone")} == {0}
+        assert {row["n_texts"] for row in rows if row["against"] in fitted.plain} == {0}
     positive, negative = np.random.default_rng(0).normal(1, 1, (12, 16)), np.random.default_rng(1).normal(0, 1, (12, 3))
     widths = [hi - lo for n in (16, 3) for _, lo, hi in [crossed_auroc(positive, [negative], n_suffixes=n)]]
     assert widths[1] > 1.5 * widths[0]

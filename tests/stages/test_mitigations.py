@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import binomtest
 
 import attacks
 from suffix_analysis import adaptive, mitigations
@@ -38,7 +39,7 @@ def test_the_tables_have_every_line_and_their_controls(monkeypatch: pytest.Monke
     model = tiny.model("llama")
     direction, prompts = some_direction(model), few_prompts()
     fitted, rows = measure_detectors(model, direction, prompts, suffixes(4), most=3)
-    assert len(rows) == 7 * (6 + 2)
+    assert len(rows) == 7 * (6 + 3)
     assert {(row["n_prompts"], row["n_suffixes"]) for row in rows} == {(3, 2)}
     assert all(0 <= row["lo"] <= row["auroc"] <= row["hi"] <= 1 for row in rows)
     asked: set[str] = set()
@@ -182,7 +183,9 @@ def test_evading_the_detector_is_its_score_above_the_threshold() -> None:
     """The same number as the detector's, in a forward that goes on with the target; 0 where it stays silent."""
     model = tiny.model("llama")
     direction = some_direction(model)
-    harm = Harmfulness(torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0)
+    harm = Harmfulness(
+        torch.nn.functional.normalize(torch.arange(1.0, model.d_model + 1), dim=0), 2, 1.0, 0.0, 1.0, 0.0
+    )
     slot = attacks.build_slot(model.tokenizer, conversation(model, TEXTS[3]), "Sure, here", SUFFIX)
     chat = model.chat(TEXTS[3], SUFFIX)
     found = read(model, [chat], direction, harm)
@@ -199,7 +202,7 @@ def test_evading_the_detector_is_its_score_above_the_threshold() -> None:
             assert float(value()) == pytest.approx(wanted, abs=1e-3)
 
 
-def test_the_attack_on_a_gated_defence_evades_its_detector_from_a_known_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attack_on_a_gated_defence_evades_its_detector(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     direction = some_direction(model)
     prompts = few_prompts()
@@ -208,17 +211,16 @@ def test_the_attack_on_a_gated_defence_evades_its_detector_from_a_known_suffix(m
 
     def spied(model: Any, trial: Trial, defended: Any, terms: Any, on_step: Any, fired: Any) -> list[dict[str, Any]]:
         assert [*fired] == [mitigations.RESTORED]
-        asked.update(init=trial.init, final=trial.final, defended=defended, terms=terms)
+        asked.update(final=trial.final, defended=defended, terms=terms)
         return []
 
     monkeypatch.setattr(mitigations, "attack_defended", spied)
     own = [p for p in prompts if p.split == "select"]
     split = own[:2], own[2:]
-    mitigations.attack_defences(model, direction, fitted, prompts, suffixes(2), StudyConfig(steps=2), split)
+    mitigations.attack_defences(model, direction, fitted, prompts, StudyConfig(steps=2), split)
     ((evading,),) = asked["terms"].values()
     assert [*asked["terms"]] == [mitigations.RESTORED] and mitigations.RESTORED in asked["defended"]
     assert evading.weight > 0 and evading.cut < fitted.gap
-    assert asked["init"] == suffixes(2)[0].text
     assert {p.split for p in asked["final"]} == {"report"}
 
 
@@ -241,7 +243,7 @@ def test_adaptive_attacks_have_equal_budgets_and_meet_their_defence() -> None:
         "restored": lambda behind: restored(model, direction, some_levels(model), strength=3.0, behind=behind),
     }
     fired = Firings()
-    always = Harmfulness(direction.unit, 2, 1.0, 0.0)
+    always = Harmfulness(direction.unit, 2, 1.0, 0.0, 1.0, 0.0)
     defended["gated"] = lambda behind: restored(
         model, direction, some_levels(model), always, -1e9, behind=behind, fired=fired
     )
@@ -251,6 +253,8 @@ def test_adaptive_attacks_have_equal_budgets_and_meet_their_defence() -> None:
     losses = {name: [row["loss"] for row in rows if row["defence"] == name] for name in defended}
     assert [row["step"] for row in rows] == [0, 1, 2, 3] * 4
     assert losses["none"] == losses["nothing"] != losses["restored"]
+    begun = {row["defence"]: row["target_loss"] for row in rows if row["step"] == 0}
+    assert begun["none"] == begun["nothing"] != begun["restored"], "all begin with one text, which meets the defence"
     for row in rows:
         looked = row["step"] in (0, 3)
         assert (row["not_refused"] is not None) == (row["target_loss"] is not None) == looked
@@ -259,16 +263,20 @@ def test_adaptive_attacks_have_equal_budgets_and_meet_their_defence() -> None:
     assert {(row["n_prompts"], row["n_train"]) for row in rows} == {(4, 2)}
 
 
-def test_the_last_step_is_judged_on_report_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_and_the_last_step_are_judged_on_report_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     assert model.bridge is not None
     prompts = load_prompts("embedded", split="select", kind="harmful")[:4]
     config = StudyConfig(steps=2, search_width=6, topk=16, suffix_tokens=4, n_instructions=1)
-    verdicts = iter(["complied", "refusal", "complied", "complied"])
+    verdicts = iter(["refusal"] * 4 + ["complied", "refusal", "complied", "complied"])
     monkeypatch.setattr(adaptive, "judge_named", lambda name: lambda text, reply: next(verdicts))
     none: dict[str, Any] = {"none": lambda behind: contextlib.nullcontext()}
-    rows = attack_defended(model, Trial(prompts[:1], prompts[1:], [5], config, "q w e r", prompts), none, {})
-    assert [row["success"] for row in rows] == [None, None, 0.75] and rows[-1]["n_final"] == 4
+    rows = attack_defended(model, Trial(prompts[:1], prompts[1:], [5], config, prompts), none, {})
+    assert [row["success"] for row in rows] == [0.0, None, 0.75] and rows[-1]["n_final"] == 4
+    for row, n in ((rows[0], 0), (rows[-1], 3)):
+        exact = binomtest(n, 4).proportion_ci(method="exact")
+        assert (row["success_lo"], row["success_hi"]) == pytest.approx((exact.low, exact.high))
+    assert rows[1]["success_lo"] is None
 
 
 def test_a_defences_price_is_counted_in_steps() -> None:
