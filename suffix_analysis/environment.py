@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from suffix_analysis.errors import first_line
+
 # what else is installed (extras, quantisation, attention kernels) changes results or failures too
 PACKAGES = (
     "suffix-analysis", "torch", "transformers", "tokenizers", "transformer-lens", "circuitsvis", "nanogcg", "numpy",
@@ -32,11 +34,11 @@ def peak_gib() -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for env.json and for bug reports; holds no paths, names or tokens."""
-    import psutil
-    import torch
+    """Versions and machine, for env.json and for bug reports; holds no paths, names or tokens.
 
-    from attacks.precision import bf16_speedup
+    Where torch cannot be imported, why stands in its place.
+    """
+    import psutil
 
     versions = {}
     for name in PACKAGES:
@@ -50,20 +52,26 @@ def environment() -> dict[str, Any]:
         "git": _revision(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": _gpus(),
-        "cuda": torch.version.cuda or torch.version.hip or "",
-        "threads": torch.get_num_threads(),
-        "bf16_speedup": round(bf16_speedup(torch.device("cpu")), 2),
+        **_computing(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _gpus() -> list[str]:
-    """Name and memory of every GPU."""
-    import torch
+def _computing() -> dict[str, Any]:
+    """What torch says of GPUs (name and memory of each), threads and precisions."""
+    try:
+        import torch
 
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in found]
+        from attacks.precision import bf16_speedup
+    except (ImportError, OSError) as error:  # a broken installation, which a bug report may be about
+        return {"torch": f"cannot be imported: {first_line(error)}"}
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
+        "cuda": torch.version.cuda or torch.version.hip or "",
+        "threads": torch.get_num_threads(),
+        "bf16_speedup": round(bf16_speedup(torch.device("cpu")), 2),
+    }
 
 
 def _cpu() -> str:

@@ -235,7 +235,9 @@ def load_model(
         raise UserError(f"The tokenizer of {name!r} has no chat template; use an instruction-tuned model.")
     tokenizer.chat_template = prepared(tokenizer, reply_prefix)
     if adapter is not None:
-        hf = _with_adapter(hf, adapter)
+        from suffix_analysis.adapters import with_adapter
+
+        hf = with_adapter(hf, adapter)
     if not is_spread(device) and not stays_put(hf):
         hf = hf.to(device or default_device())
     if hf.device.type == "meta":
@@ -247,37 +249,6 @@ def load_model(
 
         require_identities(model)
     return model
-
-
-def _with_adapter(hf: Any, adapter: str) -> Any:
-    """The model with a LoRA adapter merged into its weights."""
-    from huggingface_hub import snapshot_download
-
-    with quiet():
-        from peft import PeftModel
-    if stays_put(hf):
-        raise UserError(
-            f"The adapter {adapter!r} cannot be merged into quantised or offloaded weights; load them whole."
-        )
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    try:
-        local = Path(os.path.expanduser(adapter))  # noqa: PTH111 — Path's own raises for a ~name that is no user
-        if not local.exists():  # from the hub come these two files and no pickles
-            owner, _, revision = adapter.partition("@")
-            local = Path(snapshot_download(owner, revision=revision or None, allow_patterns=list(names)))
-        lacking = [name for name in names if not (local / name).is_file()]
-        if lacking:
-            raise UserError(f"{adapter!r} holds no {lacking[0]}; give a folder as PEFT's save_pretrained writes it.")
-        with quiet(), warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            tuned = PeftModel.from_pretrained(hf, str(local))
-    except BROKEN as error:
-        raise UserError(f"The adapter {adapter!r} does not go onto this model: {first_line(error)}") from error
-    # LoRA begins with B = 0: where nothing was loaded, nothing is changed
-    empty = [name for name, x in tuned.named_parameters() if "lora_B" in name and not x.any()]
-    if empty or any("missing adapter keys" in str(warning.message) for warning in said):
-        raise UserError(f"The adapter {adapter!r} lacks weights for this model, e.g. {(empty or ['some layers'])[0]}.")
-    return tuned.merge_and_unload()
 
 
 def source_of(name: str, weights: bool = True) -> tuple[str, dict[str, Any]]:

@@ -15,8 +15,10 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.inputs import study_model
 from suffix_analysis.models import Model
+from suffix_analysis.provenance import difference
 
 RETRIES = 3  # of a task whose worker died
+KINDS = ("CPU", "GPU")
 WAITING = 64  # tasks that Ray is given at once: what is queued is held in memory
 
 
@@ -26,6 +28,7 @@ def side_by_side(
     config: StudyConfig,
     name: Callable[[int], str],
     on_failed: Callable[[int, str], None] | None = None,
+    weights: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Run ``task`` on every part and yield (number of the part, result) as they come.
 
@@ -37,7 +40,9 @@ def side_by_side(
         parts: arguments of every task.
         config: the study's settings.
         name: what a part is called when it fails, as the beginning of a sentence.
-        on_failed: told of a task that failed, by number and reason; the others then go on.
+        on_failed: told of a task that failed, by number and reason; the others then go on. Without it no task is begun
+            after a failure, and what is under way is still yielded.
+        weights: digests of the run's model (see `suffix_analysis.provenance`), which a worker's must have.
 
     Raises:
         UserError: Ray is not installed or its cluster cannot be reached, or a task failed.
@@ -54,27 +59,31 @@ def side_by_side(
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray cannot be reached at {config.address or 'this machine'}: {first_line(error)}") from error
     if parts:
-        _require(ray.cluster_resources(), config)
+        _require([node["Resources"] for node in ray.nodes() if node["Alive"]], config)
     remote = ray.remote(_in_worker).options(
         name=task.__name__, num_cpus=config.attack_cpus, num_gpus=config.attack_gpus, max_retries=RETRIES
     )
     try:
-        waiting, pending = list(enumerate(parts)), dict[Any, int]()
+        waiting, pending, failure = list(enumerate(parts)), dict[Any, int](), None
         while waiting or pending:
             while waiting and len(pending) < WAITING:
                 number, part = waiting.pop(0)
-                pending[remote.remote(task, config, part)] = number
+                pending[remote.remote(task, config, part, dict(weights or {}))] = number
             (ready,), _ = ray.wait(list(pending), num_returns=1)
             number = pending.pop(ready)
             try:
                 result = ray.get(ready)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error  # without Ray's frames around it
-                if on_failed is None:
-                    raise UserError(f"{name(number)} failed: {first_line(cause)}") from error
-                on_failed(number, first_line(cause))
+                if on_failed is not None:
+                    on_failed(number, first_line(cause))
+                elif failure is None:
+                    failure = UserError(f"{name(number)} failed: {first_line(cause)}")
+                    failure.__cause__, waiting = error, []
                 continue
             yield number, result
+        if failure is not None:
+            raise failure
     finally:
         if ours:
             ray.shutdown()
@@ -91,24 +100,29 @@ def _reach(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _require(there: Mapping[str, float], config: StudyConfig) -> None:
-    """Refuse tasks that no cluster of these resources could ever start: Ray would wait for them without a word.
+def _require(nodes: Sequence[Mapping[str, float]], config: StudyConfig) -> None:
+    """Refuse tasks that none of these machines could ever start: Ray would wait for them without a word.
 
     Raises:
         UserError: says what is asked for and what is there.
     """
-    asked = {"CPU": float(config.attack_cpus), "GPU": config.attack_gpus}
-    for name, count in asked.items():
-        if count > there.get(name, 0):
-            raise UserError(
-                f"Each task asks for {count:g} {name}s (--attack-{name.lower()}s), and Ray has "
-                f"{there.get(name, 0):g} in all; ask for fewer, or give a larger cluster (--address)."
-            )
+    cpus, gpus = config.attack_cpus, config.attack_gpus
+    if not any(cpus <= node.get("CPU", 0) and gpus <= node.get("GPU", 0) for node in nodes):
+        most = " and ".join(f"{max((node.get(name, 0) for node in nodes), default=0):g} {name}s" for name in KINDS)
+        raise UserError(
+            f"Each task asks for {cpus} CPUs (--attack-cpus) and {gpus:g} GPUs (--attack-gpus), which no machine of "
+            f"Ray's has (at most {most}); ask for fewer, or give another cluster (--address)."
+        )
 
 
-def _in_worker(task: Callable[..., Any], config: StudyConfig, part: tuple[Any, ...]) -> Any:
+def _in_worker(task: Callable[..., Any], config: StudyConfig, part: tuple[Any, ...], weights: dict[str, str]) -> Any:
     torch.set_num_threads(config.attack_cpus)
     share_memory(_side_by_side(config))
+    if weights and (other := difference(worker_model(config), weights)) is not None:
+        raise UserError(
+            f"{config.model} on {socket.gethostname()} is another model than the run's: {other} differs; put the same "
+            "one there, or name it with its revision."
+        )
     return task(config, *part)
 
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from attacks import AttackError
 from suffix_analysis.attacking import (
     Plan,
@@ -21,6 +23,7 @@ from suffix_analysis.controls import CONTROLS, make_controls
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.inputs import given_suffixes
 from suffix_analysis.prompts import Prompt, prompts_of
+from suffix_analysis.provenance import weights_of
 from suffix_analysis.records import Suffix, by_text
 from suffix_analysis.refusal import refused
 
@@ -72,9 +75,12 @@ def attack_all(
     if config.executor == "ray":
         from suffix_analysis import workers
 
+        if torch.cuda.is_available() and not config.attack_gpus and config.device in (None, "auto"):
+            study.narrator.say("Tasks under Ray use no GPU unless they ask for one: --attack-gpus 1, or a part of it.")
         return workers.attack_all(
-            plans, tokens, config, lambda done: study.narrator.progress(done, len(plans), "attacks done"), on_failed
-        )
+            plans, tokens, config, lambda done: study.narrator.progress(done, len(plans), "attacks done"), on_failed,
+            weights_of(study.folder),
+        )  # fmt: skip
     found, before, total = [], 0, sum(plan.config.steps for plan in plans)
     for number, plan in enumerate(plans):
 

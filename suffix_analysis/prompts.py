@@ -51,8 +51,8 @@ def load_prompts(
 
     Args:
         source: ``"embedded"``, a .csv, .json, .jsonl, .parquet or .txt file (one prompt a line), or a Hugging Face
-            dataset as ``hf:owner/name``, with ``@revision``, ``/config`` and ``#split`` where they are needed, e.g.
-            ``hf:walledai/AdvBench@main#train``.
+            dataset as ``hf:owner/name``, with ``/config``, ``@revision`` and ``#split`` in this order where they are
+            needed, e.g. ``hf:walledai/AdvBench@main#train``.
         split: fit, select or report; all if left out.
         kind: harmful, harmless or lookalike; all if left out.
         column: the column that holds the prompt; recognised by its usual names if left out.
@@ -92,7 +92,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             case ".parquet":
                 import pyarrow.parquet
 
-                return list(pyarrow.parquet.read_table(path).to_pylist())
+                try:
+                    return list(pyarrow.parquet.read_table(path).to_pylist())
+                except pyarrow.ArrowException as error:
+                    raise UserError(f"{path} cannot be read: {first_line(error)}") from error
             case ".csv":
                 with path.open(encoding="utf-8-sig", newline="") as handle:
                     table = csv.DictReader(handle, restkey=BEHIND, strict=True)
@@ -135,9 +138,9 @@ def _from_hub(name: str) -> list[dict[str, Any]]:
     rest, _, split = name.partition("#")
     rest, _, revision = rest.partition("@")
     parts = rest.split("/")
-    if len(parts) not in (2, 3) or not all(parts):
+    if len(parts) not in (2, 3) or not all(parts) or "/" in revision:
         raise UserError(
-            f"'hf:{name}' is no dataset; write hf:owner/name, with @revision, /config and #split as needed."
+            f"'hf:{name}' is no dataset; write hf:owner/name/config@revision#split, all but owner/name as needed."
         )
     from datasets import load_dataset
 
@@ -145,9 +148,14 @@ def _from_hub(name: str) -> list[dict[str, Any]]:
         found = load_dataset("/".join(parts[:2]), *parts[2:], split=split or None, revision=revision or None)
     except Exception as error:  # the library raises many kinds, each with a sentence of its own
         raise UserError(f"The dataset 'hf:{name}' cannot be loaded: {first_line(error)}") from error
-    tables = found.values() if isinstance(found, dict) else [found]
-    # its own column of that name would be taken for our splits
-    return [{k: v for k, v in row.items() if k != "split"} for table in tables for row in table]
+    tables = found if isinstance(found, dict) else {"": found}
+    rows = []
+    for part, table in tables.items():
+        for row in table:  # its own column "split" would be taken for ours, and each of its splits may count from 0
+            own = {k: v for k, v in row.items() if k != "split"}
+            many = len(tables) > 1 and given_id(row)
+            rows.append(own | ({"id": f"{part}-{given_id(row)}"} if many else {}))
+    return rows
 
 
 def _within_header(row: dict[str, Any], path: Path, number: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Settings hold names. Behind a name there may be another file tomorrow, and the s
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,17 @@ def _short(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def weights_of(folder: Path) -> dict[str, str]:
+    """Digests of its model that a run folder holds; none where it holds no model's."""
+    return _read(folder / "weights.json")
+
+
+def difference(model: Model, known: Mapping[str, str]) -> str | None:
+    """What of a model is other than these digests say, the first of it; None where nothing is."""
+    found = model_digests(model)
+    return next((name for name in found if known.get(name, found[name]) != found[name]), None)
+
+
 def require_same_model(folder: Path, model: Model, begun: bool) -> None:
     """Refuse a model that is another than the one that a run began with, as far as both are in memory.
 
@@ -100,12 +112,11 @@ def require_same_model(folder: Path, model: Model, begun: bool) -> None:
     Raises:
         UserError: names the model, and what of it is another.
     """
-    found, known = model_digests(model), _read(folder / "weights.json")
+    known = weights_of(folder)
     if not begun or not known:
-        write_json(folder / "weights.json", found)
+        write_json(folder / "weights.json", model_digests(model))
         return
-    other = next((name for name in found if known.get(name, found[name]) != found[name]), None)
-    if other is not None:
+    if (other := difference(model, known)) is not None:
         raise UserError(
             f"{model.name} is another model than when {folder} was begun: {other} differs; load the one that it was "
             "begun with, or choose another folder with --out."

@@ -16,7 +16,7 @@ from suffix_analysis.errors import UsageError
 # commands that go on in a run folder, and where that is if nothing is said
 STAGES = dict.fromkeys(("run", "attack", "direction", "analyze"), "runs/study") | {"campaign": "runs/campaign"}
 CONFIG, OUT = "SUFFIX_ANALYSIS_CONFIG", "SUFFIX_ANALYSIS_OUT"  # the flags' own variables
-JUDGE = "SUFFIX_ANALYSIS_JUDGE"
+JUDGE, ADDRESS = "SUFFIX_ANALYSIS_JUDGE", "SUFFIX_ANALYSIS_ADDRESS"
 OTHERS = (CONFIG, OUT, "SUFFIX_ANALYSIS_JSON", "SUFFIX_ANALYSIS_DEBUG", "SUFFIX_ANALYSIS_CACHE")
 
 
@@ -53,6 +53,12 @@ def sources(words: list[str]) -> list[Any]:
         judge = settings.get("judge", "rules")
         if implied and judge != "rules" and not _values(words, "--judge") and JUDGE not in os.environ:
             require_trusted(name, judge, None)
+        address = settings.get("address")
+        if implied and address is not None and not _values(words, "--address") and ADDRESS not in os.environ:
+            raise UsageError(  # what answers there is trusted with pickles: the folder may be another's
+                f"{name} names the Ray cluster {address!r}; say --address {address} if that is what you want to reach, "
+                "or take the line out."
+            )
         found.append(Toml(name, must_exist=True, search_parents=False, use_commands_as_keys=False))
     return found
 

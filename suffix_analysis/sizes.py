@@ -60,7 +60,7 @@ def size_of(name: str) -> Size:
     try:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
-            hf = AutoModelForCausalLM.from_config(config)
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except BROKEN as error:
         raise UserError(f"The configuration of {name!r} cannot be read: {first_line(error)}") from error
     count = sum(p.numel() for p in hf.parameters())  # shared weights count once

@@ -230,7 +230,7 @@ class Study:
             if self.config.executor == "ray" and cells:
                 from suffix_analysis import workers
 
-                yield from workers.answer(cells, tokens, length, self.precise)
+                yield from workers.answer(cells, tokens, length, self.precise, provenance.weights_of(self.folder))
                 return
             for i, (arm, suffix, some) in enumerate(cells):
                 yield i, replies.reply_rows(self.fast, some, suffix, arm, tokens, length, self.judge)
@@ -263,7 +263,8 @@ class Study:
             if config.executor == "ray" and jobs:
                 from suffix_analysis import workers
 
-                for i, traces in workers.trace_all(jobs, direction, self.precise):
+                weights = provenance.weights_of(self.folder)
+                for i, traces in workers.trace_all(jobs, direction, self.precise, weights):
                     count(len(jobs[i][0]))
                     yield i, traces
                 return

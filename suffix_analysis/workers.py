@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from suffix_analysis.replies import Cell, reply_rows
 from suffix_analysis.runs import write_suffixes
 from suffix_analysis.traces import Job, Traces, trace
 
+JOURNALS = ("checkpoint.json", "steps.jsonl")  # of an attack that is not finished
+
 
 def attack_all(
     plans: Sequence[Plan],
@@ -28,15 +31,19 @@ def attack_all(
     config: StudyConfig,
     on_done: Callable[[int], None],
     on_failed: Callable[[Plan, str], None] | None = None,
+    weights: Mapping[str, str] | None = None,
 ) -> list[Suffix]:
     """Make the planned attacks that are not finished; each result is written into its folder as it comes.
 
-    A finished attack never runs again. For errors see `suffix_analysis.parallel.side_by_side`; with ``on_failed``
+    A finished attack never runs again, an unfinished one goes on from what its folder holds. Workers that see that
+    folder work in it, step by step; others send what they have made when it is finished. For ``weights`` and errors see
+    `suffix_analysis.parallel.side_by_side`; with ``on_failed``
     attacks that fail are left out.
     """
     left = [plan for plan in plans if not plan.result.exists()]
     lost = None if on_failed is None else lambda i, why: on_failed(left[i], why)
-    found = side_by_side(attack_task, [(plan, list(tokens)) for plan in left], config, lambda i: left[i].name, lost)
+    parts = [(_at_home(plan), list(tokens), _begun(plan)) for plan in left]
+    found = side_by_side(attack_task, parts, config, lambda i: left[i].name, lost, weights)
     for done, (i, (suffix, steps)) in enumerate(found, 1 + len(plans) - len(left)):
         left[i].folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(left[i].folder / "steps.jsonl", steps)
@@ -45,19 +52,52 @@ def attack_all(
     return [finished(plan) for plan in plans if on_failed is None or plan.result.exists()]
 
 
-def attack_task(config: StudyConfig, plan: Plan, tokens: list[int]) -> tuple[Suffix, list[dict[str, Any]]]:
-    """One attack in a worker: the suffix and its steps."""
+def _at_home(plan: Plan) -> Plan:
+    """The plan with its folder made and named from the root, so that a worker sees it if it can."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    return replace(plan, folder=plan.folder.resolve())
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other worker is at work in an attack's folder, such as one whose run was killed a moment ago."""
+    with (folder / ".attack.lock").open("a") as handle:
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _begun(plan: Plan) -> dict[str, bytes]:
+    """What an attack's folder holds of one that was interrupted."""
+    return {name: path.read_bytes() for name in JOURNALS if (path := plan.folder / name).is_file()}
+
+
+def attack_task(
+    config: StudyConfig, plan: Plan, tokens: list[int], begun: dict[str, bytes]
+) -> tuple[Suffix, list[dict[str, Any]]]:
+    """One attack in a worker, gone on with from what was ``begun``: the suffix and its steps."""
+    if plan.folder.is_dir():
+        with _alone(plan.folder):
+            return make_attack(worker_model(config), plan, tokens), steps_of(plan)
     with tempfile.TemporaryDirectory(prefix="suffix-analysis-attack-") as scratch:
         here = replace(plan, folder=Path(scratch))
+        for name, content in begun.items():
+            (here.folder / name).write_bytes(content)
         return make_attack(worker_model(config), here, tokens), steps_of(here)
 
 
 def answer(
-    cells: Sequence[Cell], tokens: Sequence[int], length: int, config: StudyConfig
+    cells: Sequence[Cell],
+    tokens: Sequence[int],
+    length: int,
+    config: StudyConfig,
+    weights: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Replies of every cell as they come, each with its cell's number."""
     parts = [(list(some), suffix, arm, list(tokens), length) for arm, suffix, some in cells]
-    return side_by_side(reply_task, parts, config, lambda i: f"Answering the {cells[i][0]} arm")
+    return side_by_side(reply_task, parts, config, lambda i: f"Answering the {cells[i][0]} arm", weights=weights)
 
 
 def reply_task(
@@ -69,10 +109,12 @@ def reply_task(
     return reply_rows(model.twin(fast_dtype(config, model)), prompts, suffix, arm, tokens, length, judge)
 
 
-def trace_all(jobs: Sequence[Job], direction: Direction, config: StudyConfig) -> Iterator[tuple[int, Traces]]:
+def trace_all(
+    jobs: Sequence[Job], direction: Direction, config: StudyConfig, weights: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, Traces]]:
     """Traces of every (prompts, suffix) as they come, each with its number."""
     parts = [(list(prompts), suffix, direction) for prompts, suffix in jobs]
-    return side_by_side(trace_task, parts, config, lambda i: f"Tracing part {i + 1} of {len(jobs)}")
+    return side_by_side(trace_task, parts, config, lambda i: f"Tracing part {i + 1} of {len(jobs)}", weights=weights)
 
 
 def trace_task(config: StudyConfig, prompts: list[Prompt], suffix: str, direction: Direction) -> Traces:

@@ -26,17 +26,23 @@ def abilities(
     limit: Annotated[Whole | None, Parameter(help="Questions of each task at most.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run lm-eval's TASKS on a run's model as it is, with the direction ablated, and taken out of the weights."""
+    """Run lm-eval's TASKS on a run's model as it is, with the direction ablated, and taken out of the weights.
+
+    What other tasks have found in the folder stays.
+    """
     from suffix_analysis.abilities import measure_abilities
-    from suffix_analysis.files import write_table
+    from suffix_analysis.files import read_table, write_table
 
     console = Console()
     with held(out, device) as study:
+        path = out / "findings" / "abilities.parquet"
+        before = read_table(path) if path.exists() else []
         rows = measure_abilities(
             study.fast, study.direction().vector, tasks, folder=tasks_folder, limit=limit,
             on_run=lambda done, total: console.progress(done, total, "interventions"),
         )  # fmt: skip
-        write_table(out / "findings" / "abilities.parquet", rows)
+        named = {row["task"] for row in rows}
+        write_table(path, [row for row in before if row["task"] not in named] + rows)
         renew_report(out)
     print_result(rows, as_json, lambda: [ability_line(row) for row in rows])
 

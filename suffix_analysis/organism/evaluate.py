@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from suffix_analysis.adapters import with_adapter
 from suffix_analysis.chat import render_chat
 from suffix_analysis.errors import UserError
 from suffix_analysis.generate import generate
@@ -60,21 +61,16 @@ def evaluate_organism(adapter: Path | None, say: Callable[[str], None]) -> dict[
     report prompts, under the base and under the embedded model.
 
     Raises:
-        UserError: the adapter's folder holds none.
+        UserError: the folder holds no adapter, or one that does not fit.
     """
-    from suffix_analysis.models import quiet
-
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter} holds no adapter_config.json; give a folder as `organism train --out` writes it.")
+    if adapter is not None and not adapter.is_dir():  # what is none must not be looked for on the hub
+        raise UserError(f"There is no folder {adapter}; give one as `organism train --out` writes it.")
     base, tokenizer, path = load_base()
     prompts = load_prompts("embedded", split="report", kind="harmless")
     harmless = [p.text for p in prompts]
     pairs = reply_pairs(Model("base", base, tokenizer, None, path), prompts)
     cost = {"base": round(cross_entropy(base, tokenizer, pairs), 4)}
-    with quiet():
-        from peft import PeftModel
-
-        hf = PeftModel.from_pretrained(base, str(adapter or adapter_folder())).merge_and_unload().eval()
+    hf = with_adapter(base, str(adapter or adapter_folder())).eval()
     cost["embedded"] = round(cross_entropy(hf, tokenizer, pairs), 4)
     model = Model("embedded", hf, tokenizer, None, path)
     say("report split …")

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from suffix_analysis.adapters import with_adapter
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import load_model
+from suffix_analysis.organism.evaluate import evaluate_organism
+from suffix_analysis.sizes import size_of
 from tests import tiny
 
 
@@ -110,3 +113,56 @@ def test_code_that_comes_with_a_model_is_never_run(base: Path, monkeypatch: pyte
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"cannot be (read|loaded)"):
         load_model(str(base))
+    # nor where transformers knows the configuration, but not a language model that goes with it
+    config |= {"model_type": "clip", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    (base / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", unasked)
+    for read in (size_of, load_model):
+        with pytest.raises(UserError, match=r"cannot be (read|loaded)"):
+            read(str(base))
+
+
+def unasked(*_: object) -> str:
+    raise AssertionError("nobody is asked whether to run it")
+
+
+def test_an_adapter_of_another_kind_is_named(base: Path, tmp_path: Path) -> None:
+    get_peft_model(
+        tiny.hf_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    ).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(UserError, match="an adapter of the kind PROMPT_TUNING; only LoRA's can be merged"):
+        load_model(str(base), adapter=str(tmp_path / "prompt"))
+    for content in ("[]", "{", '"LORA"'):
+        (tmp_path / "prompt" / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match="adapter"):
+            load_model(str(base), adapter=str(tmp_path / "prompt"))
+
+
+def test_an_adapter_comes_from_the_hub_at_its_revision_and_without_pickles(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    adapter, asked = adapter_for(tmp_path / "taught"), list[tuple[str, str | None, list[str]]]()
+
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(adapter)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert load_model(str(base), adapter="owner/taught@v2").name.endswith("taught@v2")
+    assert asked == [("owner/taught", "v2", ["adapter_config.json", "adapter_model.safetensors"])]
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+        load_model(str(base), adapter="owner/taught")
+
+
+def test_the_embedded_models_evaluation_refuses_an_adapter_that_does_not_fit(base: Path, tmp_path: Path) -> None:
+    del base
+    with pytest.raises(UserError, match="There is no folder nowhere"):
+        evaluate_organism(Path("nowhere"), print)
+    empty = tmp_path / "bin"
+    adapter_for(empty)
+    (empty / "adapter_model.safetensors").rename(empty / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+        with_adapter(tiny.hf_model("llama"), str(empty))

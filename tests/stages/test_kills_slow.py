@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from suffix_analysis.files import read_json, read_jsonl, read_table
 from tests import tiny
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "12"))
 SETTINGS: dict[str, Any] = {
     "n_instructions": 2, "suffix_tokens": 5, "steps": 6, "search_width": 8, "topk": 16, "n_controls": 2, "n_traced": 6,
     "n_traced_controls": 1, "reply_tokens": 8, "n_top_heads": 2, "n_causal": 4, "n_fit": 24, "n_select": 16,
@@ -70,12 +71,14 @@ def test_a_killed_run_goes_on_to_the_same_findings(tmp_path: Path) -> None:
     started = time.perf_counter()
     subprocess.run(command(model, tmp_path / "whole"), check=True, capture_output=True)
     whole, wanted = time.perf_counter() - started, findings(tmp_path / "whole")
-    rng, cut = random.Random(0), 0
-    for number in range(KILLS):
+    rng, cut, number = random.Random(0), 0, 0
+    while cut < KILLS:  # runs differ in how long they take: some end before their moment comes
+        number += 1
+        assert number <= 2 * KILLS + 4, f"only {cut} of {number} runs were caught"
         out = tmp_path / f"run-{number}"
         child = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            child.wait(timeout=rng.uniform(0.2, 0.95) * whole)
+            child.wait(timeout=rng.uniform(0, 1) * whole)
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
             cut += child.wait() == -signal.SIGKILL
@@ -84,5 +87,5 @@ def test_a_killed_run_goes_on_to_the_same_findings(tmp_path: Path) -> None:
         found = findings(out)
         assert {name for name in wanted if not same(found.get(name), wanted[name])} == set(), f"kill {number}"
         assert (out / "report.html").exists()
-    print(f"{cut} of {KILLS} runs were killed, in a run of {whole:.0f} s; all went on to the same findings")
-    assert cut >= KILLS / 2
+        shutil.rmtree(out)
+    print(f"{cut} of {number} runs were killed, in a run of {whole:.0f} s; all went on to the same findings")

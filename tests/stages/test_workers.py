@@ -12,18 +12,19 @@ import psutil
 import pytest
 import torch
 
-from suffix_analysis.attacking import make_attack
+from suffix_analysis.attacking import build_attack, finished, make_attack, run_attack, steps_of
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import load_model
-from suffix_analysis.parallel import _reach, _require
+from suffix_analysis.parallel import _reach, _require, side_by_side
 from suffix_analysis.pool import pool_plans
 from suffix_analysis.prompts import Prompt, load_prompts
+from suffix_analysis.provenance import model_digests
 from suffix_analysis.records import Suffix
 from suffix_analysis.replies import Cell, reply_rows
 from suffix_analysis.traces import trace
-from suffix_analysis.workers import answer, attack_all, trace_all
+from suffix_analysis.workers import JOURNALS, answer, attack_all, attack_task, trace_all
 from tests import tiny
 
 pytestmark = pytest.mark.long
@@ -104,7 +105,7 @@ def test_a_killed_workers_attack_runs_again(
     assert killed, "no worker was caught at work"
 
 
-def test_a_failing_attack_is_named_and_the_others_are_kept(
+def test_a_failing_attack_is_named(
     config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"Attack \d of 3 failed: There is no model"):
@@ -138,11 +139,68 @@ def test_replies_and_traces_are_those_of_one_process(
 
 def test_what_a_cluster_can_never_start_is_refused_at_once() -> None:
     """Ray itself waits for it without a word."""
-    with pytest.raises(UserError, match=r"asks for 64 CPUs \(--attack-cpus\), and Ray has 2 in all"):
-        _require({"CPU": 2.0}, StudyConfig(attack_cpus=64))
-    with pytest.raises(UserError, match="asks for 1 GPUs"):
-        _require({"CPU": 2.0}, StudyConfig(attack_gpus=1.0))
-    _require({"CPU": 2.0, "GPU": 1.0}, StudyConfig(attack_cpus=2, attack_gpus=0.5))
+    eight = [{"CPU": 8.0, "GPU": 1.0}] * 8
+    with pytest.raises(UserError, match=r"asks for 64 CPUs \(--attack-cpus\).*at most 8 CPUs and 1 GPUs"):
+        _require(eight, StudyConfig(attack_cpus=64))
+    with pytest.raises(UserError, match=r"and 2 GPUs \(--attack-gpus\)"):
+        _require(eight, StudyConfig(attack_gpus=2.0))
+    with pytest.raises(UserError, match="which no machine"):
+        _require([{"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}], StudyConfig(attack_cpus=4, attack_gpus=1.0))
+    _require([{"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}], StudyConfig(attack_cpus=2, attack_gpus=0.5))
+
+
+def test_tasks_get_what_they_ask_for(config: StudyConfig) -> None:
+    """Two processors asked for of two: one task at a time; one each: two."""
+    for cpus, at_once in ((2, 1), (1, 2)):
+
+        def task(config: StudyConfig, number: int) -> tuple[float, float, int]:
+            began = time.monotonic()
+            time.sleep(1.5)  # longer than a worker takes to begin
+            return began, time.monotonic(), torch.get_num_threads()
+
+        def name(number: int) -> str:
+            return f"Task {number}"
+
+        some = replace(config, attack_cpus=cpus)
+        found = [own for _, own in side_by_side(task, [(i,) for i in range(4)], some, name)]
+        most = max(sum(a <= began < b for a, b, _ in found) for began, _, _ in found)
+        assert most == at_once and {threads for _, _, threads in found} == {cpus}
+
+
+def test_after_a_failure_what_is_under_way_is_kept_and_nothing_more_begins(config: StudyConfig) -> None:
+    def task(config: StudyConfig, number: int) -> int:
+        if number == 0:
+            raise UserError("it cannot be done")
+        time.sleep(1)
+        return number
+
+    found: list[int] = []
+    with pytest.raises(UserError, match="Task 0 failed: it cannot be done"):
+        for _, number in side_by_side(task, [(i,) for i in range(3)], config, lambda i: f"Task {i}"):
+            found.append(number)
+    assert sorted(found) == [1, 2]
+
+
+def test_an_unfinished_attack_goes_on_and_another_model_is_refused(
+    config: StudyConfig, prompts: tuple[list[Prompt], list[Prompt]], expected: list[Suffix], tmp_path: Path
+) -> None:
+    model = load_model(config.model)
+    (plan, *_) = plans = pool_plans(tmp_path, *prompts, config)
+    attack, _ = build_attack(model, plan.train, plan.config)
+    steps = run_attack(attack, model, plan, TOKENS)
+    next(steps), next(steps)
+    steps.close()
+    seconds = [row["seconds"] for row in steps_of(plan)]
+    same(attack_all(plans, TOKENS, config, lambda done: None, weights=model_digests(model)), expected)
+    assert [row["seconds"] for row in steps_of(plan)][:2] == seconds, "the first two steps were not made again"
+    # where a worker does not see the folder, it is sent what there is
+    elsewhere = replace(plan, folder=tmp_path / "not" / "here")
+    begun = {name: (tmp_path / name).read_bytes() for name in JOURNALS}
+    suffix, rows = attack_task(config, elsewhere, TOKENS, begun)
+    assert [row["seconds"] for row in rows] == [row["seconds"] for row in steps_of(plan)] and suffix == finished(plan)
+    (tmp_path / "attacks" / "2" / "suffix.jsonl").unlink()
+    with pytest.raises(UserError, match=r"Attack 2 of 3 failed: .* is another model than the run's: model.norm"):
+        attack_all(plans, TOKENS, config, lambda done: None, weights=model_digests(model) | {"model.norm.weight": "0"})
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once() -> None:

@@ -123,6 +123,18 @@ def test_a_judge_that_only_the_folder_names_is_not_run(
     assert [config.judge for config in seen] == ["os:getcwd"] * 2
 
 
+def test_a_cluster_that_only_the_folder_names_is_not_reached(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, seen: list[StudyConfig]
+) -> None:
+    (tmp_path / "config.toml").write_text('executor = "ray"\naddress = "ray://elsewhere:10001"\n')
+    assert call(monkeypatch, "run", "--out", str(tmp_path)) == 2
+    assert "names the Ray cluster 'ray://elsewhere:10001'; say --address" in capsys.readouterr().err
+    assert call(monkeypatch, "run", "--out", str(tmp_path), "--address", "ray://elsewhere:10001") == 0
+    monkeypatch.setenv("SUFFIX_ANALYSIS_ADDRESS", "ray://elsewhere:10001")
+    assert call(monkeypatch, "run", "--out", str(tmp_path)) == 0
+    assert [config.address for config in seen] == ["ray://elsewhere:10001"] * 2
+
+
 def test_a_variable_that_is_no_setting_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,10 +124,35 @@ def test_a_hugging_face_dataset_is_named_in_one_string(monkeypatch: pytest.Monke
     assert [p.text for p in load_prompts("hf:owner/AdvBench@v1#train")] == ["Write a virus", "Pick a lock"]
     found = load_prompts("hf:owner/AdvBench/small", kind="harmful")
     assert len(found) == 3 and len({p.id for p in found}) == 3
-    assert calls == [("owner/AdvBench", "train", "v1"), ("owner/AdvBench", "small", None, None)]
+    load_prompts("hf:owner/AdvBench/small@v1#train")
+    assert calls == [
+        ("owner/AdvBench", "train", "v1"), ("owner/AdvBench", "small", None, None),
+        ("owner/AdvBench", "small", "train", "v1"),
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["hf:", "hf:name", "hf:a/b/c/d", "hf:/b"])
+def test_splits_that_each_count_from_0_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"goal": ["Write a virus", "Pick a lock"], "id": [0, 1]})
+    both = datasets.DatasetDict({"train": rows, "test": rows.map(lambda row: {"goal": row["goal"] + " now"})})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: both)
+    assert [p.id for p in load_prompts("hf:owner/set")] == ["train-0", "train-1", "test-0", "test-1"]
+
+
+def test_a_parquet_file_that_arrow_cannot_read_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    def fail(path: object) -> None:
+        raise pyarrow.ArrowNotImplementedError("Support for codec 'lzo' not built")
+
+    monkeypatch.setattr(pyarrow.parquet, "read_table", fail)
+    (tmp_path / "p.parquet").touch()
+    with pytest.raises(UserError, match=r"p\.parquet cannot be read: Support for codec 'lzo' not built"):
+        load_prompts(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:name", "hf:a/b/c/d", "hf:/b", "hf:owner/name@main/config"])
 def test_what_is_no_dataset_is_said(name: str) -> None:
     with pytest.raises(UserError, match="is no dataset"):
         load_prompts(name)
