@@ -13,13 +13,18 @@ PACKAGES = ("attacks", "suffix_analysis", "reports")
 
 
 def build_package(source: Path, out: Path) -> Path:
-    """The folder ``out`` with a wheel and a source archive, made from a copy in ``source``: builds write beside it."""
+    """The folder ``out`` with a source archive, made from a copy in ``source``, and the wheel that comes of it."""
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    code = f"from setuptools import build_meta as b; b.build_sdist({str(out)!r}); b.build_wheel({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    for kind, folder in (("sdist", source), ("wheel", source / "unpacked")):
+        if kind == "wheel":
+            (archive,) = out.glob("*.tar.gz")
+            shutil.unpack_archive(archive, folder, filter="data")
+            (folder,) = folder.iterdir()
+        code = f"from setuptools import build_meta as b; b.build_{kind}({str(out)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
     return out
 
 
