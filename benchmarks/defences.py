@@ -1,4 +1,4 @@
-"""The figures asked of defences beside what a run's tables say: `python benchmarks/defences.py FOLDER` after `defend`."""
+"""The figures asked of defences beside a run's: `python benchmarks/defences.py FOLDER` after `suffix-analysis defend`."""
 
 from __future__ import annotations
 
