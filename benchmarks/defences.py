@@ -1,4 +1,4 @@
-"""The figures asked of defences beside a run's: `python benchmarks/defences.py FOLDER` after `suffix-analysis defend`."""
+"""The figures asked of defences beside those of a run: `python benchmarks/defences.py FOLDER` after `defend`."""
 
 from __future__ import annotations
 
