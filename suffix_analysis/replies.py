@@ -11,7 +11,7 @@ from numpy import ndarray
 from typing_extensions import TypedDict
 
 from suffix_analysis.errors import UserError
-from suffix_analysis.files import append_jsonl, open_journal
+from suffix_analysis.files import append_jsonl, open_journal, write_jsonl
 from suffix_analysis.generate import answers
 from suffix_analysis.judges import Judge, is_refusal
 from suffix_analysis.judges import judge as rules
@@ -138,6 +138,14 @@ def measure_replies(
         if on_arm is not None:
             on_arm(n_done, len(cells))
     return [row for key in keys for row in have[key]]
+
+
+def forget_others(journal: Path, before: Sequence[Suffix], now: Sequence[Suffix]) -> None:
+    """Take out of a journal what suffixes of a grown pool were answered with whose names other texts have now."""
+    texts = {(suffix.arm, suffix.id): suffix.text for suffix in now}
+    gone = {suffix.id for suffix in before if texts.get((suffix.arm, suffix.id)) != suffix.text}
+    if gone and journal.exists():
+        write_jsonl(journal, [row for row in open_journal(journal, Answered) if row["suffix_id"] not in gone])
 
 
 def crossed(

@@ -48,6 +48,8 @@ FILES = {
 }
 # what stages write again after the one that is named above
 SHARED = ("findings/summary.json", "findings/checks.json")
+# what is made again when a pool of attacks has grown; the direction knows nothing of suffixes
+AFTER_ATTACKS = ("attack", "replies", "analysis", "mechanism")
 # settings of where a run is worked on, which may change from one part of it to the next
 ELSEWHERE = ("executor", "address", "attack_cpus", "attack_gpus", "device")
 
@@ -82,6 +84,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Hold a run folder: make it, or check that it was made by the same settings, and lock out other processes.
 
+    A pool of attacks may grow: with a larger ``n_attacks`` the further ones are made, and what comes after them again.
+
     Raises:
         UsageError: the folder belongs to other settings or is no run folder.
         UserError: another process works in it, or it cannot be written.
@@ -99,7 +103,8 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
         with (folder / ".lock").open("a") as handle:
             _lock(handle, folder)
             if config.exists():
-                _require_same(folder, settings)
+                if _require_same(folder, settings):
+                    _forget(folder, AFTER_ATTACKS)
                 if provenance.knows_model(folder) and has_begun(folder):  # another name counts once it is loaded
                     own = {key: value for key, value in read_config(folder).items() if key in provenance.MODEL}
                     settings = {k: v for k, v in settings.items() if k not in provenance.MODEL} | own
@@ -115,10 +120,11 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
         raise UserError(f"{folder} cannot be used: {told}; choose another with --out.") from error
 
 
-def _require_same(folder: Path, settings: dict[str, Any]) -> None:
+def _require_same(folder: Path, settings: dict[str, Any]) -> bool:
     """Refuse other settings than a folder was made with, where something was made with them.
 
-    Of the model and the input files their contents decide, not their names (see `suffix_analysis.provenance`).
+    True where a pool is to grow. Of the model and the input files their contents decide, not their names (see
+    `suffix_analysis.provenance`).
 
     Raises:
         UsageError: names the first setting that differs.
@@ -137,16 +143,30 @@ def _require_same(folder: Path, settings: dict[str, Any]) -> None:
         if changed:
             for name in ("fast_dtype.json", "origin.json", "weights.json", "skipped.json", "refusal_tokens.json"):
                 (folder / name).unlink(missing_ok=True)
-        return
+        return False
     told = provenance.same_inputs(folder, settings)
     told |= {*provenance.MODEL} if provenance.knows_model(folder) else set()
     changed = [key for key in changed if key not in told]
+    if changed == ["n_attacks"] and "vary" not in there and 1 < there["n_attacks"] < settings["n_attacks"]:
+        return True
     if changed:
         key = changed[0]
         raise UsageError(
             f"{folder} was made with {key} = {there.get(key)!r}, not {settings.get(key)!r}; use those settings or "
             "another folder (--out)."
         )
+    return False
+
+
+def _forget(folder: Path, stages: Sequence[str]) -> None:
+    """Take stages for not done, and remove the findings that they alone have written."""
+    now = status(folder)
+    for name in stages:
+        for file in {*_written_by(now, name)} - {*SHARED, *FILES["attack"]}:
+            (folder / file).unlink(missing_ok=True)
+        now["stages"].pop(name, None)
+    now["sizes"] = {file: size for file, size in now.get("sizes", {}).items() if (folder / file).exists()}
+    write_json(folder / "status.json", dict(now))
 
 
 def _begun(path: Path) -> bool:

@@ -34,9 +34,9 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def command(model: Path, out: Path) -> list[str]:
+def command(model: Path, out: Path, **more: Any) -> list[str]:
     settings = model / "study.toml"
-    settings.write_text(tomli_w.dumps({**SETTINGS, "model": str(model)}))
+    settings.write_text(tomli_w.dumps({**SETTINGS, "model": str(model), **more}))
     return [sys.executable, "-m", "suffix_analysis.cli", "run", "--config", str(settings), "--out", str(out)]
 
 
@@ -61,6 +61,20 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+@pytest.mark.slow
+def test_a_pool_that_has_grown_finds_what_one_finds_that_was_made_whole(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny.hf_model("llama").save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    for name, counts in (("whole", (4,)), ("grown", (2, 4))):
+        for count in counts:
+            done = subprocess.run(command(model, tmp_path / name, n_attacks=count), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    wanted, found = findings(tmp_path / "whole"), findings(tmp_path / "grown")
+    assert {name for name in wanted | found if not same(found.get(name), wanted.get(name))} == set()
+    assert {row["arm"] for row in wanted["suffixes"]} >= {"random", "shuffled"} and len(wanted["suffixes"]) == 10
 
 
 @pytest.mark.slow

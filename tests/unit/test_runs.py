@@ -63,6 +63,25 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_pool_may_grow_and_what_comes_after_its_attacks_is_forgotten(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with runs.open_run(folder, {"n_attacks": 2, "steps": 10}):
+        for stage in ("prompts", "attack", "replies", "direction"):
+            finish(folder, stage)
+    with runs.open_run(folder, {"n_attacks": 3, "steps": 10}):
+        assert [*runs.status(folder)["stages"]] == ["prompts", "direction"]
+    assert runs.read_config(folder)["n_attacks"] == 3 and (folder / "suffixes.jsonl").exists()
+    assert not (folder / "findings" / "replies.parquet").exists()
+    assert runs.is_done(folder, "direction")
+    for other in ({"n_attacks": 2, "steps": 10}, {"n_attacks": 4, "steps": 20}):
+        with pytest.raises(UsageError, match="was made with"), runs.open_run(folder, other):
+            pass
+    with runs.open_run(tmp_path / "alone", {"n_attacks": 1}):
+        finish(tmp_path / "alone", "prompts")
+    with pytest.raises(UsageError, match="n_attacks = 1, not 2"), runs.open_run(tmp_path / "alone", {"n_attacks": 2}):
+        pass  # it may have stopped early
+
+
 def test_a_first_mistake_can_be_mended(tmp_path: Path) -> None:
     for settings in ({"harmful": "nosuch.csv"}, {"harmful": "mine.csv"}):
         with runs.open_run(tmp_path / "run", settings):
