@@ -228,6 +228,10 @@ def not_checked(data: RunData) -> list[str]:
         lines.append(f"{count(weak, 'difference')} between arms: too few prompts or suffixes to tell it from none.")
     if not data.table("adaptive"):
         lines.append("Adaptive attacks: not tested.")
+    else:
+        lines.append(
+            "Adaptive attacks on a detector alone and on the other defences; those that were made are one each."
+        )
     if data.checks == ():
         lines.append("The identities behind these numbers: no checks are stored with this run.")
     lost = data.summary.retokenised
@@ -235,4 +239,5 @@ def not_checked(data: RunData) -> list[str]:
         lines.append(
             f"{count(lost, 'prompt')} do not survive decoding and tokenising again; they are kept as token ids."
         )
+    lines.append("Other models and other prompts: everything here is of one model, on these.")
     return lines + [visible(sentence) for sentence in data.summary.skipped]
