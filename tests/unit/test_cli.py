@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from suffix_analysis import cli, runs
+from suffix_analysis import abilities, cli, runs
 from suffix_analysis.cli.common import study_of_campaign
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError
+from suffix_analysis.files import read_table
 from suffix_analysis.study import Study
 
 
@@ -133,6 +137,26 @@ def test_a_cluster_that_only_the_folder_names_is_not_reached(
     monkeypatch.setenv("SUFFIX_ANALYSIS_ADDRESS", "ray://elsewhere:10001")
     assert call(monkeypatch, "run", "--out", str(tmp_path)) == 0
     assert [config.address for config in seen] == ["ray://elsewhere:10001"] * 2
+
+
+def test_what_other_tasks_have_found_stays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    values = iter([0.5, 0.25, 0.75])
+
+    def measured(model: object, vector: object, tasks: list[str], **_: object) -> list[dict[str, Any]]:
+        row = {"metric": "acc", "filter": "none", "n": 4, "stderr": None, "change": None, "lo": None, "hi": None}
+        return [row | {"task": task, "intervention": "none", "value": next(values), "note": ""} for task in tasks]
+
+    study = SimpleNamespace(fast=None, direction=lambda: SimpleNamespace(vector=None))
+    monkeypatch.setattr(cli.findings, "held", lambda out, device: contextlib.nullcontext(study))
+    monkeypatch.setattr(cli.findings, "renew_report", lambda out: None)
+    monkeypatch.setattr(abilities, "measure_abilities", measured)
+    (tmp_path / "findings").mkdir()
+    for task in ("arc", "mmlu", "arc"):
+        assert call(monkeypatch, "abilities", task, "--out", str(tmp_path)) == 0
+    rows = read_table(tmp_path / "findings" / "abilities.parquet")
+    assert [(row["task"], row["value"]) for row in rows] == [("mmlu", 0.25), ("arc", 0.75)]
 
 
 def test_a_variable_that_is_no_setting_is_named(
