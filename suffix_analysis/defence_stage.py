@@ -28,7 +28,8 @@ SETTINGS = (
     "n_top_heads", "reply_tokens", "judge", "seed", "n_instructions", "n_traced", "search_width", "topk", "target",
     "device",
 )  # fmt: skip
-CODE = ("detectors", "detection", "defences", "mitigations", "adaptive")  # what decides how anything is measured
+# what decides how anything is measured
+CODE = ("detectors", "detector_table", "detection", "defences", "mitigations", "adaptive")
 READ = ("prompts.jsonl", "suffixes.jsonl", "direction.safetensors", "weights.json", "fast_dtype.json")
 
 

@@ -15,16 +15,8 @@ from torch import Tensor
 from suffix_analysis.causal import Head
 from suffix_analysis.chat import Chat
 from suffix_analysis.defences import harmful_levels
-from suffix_analysis.detectors import (
-    Detector,
-    Harmfulness,
-    Readings,
-    detector_rows,
-    fit_detectors,
-    harmfulness_of,
-    largest_or,
-    read,
-)
+from suffix_analysis.detector_table import detector_rows, largest_or
+from suffix_analysis.detectors import Detector, Harmfulness, Readings, fit_detectors, harmfulness_of, read
 from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model

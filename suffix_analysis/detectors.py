@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,15 +21,13 @@ from suffix_analysis.directions import Direction
 from suffix_analysis.errors import UserError
 from suffix_analysis.models import Model
 from suffix_analysis.oneness import discriminant, fitted
-from suffix_analysis.stats import MIN_SUFFIXES, auroc, crossed_auroc, interval
+from suffix_analysis.stats import auroc
 from suffix_analysis.traces import trace
 
 TAIL = 20  # last tokens of the user's text, whose hold on chat[-1] is the hijacking strength, if nothing else is said
 WINDOW = 10  # tokens over which surprisal is averaged
 PEAK = 3  # tokens whose mean projection is how harmful a text is: one alone is often an outlier
 BUDGET = 1024  # tokens of a batch, because logits are needed at every one
-RATES = (0.01, 0.05)  # false positives that thresholds are set for
-APART = 2.0  # tokens, on average, by which conversations may be longer than those they are told from
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,11 @@ class Harmfulness:
     harmless_end: float
 
 
+def scaled(x: Float[Tensor, " row"], harmless: float, harmful: float) -> Float[Tensor, " row"]:
+    """Projections on a scale of 0 for the mean harmless prompt and 1 for the mean harmful one."""
+    return (x - harmless) / (harmful - harmless)
+
+
 def harm_without_refusal(
     direction: Direction, harmfulness: Harmfulness, harm: Float[Tensor, " row"], along: Float[Tensor, " row"]
 ) -> Float[Tensor, " row"]:
@@ -58,7 +61,7 @@ def harm_without_refusal(
     """
     at = direction.layer
     low, high = (float(means[at] @ direction.unit) for means in (direction.means_harmless, direction.means_harmful))
-    return (harm - harmfulness.harmless) / (harmfulness.harmful - harmfulness.harmless) - (along - low) / (high - low)
+    return scaled(harm, harmfulness.harmless, harmfulness.harmful) - scaled(along, low, high)
 
 
 @dataclass(frozen=True)
@@ -210,17 +213,16 @@ def read(
     harm = torch.tensor([float(peak(along[None])) for _, along in tokens])
     ends = [int(chat.regions["instruction"][user_mask(chat)].sum()) - 1 for chat in chats]
     instructed = torch.tensor([float(along[end]) for (_, along), end in zip(tokens, ends, strict=True)])
-    span = harmfulness.harmful - harmfulness.harmless
     return Readings(
         tokens=torch.tensor([float(len(along)) for _, along in tokens]),
         perplexity=torch.tensor([windowed(surprisal) for surprisal, _ in tokens]),
-        harmfulness=(harm - harmfulness.harmless) / span,
+        harmfulness=scaled(harm, harmfulness.harmless, harmfulness.harmful),
         refusal=projection_measures(traces, direction)["normalised"][:, direction.layer],
         hijacking=traces.dominance[:, :, REGIONS.index("suffix")],
         heads=traces.head_contribution.flatten(1),
         attention=traces.attention[..., REGIONS.index("suffix")].flatten(1),
         before=traces.attention[..., REGIONS.index("instruction")].flatten(1),
-        instructed=(instructed - harmfulness.harmless_end) / (harmfulness.harmful_end - harmfulness.harmless_end),
+        instructed=scaled(instructed, harmfulness.harmless_end, harmfulness.harmful_end),
     )
 
 
@@ -244,109 +246,3 @@ def fit_detectors(attacked: Readings, others: Readings) -> list[Detector]:
         Detector("the same, told where the suffix begins", lambda r: (r.instructed - r.refusal).numpy()),
         Detector("probe on head contributions", lambda r: (standard(r) @ probe).numpy()),
     ]
-
-
-def threshold(scores: Float[ndarray, " chat"], rate: float) -> float | None:
-    """The lowest of these scores that a further conversation exceeds in at most ``rate`` of all cases.
-
-    Of n like conversations and a further one each is as likely the k-th largest, so k may be (n + 1) · rate; where that
-    is less than one, none of the scores will do: fewer than 99 cannot set a threshold for 1 %. Conversations that share
-    prompts or texts are alike in these: then the rate is nominal.
-    """
-    rank = int(np.floor(rate * (len(scores) + 1) + 1e-9))
-    return float(np.sort(scores)[::-1][rank - 1]) if rank else None
-
-
-def largest_or(scores: Float[ndarray, " chat"], rate: float) -> float:
-    """`threshold`, and the largest score where these are too few for it."""
-    found = threshold(scores, rate)
-    return float(np.max(scores)) if found is None else found
-
-
-ATTACKED = ("harmful", "adversarial")  # the prompts and the suffixes of attacked conversations
-
-
-def _sets(kind: str) -> tuple[str, str]:
-    """What a kind of conversations shares with others: the prompts, and the texts behind them."""
-    prompts, _, text = kind.partition(" + ")
-    return prompts, text or f"nothing behind {prompts}"
-
-
-def _mean_tokens(kinds: Sequence[Sequence[Readings]]) -> float:
-    return float(torch.cat([readings.tokens for parts in kinds for readings in parts]).mean())
-
-
-def _at_rate(
-    positive: Float[ndarray, "prompt suffix"], negatives: Sequence[Float[ndarray, "_ _"]], marks: ndarray, rate: float
-) -> dict[str, float | None]:
-    """What the threshold that ``marks`` set for a rate catches, and what the rate became; None where they set none."""
-    cut = threshold(marks, rate)
-    values: tuple[float | None, ...] = (None,) * 7
-    if cut is not None:
-        caught = interval((positive > cut).astype(float), rate=True)
-        wrong = [interval((part > cut).astype(float), rate=True) for part in negatives]
-        became = float(np.mean([x > cut for part in negatives for x in part.flat]))
-        bounds = (wrong[0].lo, wrong[0].hi) if len(wrong) == 1 else (None, None)
-        values = (cut, caught.estimate, caught.lo, caught.hi, became, *bounds)
-    at = f"{100 * rate:.0f}"
-    rates = [f"{name}_{at}{end}" for name in ("caught", "false_positives") for end in ("", "_lo", "_hi")]
-    return dict(zip([f"threshold_{at}", *rates], values, strict=True))
-
-
-def detector_rows(
-    detectors: Sequence[Detector],
-    calibration: Mapping[str, Readings],
-    attacked: Sequence[Readings],
-    others: Mapping[str, Sequence[Readings]],
-    alone: Mapping[str, Sequence[Readings]] | None = None,
-) -> list[dict[str, Any]]:
-    """How well each detector separates unseen attacked conversations from each kind of others, and from all.
-
-    Args:
-        detectors: see `fit_detectors`.
-        calibration: select conversations of the same kinds as ``others``, on prompts that nothing was fitted with. The
-            threshold against a kind comes from that kind.
-        attacked: readings of the same report prompts, with one suffix after the other.
-        others: the same of every kind of conversation that is not attacked.
-        alone: by name, readings of other lengths (such as of prompts without any text behind); they do not count among
-            "all of these", and thresholds against them come from the same names in ``calibration``.
-
-    A row's ``false_positives`` say what became of a rate on unseen conversations; ``n_marks`` conversations set its
-    threshold, and where they are too few for a rate (see `threshold`) what belongs to it is None. Intervals take
-    the threshold as it is, which is nominal where its conversations share prompts and texts. ``tokens_apart``: mean
-    token count of attacked conversations less that of the others. ``descriptive``: one of the two sides has fewer
-    suffixes or texts (``n_texts``) than claims need, or the lengths lie more than ``APART`` tokens apart.
-    """
-    everything = Readings.joined([calibration[name] for name in others])
-    against = {name: [readings] for name, readings in others.items()} | {"all of these": list(others.values())}
-    alone = alone or {}
-    against |= {name: [readings] for name, readings in alone.items()}
-    rows = []
-    for detector in detectors:
-
-        def cells(parts: Sequence[Readings], score: Any = detector.score) -> Float[ndarray, "prompt suffix"]:
-            return np.stack([score(part) for part in parts], axis=1).astype(float)
-
-        positive = cells(attacked)
-        for name, kinds in against.items():
-            marks = detector.score(calibration.get(name, everything))
-            negatives = [cells(parts) for parts in kinds]
-            # texts behind the prompts are drawn from others like them, as suffixes are
-            texts = [] if name in alone else [part.shape[1] for part in negatives]
-            fewest = min([positive.shape[1], *texts])
-            names = [name] if len(kinds) == 1 else list(others)
-            value, lo, hi = crossed_auroc(
-                positive, negatives, n_suffixes=fewest, sets=[ATTACKED, *(_sets(each) for each in names)]
-            )
-            apart = _mean_tokens([attacked]) - _mean_tokens(kinds)
-            row: dict[str, Any] = {
-                "detector": detector.name, "likelihood": detector.likelihood, "against": name,
-                "n_prompts": positive.shape[0], "n_suffixes": positive.shape[1],
-                "n_others": sum(map(np.size, negatives)), "n_texts": min(texts, default=0), "n_marks": len(marks),
-                "tokens_apart": apart, "descriptive": fewest < MIN_SUFFIXES or abs(apart) > APART,
-                "auroc": value, "lo": lo, "hi": hi,
-            }  # fmt: skip
-            for rate in RATES:
-                row |= _at_rate(positive, negatives, marks, rate)
-            rows.append(row)
-    return rows

@@ -15,7 +15,7 @@ from suffix_analysis.config import StudyConfig
 from suffix_analysis.errors import UserError, first_line
 from suffix_analysis.inputs import study_model
 from suffix_analysis.models import Model
-from suffix_analysis.provenance import difference
+from suffix_analysis.provenance import difference, model_digests
 
 RETRIES = 3  # of a task whose worker died
 KINDS = ("CPU", "GPU")
@@ -64,11 +64,12 @@ def side_by_side(
         name=task.__name__, num_cpus=config.attack_cpus, num_gpus=config.attack_gpus, max_retries=RETRIES
     )
     try:
+        known = dict(weights or {})
         waiting, pending, failure = list(enumerate(parts)), dict[Any, int](), None
         while waiting or pending:
             while waiting and len(pending) < WAITING:
                 number, part = waiting.pop(0)
-                pending[remote.remote(task, config, part, dict(weights or {}))] = number
+                pending[remote.remote(task, config, part, known)] = number
             (ready,), _ = ray.wait(list(pending), num_returns=1)
             number = pending.pop(ready)
             try:
@@ -118,7 +119,7 @@ def _require(nodes: Sequence[Mapping[str, float]], config: StudyConfig) -> None:
 def _in_worker(task: Callable[..., Any], config: StudyConfig, part: tuple[Any, ...], weights: dict[str, str]) -> Any:
     torch.set_num_threads(config.attack_cpus)
     share_memory(_side_by_side(config))
-    if weights and (other := difference(worker_model(config), weights)) is not None:
+    if weights and (other := difference(_loaded(_loading(config))[1], weights)) is not None:
         raise UserError(
             f"{config.model} on {socket.gethostname()} is another model than the run's: {other} differs; put the same "
             "one there, or name it with its revision."
@@ -138,12 +139,19 @@ _LOADING = ("model", "adapter", "system", "reply_prefix", "dtype", "four_bit", "
 
 def worker_model(config: StudyConfig) -> Model:
     """The study's model in a worker; the worker's next task finds it loaded."""
+    return _loaded(_loading(config))[0]
+
+
+def _loading(config: StudyConfig) -> StudyConfig:
+    """What of the settings says how a worker loads the model."""
     named = {name: getattr(config, name) for name in _LOADING}
     # Ray shows a task the GPUs that it asked for, and no fewer of them where it asked for none
     own = "cuda" if config.attack_gpus else config.device or "cpu"
-    return _model(StudyConfig(**named, device="auto" if config.device == "auto" else own))
+    return StudyConfig(**named, device="auto" if config.device == "auto" else own)
 
 
 @functools.lru_cache(maxsize=1)
-def _model(config: StudyConfig) -> Model:
-    return study_model(config)
+def _loaded(config: StudyConfig) -> tuple[Model, dict[str, str]]:
+    """The model and its digests as it was loaded: a trace wraps its modules, which gives the weights other names."""
+    model = study_model(config)
+    return model, model_digests(model)

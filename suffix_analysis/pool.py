@@ -26,26 +26,13 @@ from suffix_analysis.prompts import Prompt, prompts_of
 from suffix_analysis.provenance import weights_of
 from suffix_analysis.records import Suffix, by_text
 from suffix_analysis.refusal import refused
-from suffix_analysis.replies import forget_others
-from suffix_analysis.runs import read_suffixes
 
 if TYPE_CHECKING:
     from suffix_analysis.study import Study
 
 
 def study_suffixes(study: Study) -> list[Suffix]:
-    """All suffixes of a study, controls included.
-
-    Where a pool has grown, a control may have another text than before: what that was answered is forgotten.
-    """
-    path = study.folder / "suffixes.jsonl"
-    before = read_suffixes(path) if path.exists() else []
-    found = _suffixes(study)
-    forget_others(study.folder / "replies.jsonl", before, found)
-    return found
-
-
-def _suffixes(study: Study) -> list[Suffix]:
+    """All suffixes of a study, controls included."""
     prompts, config, model = study.prompts(), study.config, study.model
     harmful = prompts_of(prompts, "harmful", "select", None)
     if config.suffixes is not None:

@@ -95,9 +95,8 @@ def weights_of(folder: Path) -> dict[str, str]:
     return _read(folder / "weights.json")
 
 
-def difference(model: Model, known: Mapping[str, str]) -> str | None:
-    """What of a model is other than these digests say, the first of it; None where nothing is."""
-    found = model_digests(model)
+def difference(found: Mapping[str, str], known: Mapping[str, str]) -> str | None:
+    """What of a model's digests (see `model_digests`) is other than these, the first of it; None where nothing is."""
     return next((name for name in found if known.get(name, found[name]) != found[name]), None)
 
 
@@ -112,11 +111,11 @@ def require_same_model(folder: Path, model: Model, begun: bool) -> None:
     Raises:
         UserError: names the model, and what of it is another.
     """
-    known = weights_of(folder)
+    found, known = model_digests(model), weights_of(folder)
     if not begun or not known:
-        write_json(folder / "weights.json", model_digests(model))
+        write_json(folder / "weights.json", found)
         return
-    if (other := difference(model, known)) is not None:
+    if (other := difference(found, known)) is not None:
         raise UserError(
             f"{model.name} is another model than when {folder} was begun: {other} differs; load the one that it was "
             "begun with, or choose another folder with --out."

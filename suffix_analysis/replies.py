@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from numpy import ndarray
 from typing_extensions import TypedDict
 
 from suffix_analysis.errors import UserError
-from suffix_analysis.files import append_jsonl, open_journal, write_jsonl
+from suffix_analysis.files import append_jsonl, open_journal
 from suffix_analysis.generate import answers
 from suffix_analysis.judges import Judge, is_refusal
 from suffix_analysis.judges import judge as rules
@@ -37,10 +37,11 @@ class ReplyRow(TypedDict):
 
 
 class Answered(TypedDict):
-    """A line of replies.jsonl: one arm with one suffix."""
+    """A line of replies.jsonl: one arm with one suffix; one without its text is of no suffix, or counts as none."""
 
     arm: str
     suffix_id: str | None
+    text: NotRequired[str | None]
     rows: list[ReplyRow]
 
 
@@ -119,7 +120,10 @@ def measure_replies(
     Report prompts are answered in every arm, look-alikes only without a suffix. ``answer`` yields `reply_rows` of
     cells in any order, each with its cell's number.
     """
-    have = {(row["arm"], row["suffix_id"]): row["rows"] for row in open_journal(journal, Answered)}
+    # a control of a grown pool may have another text under the same name
+    texts: dict[str | None, str] = {suffix.id: suffix.text for suffix in suffixes}
+    kept = [row for row in open_journal(journal, Answered) if row.get("text") == texts.get(row["suffix_id"])]
+    have = {(row["arm"], row["suffix_id"]): row["rows"] for row in kept}
     kinds = {
         kind: [p for p in prompts if p.kind == kind and p.split == "report"]
         for kind in ("harmful", "harmless", "lookalike")
@@ -134,18 +138,10 @@ def measure_replies(
     for n_done, (i, rows) in enumerate(answer([cells[n] for n in missing]), 1 + len(cells) - len(missing)):
         arm, suffix_id = key = keys[missing[i]]
         have[key] = rows
-        append_jsonl(journal, {"arm": arm, "suffix_id": suffix_id, "rows": rows})
+        append_jsonl(journal, {"arm": arm, "suffix_id": suffix_id, "text": texts.get(suffix_id), "rows": rows})
         if on_arm is not None:
             on_arm(n_done, len(cells))
     return [row for key in keys for row in have[key]]
-
-
-def forget_others(journal: Path, before: Sequence[Suffix], now: Sequence[Suffix]) -> None:
-    """Take out of a journal what suffixes of a grown pool were answered with whose names other texts have now."""
-    texts = {(suffix.arm, suffix.id): suffix.text for suffix in now}
-    gone = {suffix.id for suffix in before if texts.get((suffix.arm, suffix.id)) != suffix.text}
-    if gone and journal.exists():
-        write_jsonl(journal, [row for row in open_journal(journal, Answered) if row["suffix_id"] not in gone])
 
 
 def crossed(

@@ -51,10 +51,10 @@ def sources(words: list[str]) -> list[Any]:
         if implied and command != "campaign" and "vary" in settings:
             raise UsageError(f"{Path(name).parent} holds a campaign; choose another folder with --out.")
         judge = settings.get("judge", "rules")
-        if implied and judge != "rules" and not _values(words, "--judge") and JUDGE not in os.environ:
+        if implied and judge != "rules" and not _said(words, "--judge", JUDGE):
             require_trusted(name, judge, None)
         address = settings.get("address")
-        if implied and address is not None and not _values(words, "--address") and ADDRESS not in os.environ:
+        if implied and address is not None and not _said(words, "--address", ADDRESS):
             raise UsageError(  # what answers there is trusted with pickles: the folder may be another's
                 f"{name} names the Ray cluster {address!r}; say --address {address} if that is what you want to reach, "
                 "or take the line out."
@@ -89,6 +89,11 @@ def _require_known(command: str) -> None:
         if name.startswith("SUFFIX_ANALYSIS_") and name not in known:
             close = difflib.get_close_matches(name, known, 1)
             raise UsageError(f"{name} is no setting of {command}{f'; is it {close[0]}?' if close else '.'}")
+
+
+def _said(words: list[str], flag: str, variable: str) -> bool:
+    """Whether a setting is given by its flag or in the environment."""
+    return bool(_values(words, flag)) or variable in os.environ
 
 
 def _values(words: list[str], flag: str) -> list[str]:

@@ -37,17 +37,16 @@ def attack_all(
 
     A finished attack never runs again, an unfinished one goes on from what its folder holds. Workers that see that
     folder work in it, step by step; others send what they have made when it is finished. For ``weights`` and errors see
-    `suffix_analysis.parallel.side_by_side`; with ``on_failed``
-    attacks that fail are left out.
+    `suffix_analysis.parallel.side_by_side`; with ``on_failed`` attacks that fail are left out.
     """
     left = [plan for plan in plans if not plan.result.exists()]
     lost = None if on_failed is None else lambda i, why: on_failed(left[i], why)
     parts = [(_at_home(plan), list(tokens), _begun(plan)) for plan in left]
     found = side_by_side(attack_task, parts, config, lambda i: left[i].name, lost, weights)
     for done, (i, (suffix, steps)) in enumerate(found, 1 + len(plans) - len(left)):
-        left[i].folder.mkdir(parents=True, exist_ok=True)
-        write_jsonl(left[i].folder / "steps.jsonl", steps)
-        write_suffixes(left[i].result, [suffix])
+        if not left[i].result.exists():  # the worker did not see the folder
+            write_jsonl(left[i].folder / "steps.jsonl", steps)
+            write_suffixes(left[i].result, [suffix])
         on_done(done)
     return [finished(plan) for plan in plans if on_failed is None or plan.result.exists()]
 

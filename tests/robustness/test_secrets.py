@@ -31,7 +31,8 @@ sys.addaudithook(watch)
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user has it: nothing has told the hub's library to stay offline."""
     code = WATCHED.format(log=str(folder / "network.log")) + "from suffix_analysis.cli import main; main()"
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    own = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "TRANSFORMERS_"))}
+    own = {k: v for k, v in own.items() if not k.lower().endswith("_proxy")}  # whose name would be looked up instead
     own |= {"HF_TOKEN": SECRET, "HUGGING_FACE_HUB_TOKEN": SECRET, "SUFFIX_ANALYSIS_DEBUG": "1", "HOME": str(folder)}
     return subprocess.run(
         [sys.executable, "-c", code, *words], env=own, capture_output=True, text=True, check=False, cwd=folder

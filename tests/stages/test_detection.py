@@ -12,20 +12,18 @@ import torch
 from suffix_analysis import detection
 from suffix_analysis.chat import Chat
 from suffix_analysis.detection import matched, measure_detectors, parts_of
+from suffix_analysis.detector_table import detector_rows, largest_or, threshold
 from suffix_analysis.detectors import (
     Detector,
     Harmfulness,
     Readings,
     blind,
     by_user_token,
-    detector_rows,
     fit_detectors,
     gaps,
     harmfulness_of,
-    largest_or,
     peak,
     read,
-    threshold,
     user_mask,
     windowed,
 )
@@ -297,7 +295,7 @@ def test_one_suffix_is_too_few_to_fit_and_to_measure() -> None:
 
 @pytest.mark.long
 def test_few_texts_on_either_side_are_descriptive_and_widen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("suffix_analysis.detectors.APART", 1e9)  # these texts differ in length
+    monkeypatch.setattr("suffix_analysis.detector_table.APART", 1e9)  # these texts differ in length
     model = tiny.model("llama")
     prompts = few_prompts()
     arms = {arm: [s for s in suffixes(12) if s.arm == arm] for arm in ("adversarial", "random", "benign")}

@@ -149,20 +149,23 @@ def test_what_a_cluster_can_never_start_is_refused_at_once() -> None:
     _require([{"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}], StudyConfig(attack_cpus=2, attack_gpus=0.5))
 
 
-def test_tasks_get_what_they_ask_for(config: StudyConfig) -> None:
+def test_tasks_get_what_they_ask_for(config: StudyConfig, tmp_path: Path) -> None:
     """Two processors asked for of two: one task at a time; one each: two."""
     for cpus, at_once in ((2, 1), (1, 2)):
 
-        def task(config: StudyConfig, number: int) -> tuple[float, float, int]:
+        def task(config: StudyConfig, number: int, folder: Path, company: int) -> tuple[float, float, int]:
             began = time.monotonic()
-            time.sleep(1.5)  # longer than a worker takes to begin
+            (folder / str(number)).touch()
+            while len([*folder.iterdir()]) < company and time.monotonic() < began + 60:
+                time.sleep(0.05)  # until the other one has begun, however long its worker takes to
             return began, time.monotonic(), torch.get_num_threads()
 
         def name(number: int) -> str:
             return f"Task {number}"
 
-        some = replace(config, attack_cpus=cpus)
-        found = [own for _, own in side_by_side(task, [(i,) for i in range(4)], some, name)]
+        some, folder = replace(config, attack_cpus=cpus), tmp_path / str(cpus)
+        folder.mkdir()
+        found = [own for _, own in side_by_side(task, [(i, folder, at_once) for i in range(4)], some, name)]
         most = max(sum(a <= began < b for a, b, _ in found) for began, _, _ in found)
         assert most == at_once and {threads for _, _, threads in found} == {cpus}
 

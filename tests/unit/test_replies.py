@@ -46,6 +46,11 @@ def test_a_line_that_was_cut_off_is_made_again_and_damages_nothing(tmp_path: Pat
         assert measure_replies(PROMPTS, SUFFIXES, answer, journal) == whole
         assert len(made) <= times
     assert not made
+    other = [SUFFIXES[0], Suffix("random-2", "random", "y")]  # as where a pool has grown
+    for _ in range(2):
+        measure_replies(PROMPTS, other, answer, journal)
+        assert made == ["random"], "what the same name was answered with another text does not count"
+    assert measure_replies(PROMPTS, other, answer, journal) == whole
 
 
 def test_what_the_suffix_reaches_stands_beside_what_taking_the_direction_out_does() -> None:

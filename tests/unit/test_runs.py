@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from suffix_analysis import environment, files, provenance, runs, study
+from suffix_analysis import files, provenance, runs, study
 from suffix_analysis.config import StudyConfig
 from suffix_analysis.console import Console
 from suffix_analysis.errors import UsageError, UserError
@@ -249,22 +249,6 @@ def test_a_folder_that_is_older_than_a_setting_goes_on_with_its_default(tmp_path
         assert "keep_by_score = true" in config.read_text()
 
 
-def test_another_projects_revision_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, text=True, check=True).stdout
-
-    git("init", "-q")
-    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs")
-    inside = tmp_path / "site-packages" / "suffix_analysis" / "runs.py"
-    inside.parent.mkdir(parents=True)
-    monkeypatch.setattr(environment, "__file__", str(inside))
-    assert environment._revision() == ""
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "suffix_analysis" / "runs.py"))
-    assert environment._revision() == git("rev-parse", "--short", "HEAD").strip()
-
-
 def test_damaged_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     files.write_table(path, [{"a": 1, "b": None}, {"a": 2, "b": "x"}])
@@ -329,16 +313,6 @@ def test_a_table_of_something_else_is_named(tmp_path: Path) -> None:
     files.write_table(tmp_path / "t.parquet", [{"a": 1}])
     with pytest.raises(UserError, match=r"t\.parquet has no column layer; delete it"):
         files.read_table(tmp_path / "t.parquet", ["a", "layer"])
-
-
-def test_no_token_stands_in_the_environments_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
-        monkeypatch.setenv(name, "secret-7391")
-    found = environment.environment()
-    assert "secret-7391" not in json.dumps(found)
-    assert found["packages"]["torch"] and found["memory_gib"] > 0 and found["cores"] >= 1
-    assert found["gpus"] == [] or all("GiB" in name for name in found["gpus"])
-    assert str(Path.home()) not in json.dumps(found)
 
 
 def test_another_model_ends_the_run_and_is_not_a_mechanism_that_was_left_out(
